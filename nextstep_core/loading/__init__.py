@@ -1,0 +1,1 @@
+"""From files to modules: the only room that reads weights."""

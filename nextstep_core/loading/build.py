@@ -1,0 +1,109 @@
+"""Compose config, meta-device modules and weights.
+
+A module is built without memory on the meta device, checked against the files, then filled tensor by tensor: peak host
+memory is the model itself plus the one tensor in flight (in the file's dtype on the CPU not even that: the tensors are
+views of the mapped file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import NextStepConfig, VAEConfig
+from ..errors import NextStepError
+from ..model import operations as ops
+from ..model.nextstep import NextStepModel, TextEmbedding
+from ..model.vae import AutoencoderKL
+from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
+
+UNUSED = ("lm_head.weight", "gen_pos_embed")
+VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A checkpoint whose files were found complete and fitting, and the empty modules to fill."""
+
+    config: NextStepConfig
+    files: TensorFiles
+    model: NextStepModel
+    text_embedding: TextEmbedding
+
+    def read_model(
+        self, device: torch.device | str, dtype: torch.dtype | None, on_shard: Callable[[Path], None] | None = None
+    ) -> dict[str, Tensor]:
+        """State dict of `model` on its device; what the checkpoint may leave out is computed."""
+        wanted = [name for name in self.model.state_dict() if name in self.files.locations]
+        computed = {name: t.to(device) for name, t in self.model.computable_state().items() if name not in wanted}
+        return computed | read_tensors(self.files, wanted, device, dtype, on_shard)
+
+    def read_text_embedding(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """State dict of `text_embedding` in the checkpoint's own dtype."""
+        return read_tensors(self.files, self.text_embedding.state_dict(), device)
+
+
+def plan_model(path: Path, operations: ops.Operations = ops.DEFAULT) -> ModelPlan:
+    """Read the config, find the files and check every tensor, before any weight is loaded.
+
+    `path` is a checkpoint folder or a `.safetensors` file with its `config.json` beside it.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = NextStepConfig.from_file(folder / "config.json")
+    files = find_model_files(path)
+    model = NextStepModel(config, device="meta", operations=operations)
+    text_embedding = TextEmbedding(config, device="meta")
+    expected = shapes_of(model) | shapes_of(text_embedding)
+    check_complete(files, expected, optional=UNUSED)
+    return ModelPlan(config, files, model.eval(), text_embedding.eval())
+
+
+def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a meta-device module its tensors; they are taken as they are, not copied."""
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def load_model(
+    path: Path, device: torch.device | str, dtype: torch.dtype | None
+) -> tuple[NextStepConfig, NextStepModel, TextEmbedding]:
+    """The image model on `device` in `dtype` (None keeps the file's), and the text embedding on the host."""
+    plan = plan_model(path)
+    fill(plan.model, plan.read_model(device, dtype))
+    fill(plan.text_embedding, plan.read_text_embedding())
+    return plan.config, plan.model, plan.text_embedding
+
+
+def find_vae(path: Path) -> tuple[Path, Path]:
+    """(weights file, config file) of a VAE given as a folder, a `.pt` or a `.safetensors` file."""
+    if path.is_file():
+        return path, path.parent / "config.json"
+    for name in VAE_WEIGHT_NAMES:
+        if (path / name).is_file():
+            return path / name, path / "config.json"
+    raise NextStepError(
+        f"{path} holds no VAE: expected config.json and checkpoint.pt there. "
+        "The published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
+    )
+
+
+def load_vae_state(path: Path, dtype: torch.dtype | None = None) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """Config and complete, checked state dict (on the CPU) of a VAE folder or file."""
+    weights, config_path = find_vae(path)
+    config = VAEConfig.from_file(config_path)
+    files = find_vae_files(weights)
+    expected = shapes_of(AutoencoderKL(config, device="meta"))
+    check_complete(files, expected, optional=())
+    return config, read_tensors(files, expected, "cpu", dtype)
+
+
+def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> AutoencoderKL:
+    """The autoencoder on `device` in `dtype` (None keeps the file's)."""
+    config, state = load_vae_state(path)
+    vae = AutoencoderKL(config, device="meta").eval()
+    fill(vae, {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()})
+    return vae

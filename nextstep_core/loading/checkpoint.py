@@ -1,0 +1,172 @@
+"""Tensors in files: which file holds which tensor, of what shape, and reading them one at a time.
+
+Safetensors shards, alone or behind an index, and plain torch archives (`weights_only`). Everything is checked against
+what the modules expect before the first weight is read, so nothing is ever half loaded.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..config import read_json
+from ..errors import NextStepError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_NAMES_SHOWN = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Where each tensor lies and which shape it has, by the name that the modules use."""
+
+    where: str
+    locations: dict[str, tuple[Path, str]]  # our name -> (file, name in the file)
+    shapes: dict[str, Shape]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn every way in which a weights file can be broken into one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise NextStepError(f"{path} is missing. Download the checkpoint again; finished files are kept.") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        if isinstance(e, NextStepError):
+            raise
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.") from None
+
+
+def _safetensors_shapes(path: Path) -> dict[str, Shape]:
+    with _readable(path):
+        if not path.is_file():
+            raise FileNotFoundError
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def _read_torch_archive(path: Path) -> dict[str, Tensor]:
+    with _readable(path):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is no NextStep weights file.")
+    return state
+
+
+def _strip_prefix(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def find_model_files(path: Path) -> TensorFiles:
+    """Tensor locations of a checkpoint: a folder (index with shards, or one `model.safetensors`) or one file.
+
+    NextStepError names an absent or unreadable shard, and a tensor that the index promises and its shard lacks.
+    """
+    if path.is_file():
+        return _from_shapes(path, {path: _safetensors_shapes(path)})
+    index = path / INDEX_NAME
+    if not index.is_file():
+        if (path / SINGLE_NAME).is_file():
+            return find_model_files(path / SINGLE_NAME)
+        raise NextStepError(f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: the weights are missing.")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise NextStepError(f"{index} has no `weight_map` from tensor to file. Download the file again.")
+    shards: dict[Path, dict[str, Shape]] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise NextStepError(f"{index} points outside its folder ({name!r}). Do not use this checkpoint.")
+        shards[path / name] = _safetensors_shapes(path / name)
+    for tensor, name in weight_map.items():
+        if tensor not in shards[path / name]:
+            raise NextStepError(f"{path / name} lacks `{tensor}`, which {INDEX_NAME} says it holds.")
+    return _from_shapes(path, shards)
+
+
+def _from_shapes(where: Path, shards: Mapping[Path, Mapping[str, Shape]]) -> TensorFiles:
+    locations = {_strip_prefix(n): (file, n) for file, shapes in shards.items() for n in shapes}
+    shapes = {_strip_prefix(n): shape for held in shards.values() for n, shape in held.items()}
+    return TensorFiles(str(where), locations, shapes)
+
+
+def find_vae_files(path: Path) -> TensorFiles:
+    """Tensor locations of one VAE file, `.pt` or `.safetensors`."""
+    if path.suffix in (".safetensors", ".sft"):
+        return _from_shapes(path, {path: _safetensors_shapes(path)})
+    return _from_shapes(path, {path: {name: tuple(t.shape) for name, t in _read_torch_archive(path).items()}})
+
+
+def check_complete(files: TensorFiles, expected: Mapping[str, Shape], optional: Iterable[str]) -> None:
+    """One NextStepError that lists every missing, unexpected and misshapen tensor of `files`."""
+    optional = set(optional)
+    missing = [n for n in expected if n not in files.shapes and n not in optional]
+    unexpected = [n for n in files.shapes if n not in expected and n not in optional]
+    misshapen = [
+        f"{n} is {list(files.shapes[n])} in {files.locations[n][0].name}, the config asks for {list(shape)}"
+        for n, shape in expected.items()
+        if n in files.shapes and files.shapes[n] != tuple(shape)
+    ]
+    unexpected = [f"{n} in {files.locations[n][0].name}" for n in unexpected]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES_SHOWN])}{' ...' if len(names) > MAX_NAMES_SHOWN else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise NextStepError(
+            f"The tensors in {files.where} do not fit its config.json ({'; '.join(problems)}). "
+            "Check that weights and config belong to the same checkpoint, or download it again."
+        )
+
+
+def read_tensors(
+    files: TensorFiles,
+    names: Iterable[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    on_shard: Callable[[Path], None] | None = None,
+) -> dict[str, Tensor]:
+    """Read tensors by name, each moved to its device and dtype before the next is touched.
+
+    On the CPU in the file's own dtype they stay views of the memory-mapped file. `on_shard` is called before each file
+    and may raise to stop.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(files.locations[name][0], []).append(name)
+    tensors = {}
+    for path, held in by_file.items():
+        if on_shard is not None:
+            on_shard(path)
+        with _readable(path):
+            for name, tensor in _stream(path, [(name, files.locations[name][1]) for name in held]):
+                tensors[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    return tensors
+
+
+def _stream(path: Path, pairs: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix not in (".safetensors", ".sft"):
+        state = _read_torch_archive(path)
+        yield from ((ours, state[theirs]) for ours, theirs in pairs)
+        return
+    with safe_open(path, framework="pt") as file:
+        for ours, theirs in pairs:
+            yield ours, file.get_tensor(theirs)
+
+
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """Names and shapes of a module's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

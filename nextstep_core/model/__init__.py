@@ -1,0 +1,1 @@
+"""The network: pure math on tensors. Knows no files, no prompts, no sampling."""

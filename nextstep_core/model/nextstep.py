@@ -1,0 +1,68 @@
+"""Assembly of the image model: transformer, projectors between token and hidden space, flow head.
+
+The text embedding is a module of its own, because it is read for prompt ids only and may stay in host memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import NextStepConfig
+from . import operations as ops
+from .flow_head import FlowHead
+from .positions import DEFAULT_GRID_SIDE, grid_codes
+from .transformer import Transformer
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """(B, C, h * patch, w * patch) latents to (B, h * w, C * patch * patch) tokens in raster order."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Inverse of `patchify` for a (rows, columns) grid of any shape."""
+    h, w = grid
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+
+
+class NextStepModel(Transformer):
+    """Everything that runs once per image token."""
+
+    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+        super().__init__(config, dtype=dtype, device=device, operations=operations)
+        kwargs = {"dtype": dtype, "device": device}
+        self.image_in_projector = operations.Linear(config.token_dim, config.hidden_size, **kwargs)
+        self.image_out_projector = operations.Linear(config.hidden_size, config.hidden_size, **kwargs)
+        head = FlowHead(
+            config.token_dim, config.hidden_size, config.fm_head_dim, config.fm_head_layers, operations=operations, **kwargs
+        )
+        self.image_head = nn.ModuleDict({"net": head})
+        if config.use_gen_pos_embed:
+            side = config.base_image_grid_size or DEFAULT_GRID_SIDE
+            self.register_buffer("gen_pos_embed", torch.empty(1, side * side, config.hidden_size, device=device))
+
+    @property
+    def head(self) -> FlowHead:
+        """The flow-matching head."""
+        return self.image_head["net"]
+
+    def computable_state(self) -> dict[str, Tensor]:
+        """Entries of the state dict that a checkpoint may leave out, with the values they must have."""
+        if not self.config.use_gen_pos_embed:
+            return {}
+        side = self.config.base_image_grid_size or DEFAULT_GRID_SIDE
+        return {"gen_pos_embed": grid_codes(self.config.hidden_size, side)[None]}
+
+
+class TextEmbedding(nn.Module):
+    """Embeddings of prompt ids, on whatever device the weights were put (usually the host)."""
+
+    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+        super().__init__()
+        self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, L) to embeddings (B, L, hidden)."""
+        return self.embed_tokens(ids.to(self.embed_tokens.weight.device))

@@ -1,0 +1,67 @@
+"""Where a token stands: rotary tables for the sequence, sine-cosine codes for the image grid.
+
+Tables are computed when they are needed, on the device that needs them, so that no module carries a buffer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import NextStepConfig
+from ..errors import NextStepError
+
+DEFAULT_GRID_SIDE = 32
+
+
+def rotary_table(config: NextStepConfig, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of positions 0..length-1: (2, length, head_dim), rotate-half form."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    positions = torch.arange(length, dtype=torch.float32, device=device) / config.rope_factor
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) by its positions' rows of a `rotary_table`, (2, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * table[0] + torch.cat([-second, first], dim=-1) * table[1]
+
+
+def grid_codes(hidden_size: int, side: int) -> Tensor:
+    """2D sine-cosine codes of a square grid in raster order, (side * side, hidden_size) float32.
+
+    The first half of the features encodes the column, the second the row; each half is [sin, cos] of
+    position * 10000^(-k / (hidden_size / 4)), computed in float64 as the published tables were.
+    """
+    quarter = hidden_size // 4
+    omega = 1.0 / 10000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.outer(np.arange(side, dtype=np.float64), omega)
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    columns, rows = np.tile(line, (side, 1)), np.repeat(line, side, axis=0)
+    return torch.from_numpy(np.concatenate([columns, rows], axis=1).astype(np.float32))
+
+
+def generation_codes(config: NextStepConfig, grid: tuple[int, int], table: Tensor) -> Tensor:
+    """What is added to the condition of each generated position of a (rows, columns) grid: (rows * columns, hidden).
+
+    Checkpoints that state `base_image_grid_size` take the grid's corner of the table (the 1.1 rule); all others take
+    its first rows as they come (the 1.0 rule). NextStepError when the grid is larger than the table.
+    """
+    rows, columns = grid
+    side = round(table.shape[0] ** 0.5)
+    if config.base_image_grid_size is not None:
+        if rows > side or columns > side:
+            raise NextStepError(
+                f"This checkpoint has positions for {side}x{side} tokens ({side * 16}x{side * 16} pixels); "
+                f"{columns * 16}x{rows * 16} pixels is larger. Choose a smaller size."
+            )
+        return table.reshape(side, side, -1)[:rows, :columns].reshape(rows * columns, -1)
+    if rows * columns > table.shape[0]:
+        raise NextStepError(
+            f"This checkpoint has positions for {table.shape[0]} image tokens; {columns * 16}x{rows * 16} pixels needs "
+            f"{rows * columns}. Choose a smaller size."
+        )
+    return table[: rows * columns]

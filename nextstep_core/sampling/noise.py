@@ -1,0 +1,29 @@
+"""Every random draw of a generation, from one CPU generator, in the reference's order.
+
+Drawing on the CPU makes one seed give one picture on every device. The order: once for the posterior of encoded input
+images, then for each token its initial noise and one draw per stochastic step. Each draw is (images_per_caption,
+token_dim) float32, shared by the captions of a call: the k-th image of every caption sees the same noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class NoiseStream:
+    """The seeded stream of one call."""
+
+    def __init__(self, seed: int, captions: int, images_per_caption: int, token_dim: int) -> None:
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.captions = captions
+        self.shape = (images_per_caption, token_dim)
+
+    def posterior(self, shape: tuple[int, ...]) -> Tensor:
+        """Noise for sampling the VAE posterior. Draw it even where its value is unused: it moves the stream."""
+        return torch.randn(shape, generator=self.generator)
+
+    def token(self, draws: int) -> Tensor:
+        """All draws of one image token, (draws, captions * images_per_caption, token_dim)."""
+        noise = torch.stack([torch.randn(self.shape, generator=self.generator) for _ in range(draws)])
+        return noise.repeat(1, self.captions, 1)

@@ -1,0 +1,119 @@
+"""The named samplers: each integrates dx/dt = v from noise (t = 0) to data (t = 1) on its time grid.
+
+A velocity function takes (x, i) and returns the guided velocity at times[i]; evaluating only at grid times lets the
+head prepare all of them at once. `noise` holds the initial state and then one draw per stochastic step. From a
+velocity at time t follow the noise estimate x - t v and the data estimate x + (1 - t) v.
+
+Sources: the score SDE with a held-out last step and the flow ODE, CPS and SDE steps are those of the public NextStep-1
+inference code of August 2025 ("1.0") and February 2026 ("1.1").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Velocity: TypeAlias = Callable[[Tensor, int], Tensor]
+
+LAST_STEP = 0.04
+ETA = 0.8
+
+
+def shift_times(times: list[float], shift: float) -> list[float]:
+    """Bend a grid towards noise (shift > 1) or data (shift < 1): t / (shift - (shift - 1) t)."""
+    return [t / (shift - (shift - 1) * t) for t in times]
+
+
+def unit_grid(steps: int, shift: float) -> list[float]:
+    """steps + 1 times from 0 to 1."""
+    return [*shift_times([i / steps for i in range(steps)], shift), 1.0]
+
+
+def held_out_grid(steps: int, shift: float) -> list[float]:
+    """`steps` times from 0 to (shifted) 1 - LAST_STEP; the last one starts a plain step of LAST_STEP."""
+    return shift_times([(1 - LAST_STEP) * i / (steps - 1) for i in range(steps)], shift)
+
+
+def score_step(x: Tensor, v: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
+    """One Euler-Maruyama step of the reverse SDE whose drift is v + (1 - t) score."""
+    dt = t_next - t
+    score = (t * v - x) / (1 - t)
+    return x + (v + (1 - t) * score) * dt + math.sqrt(2 * (1 - t) * dt) * noise
+
+
+def score_sde_held_out(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
+    """score-sde-1.0: stochastic steps along the grid, then one deterministic step of LAST_STEP."""
+    x = noise[0]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        x = score_step(x, velocity(x, i), t, t_next, noise[i + 1])
+    return x + LAST_STEP * velocity(x, len(times) - 1)
+
+
+def score_sde(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
+    """score-sde-1.1: stochastic steps all the way to t = 1."""
+    x = noise[0]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        x = score_step(x, velocity(x, i), t, t_next, noise[i + 1])
+    return x
+
+
+def flow_ode(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
+    """flow-ode: Euler steps, deterministic after the initial noise."""
+    x = noise[0]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        x = x + (t_next - t) * velocity(x, i)
+    return x
+
+
+def flow_cps(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
+    """flow-cps: coefficient-preserving sampling; part of the noise estimate is replaced by fresh noise."""
+    x = noise[0]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        v = velocity(x, i)
+        x0, x1 = x - t * v, x + (1 - t) * v
+        fresh = (1 - t_next) * math.sin(eta * math.pi / 2)
+        x = math.sqrt((1 - t_next) ** 2 - fresh**2) * x0 + t_next * x1 + fresh * noise[i + 1]
+    return x
+
+
+def flow_sde(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
+    """flow-sde: Euler steps with noise of scale eta * sqrt(sigma / (1 - sigma)) and its drift correction."""
+    x = noise[0]
+    # At sigma = 1 the scale diverges; the 1.1 code puts the second-last grid time there, and so do we.
+    sigma_max = times[-2]
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        v, sigma, dt = velocity(x, i), 1 - t, t_next - t
+        x0, x1 = x - t * v, x + (1 - t) * v
+        scale = eta * math.sqrt(sigma / (1 - (sigma_max if sigma == 1 else sigma)))
+        mean = (1 - t_next) * x0 + t_next * x1 - scale**2 * dt / (2 * sigma) * x0
+        x = mean + scale * math.sqrt(dt) * noise[i + 1]
+    return x
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A named solver with its grid, the number of draws it needs per token, and the fewest steps it can take."""
+
+    integrate: Callable[[Velocity, list[float], Tensor, float], Tensor]
+    grid: Callable[[int, float], list[float]]
+    draws: Callable[[int], int]
+    min_steps: int = 1
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "score-sde-1.0": Sampler(score_sde_held_out, held_out_grid, lambda steps: steps, min_steps=2),
+    "score-sde-1.1": Sampler(score_sde, unit_grid, lambda steps: steps + 1),
+    "flow-ode": Sampler(flow_ode, unit_grid, lambda steps: 1),
+    "flow-cps": Sampler(flow_cps, unit_grid, lambda steps: steps + 1),
+    "flow-sde": Sampler(flow_sde, unit_grid, lambda steps: steps + 1),
+}
+
+
+def normalize_token(token: Tensor) -> Tensor:
+    """Layer norm of tokens (M, D) over their D numbers, without weights (the `use_norm` option)."""
+    return torch.nn.functional.layer_norm(token, token.shape[-1:], eps=1e-6)
