@@ -182,13 +182,9 @@ class AutoencoderKL(nn.Module):
             mean = channel_norm(mean, self.config.psz)
         return mean, logvar
 
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents (B, z, h, w) of pixels (B, 3, H, W) in [-1, 1]: the posterior's mean, or with standard normal
-        `noise` of the latents' shape a sample of it, unless the checkpoint is deterministic."""
-        mean, logvar = self.encode_moments(pixels)
-        if noise is None or self.config.deterministic:
-            return mean
-        return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
+    def spread(self, logvar: Tensor) -> Tensor | None:
+        """Standard deviation of the posterior, or None for a deterministic checkpoint."""
+        return None if self.config.deterministic else torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped."""

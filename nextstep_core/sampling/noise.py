@@ -19,9 +19,12 @@ class NoiseStream:
         self.captions = captions
         self.shape = (images_per_caption, token_dim)
 
-    def posterior(self, shape: tuple[int, ...]) -> Tensor:
-        """Noise for sampling the VAE posterior. Draw it even where its value is unused: it moves the stream."""
-        return torch.randn(shape, generator=self.generator)
+    def posterior(self, channels: int, height: int, width: int) -> Tensor:
+        """Noise (1, channels, height, width) for one encoded image's posterior, in the order of the batch's rows.
+
+        Draw it even where its value is unused: it moves the stream.
+        """
+        return torch.randn(1, channels, height, width, generator=self.generator)
 
     def token(self, draws: int) -> Tensor:
         """All draws of one image token, (draws, captions * images_per_caption, token_dim)."""

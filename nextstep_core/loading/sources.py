@@ -1,0 +1,57 @@
+"""What a user may name as a checkpoint: a path, a hub id, or the embedded "tiny"."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import NextStepError
+
+EMBEDDED = "tiny"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# Only what the engine reads: no Python files, no pickle but the VAE's (which is loaded with weights_only).
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt", "vae/config.json", "vae/checkpoint.pt", "checkpoint.pt")
+
+
+def resolve_source(source: str | Path) -> Path:
+    """The local folder or file behind `source`.
+
+    A hub id is looked up in the Hugging Face cache first and downloaded only where it is not there. NextStepError when
+    it is nothing of all this or cannot be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.resolve()
+    if str(source) == EMBEDDED and (ASSETS / EMBEDDED).is_dir():
+        return ASSETS / EMBEDDED
+    if not HUB_ID.fullmatch(str(source)):
+        raise NextStepError(f"{source} does not exist. Give a checkpoint folder, a .safetensors file or a hub id.")
+    return _from_hub(str(source))
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
+    except Exception:  # not cached (its exception type moved between versions of huggingface_hub)
+        pass
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise NextStepError(f"{hub_id} is no local path and could not be downloaded ({reason}).") from error
+
+
+def vae_beside(checkpoint: Path, stated: str | None) -> Path:
+    """The VAE folder that belongs to a checkpoint: what its config states, relative to its own folder, else `vae`."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    wanted = (folder / (stated or "vae")).resolve()
+    if wanted.is_dir() and wanted.is_relative_to(folder.resolve()):
+        return wanted
+    raise NextStepError(
+        f"{folder} holds no VAE ({stated or 'vae'!r}). Put the checkpoint's vae folder there, or name a VAE: "
+        "the published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
+    )

@@ -1,0 +1,185 @@
+"""The public pipeline: a checkpoint and its VAE on one device, prompts in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import NextStepConfig
+from .decode import Progress
+from .engine import NextStepEngine
+from .errors import NextStepError
+from .loading.build import load_model, load_vae
+from .loading.sources import resolve_source, vae_beside
+from .model.nextstep import patchify, unpatchify
+from .model.vae import AutoencoderKL
+from .prompt import IMAGE_SLOT, Caption, EncodedImage, Grid
+from .tokenizer import NextStepTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ImageInput: TypeAlias = Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """images (B, H, W, 3) float32 in [0, 1]; latents (B, 16, H/8, W/8) as the VAE decoder takes them; tokens
+    (B, N, 64). All on the CPU. B runs over captions, then over the images of each caption."""
+
+    images: Tensor
+    latents: Tensor
+    tokens: Tensor
+
+
+def load_engine(source: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> NextStepEngine:
+    """Load a checkpoint without its VAE; NextStepError names the file that is wrong."""
+    path = resolve_source(source)
+    folder = path if path.is_dir() else path.parent
+    config = NextStepConfig.from_file(folder / "config.json")
+    tokenizer = NextStepTokenizer.from_folder(folder, config)
+    config, model, text_embedding = load_model(path, device, dtype)
+    return NextStepEngine(config, model, text_embedding, tokenizer, folder, Path(str(source)).name)
+
+
+def check_vae_fits(config: NextStepConfig, vae_channels: int, vae_downscale: int) -> None:
+    """NextStepError when a VAE's latents are not what the model's tokens are made of."""
+    if vae_channels != config.latent_channels or vae_downscale != 8:
+        raise NextStepError(
+            f"This VAE has {vae_channels} latent channels at 1/{vae_downscale} of the size; the model needs "
+            f"{config.latent_channels} at 1/8. Use the VAE that came with the checkpoint."
+        )
+
+
+def to_pixels(image: ImageInput) -> Tensor:
+    """One picture (PIL, or array or tensor (H, W, 3) in [0, 1]) to (1, 3, H, W) float32 in [-1, 1]."""
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    pixels = torch.as_tensor(image).float()
+    if pixels.ndim == 4 and pixels.shape[0] == 1:
+        pixels = pixels[0]
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.numel():
+        raise NextStepError(f"An input image has the shape {tuple(pixels.shape)}; expected (height, width, 3).")
+    if not torch.isfinite(pixels).all():
+        raise NextStepError("An input image holds NaN or infinite values.")
+    return pixels.permute(2, 0, 1)[None] * 2 - 1
+
+
+class NextStepPipeline:
+    """Text to image, and editing with input images."""
+
+    def __init__(self, engine: NextStepEngine, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+        check_vae_fits(engine.config, vae.config.z_channels, vae.config.downscale)
+        self.engine, self.vae, self.device, self.dtype = engine, vae, device, dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        vae: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> NextStepPipeline:
+        """Load from a checkpoint folder, a `.safetensors` file with its config beside it, a hub id, or "tiny".
+
+        `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own. Raises
+        NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
+        """
+        device = torch.device(device)
+        path = resolve_source(path_or_hub_id)
+        stated = NextStepConfig.from_file((path if path.is_dir() else path.parent) / "config.json").vae_name_or_path
+        vae_path = vae_beside(path, stated) if vae is None else resolve_source(vae)
+        autoencoder = load_vae(vae_path, device, dtype)
+        return cls(load_engine(path_or_hub_id, device, dtype), autoencoder, device, dtype)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        positive_prompt: str = "",
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        height: int = 512,
+        width: int = 512,
+        num_images_per_prompt: int = 1,
+        cfg: float | None = None,
+        cfg_img: float | None = None,
+        cfg_schedule: str | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        sampler: str | None = None,
+        use_norm: bool | None = None,
+        seed: int = 0,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> GenerationOutput:
+        """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
+
+        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `callback`
+        gets a Progress after every token and stops the run by raising. Raises NextStepError for impossible requests
+        before any long work.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or num_images_per_prompt < 1:
+            raise NextStepError("Nothing to draw: give at least one prompt and at least one image per prompt.")
+        pictures = _as_list(images)
+        settings = self.engine.recommended(editing=bool(pictures)).override(
+            cfg=cfg, cfg_img=cfg_img, cfg_schedule=cfg_schedule, steps=steps, shift=shift, sampler=sampler, use_norm=use_norm
+        )
+        grid = self.engine.grid(height, width)
+        job = self.engine.prepare(
+            self._captions(prompts, pictures),
+            grid,
+            settings,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            positive_prompt=positive_prompt,
+            images_per_caption=num_images_per_prompt,
+        )
+        for progress in self.engine.decode(job, self.device, self.dtype):
+            if callback is not None:
+                callback(progress)
+        return self._finish(progress.tokens, grid)
+
+    def encode_image(self, image: ImageInput) -> EncodedImage:
+        """One input picture, whose sides must be multiples of 16, as the transformer sees it."""
+        pixels = to_pixels(image)
+        grid = self.engine.grid(*pixels.shape[-2:])
+        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype))
+        spread = self.vae.spread(logvar)
+        patch, scale = self.engine.config.latent_patch_size, self.vae.config.scaling_factor
+        return EncodedImage(
+            patchify(self.vae.to_model(mean), patch)[0],
+            grid,
+            None if spread is None else patchify(spread * scale, patch)[0],
+        )
+
+    def _captions(self, prompts: list[str], pictures: list[ImageInput]) -> list[Caption]:
+        slots = [prompt.count(IMAGE_SLOT) for prompt in prompts]
+        if sum(slots) != len(pictures):
+            raise NextStepError(
+                f"The prompts have {sum(slots)} {IMAGE_SLOT} slot(s) for {len(pictures)} input image(s). Write "
+                f"{IMAGE_SLOT} once for each image, where it belongs in the text."
+            )
+        encoded = iter([self.encode_image(picture) for picture in pictures])
+        return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
+
+    def _finish(self, tokens: Tensor, grid: Grid) -> GenerationOutput:
+        latents = self.vae.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
+        pixels = self.vae.decode(latents.to(self.dtype)).float()
+        images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
+
+
+def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
