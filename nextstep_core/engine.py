@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import NextStepConfig
-from .decode import Progress, decode_tokens
+from .decode import PREFILL_CHUNK, Progress, decode_tokens
 from .errors import NextStepError
 from .model.kv_cache import KVCache
 from .model.nextstep import NextStepModel, TextEmbedding, patchify
@@ -114,9 +114,21 @@ class NextStepEngine:
         drawn = noise.posterior(self.config.latent_channels, image.grid[0] * patch, image.grid[1] * patch)
         return image.sampled(patchify(drawn, patch)[0])
 
-    def cache_bytes(self, job: Job, dtype: torch.dtype) -> int:
-        """Memory that the KV cache of `job` takes, in bytes."""
-        return KVCache.bytes_needed(self.config, job.batch, job.length, dtype)
+    def check_prompt(self, text: str) -> None:
+        """NextStepError when `text` alone is longer than the model's context."""
+        limit, length = self.config.max_position_embeddings, len(self.tokenizer.encode(text))
+        if limit is not None and length > limit:
+            raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
+
+    def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
+        """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
+        config = self.config
+        positions = job.batch * min(job.length, PREFILL_CHUNK)
+        prefill = positions * (8 * config.hidden_size + 3 * config.intermediate_size)
+        scores = job.batch * config.num_attention_heads * min(job.length, PREFILL_CHUNK) * job.length
+        head = job.batch * (job.settings.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
+        cache = KVCache.bytes_needed(config, job.batch, job.length, dtype)
+        return cache + (prefill + scores + head) * dtype.itemsize
 
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""

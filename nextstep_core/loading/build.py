@@ -7,6 +7,7 @@ views of the mapped file).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,38 +17,48 @@ from torch import Tensor, nn
 
 from ..config import NextStepConfig, VAEConfig
 from ..errors import NextStepError
-from ..model import operations as ops
 from ..model.nextstep import NextStepModel, TextEmbedding
+from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
 
-UNUSED = ("lm_head.weight", "gen_pos_embed")
+GRID_CODES = "gen_pos_embed"
+OPTIONAL = ("lm_head.weight", GRID_CODES)  # not needed for images; computable
 VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A checkpoint whose files were found complete and fitting, and the empty modules to fill."""
+    """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet."""
 
     config: NextStepConfig
     files: TensorFiles
-    model: NextStepModel
-    text_embedding: TextEmbedding
+    model_names: tuple[str, ...]
+    text_embedding_names: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the image model has."""
+        return sum(math.prod(self.files.shapes[name]) for name in self.model_names if name in self.files.shapes)
 
     def read_model(
         self, device: torch.device | str, dtype: torch.dtype | None, on_shard: Callable[[Path], None] | None = None
     ) -> dict[str, Tensor]:
-        """State dict of `model` on its device; what the checkpoint may leave out is computed."""
-        wanted = [name for name in self.model.state_dict() if name in self.files.locations]
-        computed = {name: t.to(device) for name, t in self.model.computable_state().items() if name not in wanted}
-        return computed | read_tensors(self.files, wanted, device, dtype, on_shard)
+        """State dict of the image model on its device; what the checkpoint may leave out is computed."""
+        present = [name for name in self.model_names if name in self.files.locations]
+        tensors = read_tensors(self.files, present, device, dtype, on_shard)
+        if GRID_CODES in self.model_names and GRID_CODES not in tensors:
+            tensors[GRID_CODES] = grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
+        return tensors
 
-    def read_text_embedding(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """State dict of `text_embedding` in the checkpoint's own dtype."""
-        return read_tensors(self.files, self.text_embedding.state_dict(), device)
+    def load_text_embedding(self) -> TextEmbedding:
+        """The text embedding on the host, in the checkpoint's own dtype."""
+        text_embedding = TextEmbedding(self.config, device="meta").eval()
+        fill(text_embedding, read_tensors(self.files, self.text_embedding_names))
+        return text_embedding
 
 
-def plan_model(path: Path, operations: ops.Operations = ops.DEFAULT) -> ModelPlan:
+def plan_model(path: Path) -> ModelPlan:
     """Read the config, find the files and check every tensor, before any weight is loaded.
 
     `path` is a checkpoint folder or a `.safetensors` file with its `config.json` beside it.
@@ -55,11 +66,10 @@ def plan_model(path: Path, operations: ops.Operations = ops.DEFAULT) -> ModelPla
     folder = path if path.is_dir() else path.parent
     config = NextStepConfig.from_file(folder / "config.json")
     files = find_model_files(path)
-    model = NextStepModel(config, device="meta", operations=operations)
-    text_embedding = TextEmbedding(config, device="meta")
-    expected = shapes_of(model) | shapes_of(text_embedding)
-    check_complete(files, expected, optional=UNUSED)
-    return ModelPlan(config, files, model.eval(), text_embedding.eval())
+    model = shapes_of(NextStepModel(config, device="meta"))
+    text_embedding = shapes_of(TextEmbedding(config, device="meta"))
+    check_complete(files, model | text_embedding, optional=OPTIONAL)
+    return ModelPlan(config, files, tuple(model), tuple(text_embedding))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -73,9 +83,9 @@ def load_model(
 ) -> tuple[NextStepConfig, NextStepModel, TextEmbedding]:
     """The image model on `device` in `dtype` (None keeps the file's), and the text embedding on the host."""
     plan = plan_model(path)
-    fill(plan.model, plan.read_model(device, dtype))
-    fill(plan.text_embedding, plan.read_text_embedding())
-    return plan.config, plan.model, plan.text_embedding
+    model = NextStepModel(plan.config, device="meta").eval()
+    fill(model, plan.read_model(device, dtype))
+    return plan.config, model, plan.load_text_embedding()
 
 
 def find_vae(path: Path) -> tuple[Path, Path]:

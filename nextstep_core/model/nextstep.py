@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import NextStepConfig
 from . import operations as ops
 from .flow_head import FlowHead
-from .positions import DEFAULT_GRID_SIDE, grid_codes
+from .positions import grid_side
 from .transformer import Transformer
 
 
@@ -40,20 +40,13 @@ class NextStepModel(Transformer):
         )
         self.image_head = nn.ModuleDict({"net": head})
         if config.use_gen_pos_embed:
-            side = config.base_image_grid_size or DEFAULT_GRID_SIDE
-            self.register_buffer("gen_pos_embed", torch.empty(1, side * side, config.hidden_size, device=device))
+            shape = (1, grid_side(config) ** 2, config.hidden_size)
+            self.register_buffer("gen_pos_embed", torch.empty(shape, device=device))
 
     @property
     def head(self) -> FlowHead:
         """The flow-matching head."""
         return self.image_head["net"]
-
-    def computable_state(self) -> dict[str, Tensor]:
-        """Entries of the state dict that a checkpoint may leave out, with the values they must have."""
-        if not self.config.use_gen_pos_embed:
-            return {}
-        side = self.config.base_image_grid_size or DEFAULT_GRID_SIDE
-        return {"gen_pos_embed": grid_codes(self.config.hidden_size, side)[None]}
 
 
 class TextEmbedding(nn.Module):

@@ -30,6 +30,11 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     return x * table[0] + torch.cat([-second, first], dim=-1) * table[1]
 
 
+def grid_side(config: NextStepConfig) -> int:
+    """Side of the square grid that the table of generation codes covers, in tokens."""
+    return config.base_image_grid_size or DEFAULT_GRID_SIDE
+
+
 def grid_codes(hidden_size: int, side: int) -> Tensor:
     """2D sine-cosine codes of a square grid in raster order, (side * side, hidden_size) float32.
 

@@ -1,0 +1,8 @@
+"""ComfyUI-NextStep: run NextStep-1, an autoregressive image model, in ComfyUI. Entry point for the host only."""
+
+from importlib.util import find_spec
+
+if find_spec("comfy_api") is not None:
+    from .nodes import comfy_entrypoint
+
+    __all__ = ["comfy_entrypoint"]

@@ -1,0 +1,40 @@
+"""A cheap look at unfinished latents: a linear map from latent channels to color, fitted to the VAE at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MOSAIC_SIDE = 128
+TILE = 16
+BACKGROUND = 0.5
+
+
+def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """(C + 1, 3) float32 map from a latent position (and a constant 1) to its color in [0, 1].
+
+    `encode` takes pixels (1, H, W, 3) in [0, 1] and returns latents (1, C, H/8, W/8). It is given one mosaic of random
+    flat colors, and the map is the least-squares fit from its latents back to those colors.
+    """
+    tiles = MOSAIC_SIDE // TILE
+    colors = torch.rand(1, 3, tiles, tiles, generator=torch.Generator().manual_seed(0))
+    pixels = colors.repeat_interleave(TILE, 2).repeat_interleave(TILE, 3).movedim(1, -1)
+    latents = encode(pixels).float().cpu()
+    scale = TILE // (MOSAIC_SIDE // latents.shape[-1])
+    targets = colors.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return torch.linalg.lstsq(_with_constant(latents), targets.movedim(1, -1).reshape(-1, 3)).solution
+
+
+def latents_to_rgb(latents: Tensor, rgb_map: Tensor, finished_rows: int) -> Tensor:
+    """Colors (h, w, 3) uint8 of the first of latents (B, C, h, w); rows from `finished_rows` on are plain gray."""
+    height, width = latents.shape[-2:]
+    colors = (_with_constant(latents[:1].float().cpu()) @ rgb_map).reshape(height, width, 3).clamp(0, 1)
+    colors[finished_rows:] = BACKGROUND
+    return (colors * 255).round().to(torch.uint8)
+
+
+def _with_constant(latents: Tensor) -> Tensor:
+    flat = latents.movedim(1, -1).reshape(-1, latents.shape[1])
+    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)

@@ -1,0 +1,33 @@
+"""The nodes that ComfyUI shows: a table of contents."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .host import register_model_folder
+from .latents import NextStepEmptyLatent, NextStepVAEDecode
+from .loaders import NextStepModelLoader, NextStepVAELoader
+from .prompts import NextStepTextEncode
+from .sampler import NextStepSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    NextStepModelLoader,
+    NextStepVAELoader,
+    NextStepTextEncode,
+    NextStepEmptyLatent,
+    NextStepSampler,
+    NextStepVAEDecode,
+]
+
+
+class NextStepExtension(ComfyExtension):
+    """Hands the nodes to the host."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> NextStepExtension:
+    """Called once by the host when it loads the pack."""
+    register_model_folder()
+    return NextStepExtension()

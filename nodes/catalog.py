@@ -1,0 +1,96 @@
+"""What lies in the model folders: names for the dropdowns, and the paths behind them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..nextstep_core.config import MODEL_TYPES
+from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.loading.build import VAE_WEIGHT_NAMES
+from ..nextstep_core.loading.checkpoint import INDEX_NAME, SINGLE_NAME
+from ..nextstep_core.loading.sources import ASSETS, EMBEDDED
+from . import host
+
+EMBEDDED_LABEL = f"{EMBEDDED} (embedded)"
+NOTHING_FOUND = "no model found"
+DEPTH = 3
+VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
+
+
+def _config_folders(roots: list[Path]) -> list[tuple[Path, Path]]:
+    """(root, folder) of every folder with a config.json, a few levels down."""
+    found = []
+    for root in roots:
+        for depth in range(DEPTH + 1):
+            found += [(root, config.parent) for config in root.glob("/".join(["*"] * depth + ["config.json"]))]
+    return sorted(found)
+
+
+def _is_nextstep(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def models() -> dict[str, Path]:
+    """Checkpoints by the name that the dropdown shows: folders, and single files beside their config."""
+    found = {}
+    for root, folder in _config_folders(host.model_roots()):
+        if not _is_nextstep(folder):
+            continue
+        whole = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+        paths = [folder] if whole else sorted(folder.glob("*.safetensors")) or [folder]
+        for path in paths:
+            found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
+    if (ASSETS / EMBEDDED).is_dir():
+        found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
+    return found
+
+
+def vaes() -> dict[str, Path]:
+    """VAEs by name: folders that hold one, in the model folders, and files in the VAE folders beside their config."""
+    found = {}
+    for root, folder in _config_folders([*host.model_roots(), *host.vae_roots()]):
+        if any((folder / name).is_file() for name in VAE_WEIGHT_NAMES[:1]):
+            found.setdefault(folder.relative_to(root).as_posix() if folder != root else root.name, folder)
+        elif root in host.vae_roots():
+            files = sorted(path for path in folder.iterdir() if path.suffix in VAE_SUFFIXES)
+            found |= {path.relative_to(root).as_posix(): path for path in files}
+    if (ASSETS / EMBEDDED / "vae").is_dir():
+        found[EMBEDDED_LABEL] = ASSETS / EMBEDDED / "vae"
+    return found
+
+
+def find(name: str, among: dict[str, Path], kind: str, hint: str) -> Path:
+    """The path behind a dropdown name; NextStepError says where to put what when it is not there."""
+    if name in among:
+        return among[name]
+    folders = " or ".join(str(root) for root in host.model_roots())
+    what = f"There is no NextStep {kind}" if name == NOTHING_FOUND else f"The NextStep {kind} {name!r} is not there"
+    raise NextStepError(f"{what}. Put {hint} into {folders} and press R to refresh the node.")
+
+
+MODEL_HINT = (
+    "the folder of a checkpoint (for example stepfun-ai/NextStep-1.1 with its config.json, *.safetensors, tokenizer "
+    "files and vae folder, as published on Hugging Face)"
+)
+VAE_HINT = "the folder of a VAE (config.json and checkpoint.pt, for example stepfun-ai/NextStep-1-f8ch16-Tokenizer)"
+
+
+def find_model(name: str) -> Path:
+    """Path of the checkpoint that the dropdown calls `name`."""
+    return find(name, models(), "model", MODEL_HINT)
+
+
+def find_vae(name: str) -> Path:
+    """Path of the VAE that the dropdown calls `name`."""
+    return find(name, vaes(), "VAE", VAE_HINT)
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when the files behind a dropdown name change; reads no file."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.parent / "config.json"]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return json.dumps([str(path), stats])

@@ -1,0 +1,149 @@
+"""The one place that touches ComfyUI's internals: folders, devices, memory, progress and its VAE class."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor, nn
+
+from ..nextstep_core.config import VAEConfig
+from ..nextstep_core.loading.build import fill
+from ..nextstep_core.model.vae import channel_norm
+
+log = logging.getLogger(__name__)
+
+MODEL_FOLDER = "nextstep"
+WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
+PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
+NATIVE_SHAPE = (128, (1, 2, 4, 4), 2)  # the one width, multiplier list and depth that the host infers from keys
+
+
+def schema(**arguments: Any) -> io.Schema:
+    """An `io.Schema`, less the arguments that this version of the host does not know yet."""
+    return io.Schema(**{k: v for k, v in arguments.items() if k in io.Schema.__dataclass_fields__})
+
+
+def register_model_folder() -> None:
+    """Make `models/nextstep` (or wherever extra_model_paths.yaml points that name) known to the host."""
+    folder_paths.add_model_folder_path(MODEL_FOLDER, os.path.join(folder_paths.models_dir, MODEL_FOLDER))
+
+
+def model_roots() -> list[Path]:
+    """The folders in which NextStep checkpoints are looked for."""
+    return [Path(root) for root in folder_paths.get_folder_paths(MODEL_FOLDER)]
+
+
+def vae_roots() -> list[Path]:
+    """The folders in which VAE files are looked for."""
+    return [Path(root) for root in folder_paths.get_folder_paths("vae")]
+
+
+def check_interrupt() -> None:
+    """Raise the host's own exception when the user pressed Interrupt."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+class ProgressReporter:
+    """The bar and the live preview on the running node. Every call also stops the run on Interrupt."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def update(self, done: int, preview: Tensor | None = None, size: tuple[int, int] = (0, 0)) -> None:
+        """Show `done` items; preview (h, w, 3) uint8 is enlarged to size (width, height)."""
+        check_interrupt()
+        image = None
+        if preview is not None:
+            image = ("JPEG", Image.fromarray(preview.numpy()).resize(size, Image.Resampling.BILINEAR), None)
+        self._bar.update_absolute(done, preview=image)
+
+
+def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
+    """(storage, compute) dtypes for a model of so many parameters on the host's device; choice "auto" or a name."""
+    device = mm.get_torch_device()
+    if choice in WEIGHT_DTYPES:
+        storage = WEIGHT_DTYPES[choice]
+    else:
+        storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=PREFERRED_DTYPES)
+        if mm.is_device_cpu(device) and parameters * storage.itemsize > mm.get_free_memory(device):
+            storage = torch.bfloat16
+    compute = mm.unet_manual_cast(storage, device, supported_dtypes=PREFERRED_DTYPES)
+    return storage, compute or storage
+
+
+def operations(storage: torch.dtype, compute: torch.dtype) -> Any:
+    """The host's layer classes, which cast and stream their weights as its memory management wants."""
+    return comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
+
+
+def adopt(model: nn.Module, state: dict[str, Tensor]) -> Any:
+    """Put a meta-device module under the host's memory management and give it its weights; returns the patcher."""
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    if hasattr(mm, "archive_model_dtypes"):
+        mm.archive_model_dtypes(model)
+    size = sum(tensor.nbytes for tensor in state.values())
+    patcher = patcher_class(
+        model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
+    )
+    fill(model, state)
+    return patcher
+
+
+def bring_to_device(patcher: Any, working_memory: int) -> torch.device:
+    """Load a model's weights (in part, where memory is short), leaving so many bytes free; the device to compute on."""
+    mm.load_models_gpu([patcher], memory_required=working_memory)
+    return patcher.load_device
+
+
+def intermediate_device() -> torch.device:
+    """Where values that travel between nodes are kept."""
+    return mm.intermediate_device()
+
+
+class ChannelNorm(nn.Module):
+    """Stands in for the host VAE's regularizer: the normalized mean of the posterior instead of a sample."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, moments: Tensor) -> tuple[Tensor, None]:
+        mean = moments.chunk(2, dim=1)[0]
+        return (channel_norm(mean, self.config.psz) if self.config.encoder_norm else mean), None
+
+
+def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
+    """ComfyUI's own VAE object for a NextStep tokenizer, so that every core VAE node works on it.
+
+    The host recognizes the published shape from its keys. For any other width it is told the shape, in the form that
+    has quant convolutions; those are given identity weights.
+    """
+    stated = None
+    if (config.ch, config.ch_mult, config.num_res_blocks) != NATIVE_SHAPE:
+        z = config.z_channels
+        shape = {
+            "double_z": True, "z_channels": z, "resolution": 256, "in_channels": config.in_channels,
+            "out_ch": config.out_ch, "ch": config.ch, "ch_mult": list(config.ch_mult),
+            "num_res_blocks": config.num_res_blocks, "attn_resolutions": [], "dropout": 0.0,
+        }  # fmt: skip
+        stated = {"params": {"ddconfig": shape, "embed_dim": z}}
+        for name, channels in (("quant_conv", 2 * z), ("post_quant_conv", z)):
+            state = state | {f"{name}.weight": torch.eye(channels)[:, :, None, None], f"{name}.bias": torch.zeros(channels)}
+    vae = comfy.sd.VAE(sd=dict(state), config=stated)
+    vae.latent_channels = config.z_channels
+    vae.downscale_ratio = vae.upscale_ratio = config.downscale
+    vae.first_stage_model.regularization = ChannelNorm(config)
+    return vae

@@ -1,0 +1,96 @@
+"""Where latents begin and end: the empty canvas and the way to pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..nextstep_core.errors import NextStepError
+from . import host
+from .types import CATEGORY
+
+CHANNELS = 16
+DOWNSCALE = 8
+UNIT = 16
+
+
+def check_size(width: int, height: int) -> None:
+    """NextStepError with the nearest possible size when a side is not a multiple of 16."""
+    if width < UNIT or height < UNIT or width % UNIT or height % UNIT:
+        near = [max(UNIT, round(side / UNIT) * UNIT) for side in (width, height)]
+        raise NextStepError(
+            f"{width}x{height} is not possible: NextStep draws in squares of {UNIT} pixels. "
+            f"The nearest size is {near[0]}x{near[1]}."
+        )
+
+
+def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
+    """Pictures (B, H, W, 3) in [0, 1] of a LATENT; NextStepError when VAE and latent do not belong together."""
+    latents = samples["samples"]
+    channels = getattr(vae, "latent_channels", CHANNELS)
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise NextStepError(
+            f"This latent has the shape {tuple(latents.shape)}, but the VAE decodes {channels} channels. Connect the "
+            "vae output of Load NextStep Model, and a latent that NextStep Sampler made."
+        )
+    return vae.decode(latents)
+
+
+class NextStepEmptyLatent(io.ComfyNode):
+    """An empty canvas."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepEmptyLatent",
+            display_name="NextStep Empty Latent",
+            category=CATEGORY,
+            description="The size of the picture and how many to draw. NextStep-1 was trained at 512x512 and its ratios.",
+            search_aliases=["nextstep", "empty latent", "size"],
+            inputs=[
+                io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+                io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="Goes to NextStep Sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int = UNIT, height: int = UNIT) -> bool | str:
+        try:
+            check_size(width, height)
+        except NextStepError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        check_size(width, height)
+        shape = (batch_size, CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
+        samples = torch.zeros(shape, device=host.intermediate_device())
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": DOWNSCALE})
+
+
+class NextStepVAEDecode(io.ComfyNode):
+    """Latent to picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepVAEDecode",
+            display_name="NextStep VAE Decode",
+            category=CATEGORY,
+            description="Turns the sampler's latent into a picture. ComfyUI's own VAE Decode does the same.",
+            search_aliases=["nextstep", "vae decode"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="From NextStep Sampler."),
+                io.Vae.Input("vae", tooltip="The VAE of the checkpoint."),
+            ],
+            outputs=[io.Image.Output("image", display_name="image", tooltip="The picture.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], vae: Any) -> io.NodeOutput:
+        return io.NodeOutput(decode_latent(vae, samples))
