@@ -1,0 +1,53 @@
+"""Fixtures shared by all tests: the recorded reference tensors and a pipeline on their checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def _import_core() -> ModuleType:
+    """Import the engine by itself, without putting the repository on the path: its `nodes` folder would shadow the
+    host's module of that name."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module("nextstep_core")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+_import_core()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict:
+    return json.loads((GOLDEN / "cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    import torch
+    from nextstep_core import NextStepPipeline
+
+    torch.set_num_threads(1)  # as the recordings were made; also faster on models this small
+    return NextStepPipeline.from_pretrained(GOLDEN / "tiny-a", dtype=torch.float32)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the reference checkpoint that a test may damage."""
+    return Path(shutil.copytree(GOLDEN / "tiny-a", tmp_path / "tiny-a"))

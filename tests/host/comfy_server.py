@@ -1,0 +1,164 @@
+"""A real ComfyUI process with the pack in its custom_nodes, driven over HTTP and websocket."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STUBS = Path(__file__).resolve().parent / "stubs"
+PACK_NAME = "ComfyUI-NextStep"
+PREVIEW_EVENTS = (1, 4)
+START_SECONDS = 120
+
+
+def find_comfyui() -> Path | None:
+    """The ComfyUI to test in: COMFYUI_PATH, else the one that this pack is installed in, else ~/ComfyUI."""
+    stated = os.environ.get("COMFYUI_PATH")
+    candidates = [Path(stated)] if stated else [ROOT.parent.parent, Path.home() / "ComfyUI"]
+    return next((path for path in candidates if (path / "comfy" / "model_management.py").is_file()), None)
+
+
+def stub_path() -> list[str]:
+    """Search path of stand-ins for what the host imports and a CPU-only environment lacks."""
+    return [] if importlib.util.find_spec("torchvision") else [str(STUBS)]
+
+
+def make_base(folder: Path) -> Path:
+    """An empty ComfyUI base directory with the pack linked into it."""
+    for name in ("custom_nodes", "models/nextstep", "models/vae", "input", "output", "temp", "user"):
+        (folder / name).mkdir(parents=True)
+    (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
+    return folder
+
+
+@dataclass
+class Run:
+    """What came over the websocket while one prompt ran."""
+
+    prompt_id: str
+    events: list[tuple[str, dict]] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict]:
+        return [data for name, data in self.events if name == kind]
+
+    @property
+    def ended(self) -> str:
+        return self.events[-1][0]
+
+
+class ComfyServer:
+    """Talks to one running server."""
+
+    def __init__(self, base: Path, port: int, log: Path) -> None:
+        self.base, self.port, self.log = base, port, log
+
+    def call(self, path: str, body: dict | None = None) -> Any:
+        """GET, or POST a body; the JSON answer, also of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as refusal:
+            content = refusal.read()
+        return json.loads(content) if content else None
+
+    def queue(self, prompt: dict, client: str, workflow: dict | None = None) -> dict:
+        extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
+        return self.call("/prompt", {"prompt": prompt, "client_id": client, "extra_data": extra})
+
+    def run(self, prompt: dict, workflow: dict | None = None, interrupt_at: int | None = None) -> Run:
+        """Queue a prompt and listen until it ends; interrupt once a node's progress reaches `interrupt_at`."""
+        client = uuid.uuid4().hex
+        channel = websocket.create_connection(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", timeout=120)
+        try:
+            answer = self.queue(prompt, client, workflow)
+            assert "prompt_id" in answer, answer
+            run = Run(answer["prompt_id"])
+            self._listen(channel, run, interrupt_at)
+            return run
+        finally:
+            channel.close()
+
+    def _listen(self, channel: websocket.WebSocket, run: Run, interrupt_at: int | None) -> None:
+        ends = ("execution_success", "execution_error", "execution_interrupted")
+        while True:
+            message = channel.recv()
+            if isinstance(message, bytes):
+                if struct.unpack(">I", message[:4])[0] in PREVIEW_EVENTS:
+                    run.previews.append(message[8:])
+                continue
+            event = json.loads(message)
+            if event["data"].get("prompt_id") != run.prompt_id:
+                continue
+            run.events.append((event["type"], event["data"]))
+            if event["type"] == "progress" and interrupt_at is not None and event["data"]["value"] >= interrupt_at:
+                interrupt_at = None
+                self.call("/interrupt", {})
+            if event["type"] in ends:
+                return
+
+    def images(self, run: Run) -> list[Path]:
+        """Files that a finished run saved."""
+        deadline = time.monotonic() + 10
+        while not (history := self.call(f"/history/{run.prompt_id}")) and time.monotonic() < deadline:
+            time.sleep(0.05)  # the host announces success a moment before it writes the history
+        outputs = history[run.prompt_id]["outputs"]
+        return [self.base / "output" / i["subfolder"] / i["filename"] for o in outputs.values() for i in o["images"]]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def running_server(comfyui: Path, base: Path, *options: str) -> Iterator[ComfyServer]:
+    """Start the ComfyUI at `comfyui` on `base` and stop it at the end."""
+    port, log = _free_port(), base / "server.log"
+    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
+        "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
+    ]  # fmt: skip
+    # One thread: the models here are tiny, and threads that wait for each other on a busy machine cost minutes.
+    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=comfyui, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    server = ComfyServer(base, port, log)
+    try:
+        _wait_until_ready(server, process)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait_until_ready(server: ComfyServer, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            server.call("/system_stats")
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"ComfyUI did not start:\n{server.log.read_text()[-4000:]}")

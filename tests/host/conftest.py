@@ -1,0 +1,44 @@
+"""The host under test, or one visible line that says how to get these tests to run."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from comfy_server import ComfyServer, find_comfyui, make_base, running_server  # noqa: E402
+
+GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
+MODEL = "tiny-a"
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    found = find_comfyui()
+    if found is None:
+        pytest.skip("no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI")
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A running ComfyUI with the pack and a small random checkpoint of the real layout."""
+    base = make_base(tmp_path_factory.mktemp("comfy"))
+    shutil.copytree(GOLDEN / MODEL, base / "models" / "nextstep" / MODEL)
+    with running_server(comfyui, base) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def host_name(request: pytest.FixtureRequest) -> None:
+    """Every host test needs a host, also those that only look at its answers."""
+    request.getfixturevalue("comfyui")
+
+
+def pytest_report_header() -> str:
+    return f"ComfyUI under test: {find_comfyui() or 'none found (set COMFYUI_PATH)'}"

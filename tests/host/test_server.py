@@ -1,0 +1,122 @@
+"""The text-to-image workflow in a real ComfyUI, over its HTTP and websocket API."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+from comfy_server import ComfyServer
+from PIL import Image
+from workflows import TEXT_TO_IMAGE, read_workflow, to_prompt
+
+SMALL = {"model_name": "tiny-a", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
+LONG = {**SMALL, "width": 512, "height": 512, "steps": 20}
+
+
+@pytest.fixture(scope="module")
+def workflow() -> dict:
+    return read_workflow(TEXT_TO_IMAGE)
+
+
+@pytest.fixture(scope="module")
+def object_info(server: ComfyServer) -> dict:
+    return server.call("/object_info")
+
+
+def node_of(prompt: dict, class_type: str) -> str:
+    return next(key for key, node in prompt.items() if node["class_type"] == class_type)
+
+
+def test_workflow_runs_and_saves_the_engines_picture(server, workflow, object_info, pipeline) -> None:
+    prompt = to_prompt(workflow, object_info, **SMALL)
+    run = server.run(prompt, workflow)
+    assert run.ended == "execution_success", run.events[-1]
+    (path,) = server.images(run)
+    picture = Image.open(path)
+    assert picture.size == (96, 64)
+    assert json.loads(picture.text["workflow"]) == workflow
+    assert json.loads(picture.text["prompt"])[node_of(prompt, "NextStepSampler")]["inputs"]["seed"] == 7
+
+    positive, negative = (n["inputs"]["prompt"] for n in prompt.values() if n["class_type"] == "NextStepTextEncode")
+    ours = pipeline.generate(positive, negative_prompt=negative, width=96, height=64, steps=4, cfg=3.0, seed=7, shift=1.0)
+    expected = (ours.images[0].numpy() * 255).clip(0, 255)
+    assert np.abs(np.asarray(picture, dtype=np.float32) - expected).max() <= 2  # the host truncates to 8 bits
+
+    sampler = node_of(prompt, "NextStepSampler")
+    values = [event["value"] for event in run.of("progress") if event["node"] == sampler]
+    assert values == list(range(1, 25)), "one progress event per token"
+
+
+def test_a_new_seed_keeps_the_model_and_changes_the_picture(server, workflow, object_info) -> None:
+    pictures = []
+    for seed in (100, 101):
+        prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": seed})
+        run = server.run(prompt)
+        pictures.append(np.asarray(Image.open(server.images(run)[0]), dtype=np.float32))
+    cached = run.of("execution_cached")[0]["nodes"]
+    assert node_of(prompt, "NextStepModelLoader") in cached
+    assert server.log.read_text().count("NextStep model tiny-a:") == 1
+    assert np.abs(pictures[0] - pictures[1]).mean() > 5
+
+
+def test_preview_shows_finished_rows_in_the_pictures_size(server, workflow, object_info) -> None:
+    widgets = {**LONG, "width": 256, "height": 384, "seed": 5}
+    run = server.run(to_prompt(workflow, object_info, **widgets))
+    assert run.ended == "execution_success"
+    assert len(run.previews) > 1
+    first, last = (np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (run.previews[0], run.previews[-1]))
+    assert first.shape == (384, 256, 3)
+    assert np.abs(first[-32:] - 127.5).max() < 8, "rows that are not drawn yet are gray"
+    assert np.abs(last - first).mean() > np.abs(last[:8] - first[:8]).mean(), "later previews show more rows"
+
+
+def test_interrupt_stops_at_once_and_the_next_run_is_healthy(server, workflow, object_info) -> None:
+    run = server.run(to_prompt(workflow, object_info, **{**LONG, "seed": 6}), interrupt_at=20)
+    assert run.ended == "execution_interrupted"
+    assert run.of("progress")[-1]["value"] < 200, "stopped long before the last of 1024 tokens"
+    again = server.run(to_prompt(workflow, object_info, **{**SMALL, "seed": 8}))
+    assert again.ended == "execution_success"
+    assert server.images(again)[0].is_file()
+
+
+def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -> None:
+    prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": 9})
+    ours = np.asarray(Image.open(server.images(server.run(prompt))[0]))
+    prompt[node_of(prompt, "NextStepVAEDecode")]["class_type"] = "VAEDecode"
+    core = np.asarray(Image.open(server.images(server.run(prompt))[0]))
+    assert np.array_equal(ours, core)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "sentence"),
+    [
+        ({"width": 72}, "The nearest size is 64x64."),
+        ({"cfg": 0.5}, "cfg is 0.5; use 1.0 to turn this guidance off"),
+        ({"steps": 0}, "steps is 0"),
+        ({"model_name": "gone"}, "The NextStep model 'gone' is not there. Put the folder of a checkpoint"),
+    ],
+)
+def test_bad_widgets_are_refused_before_anything_runs(server, workflow, object_info, widgets, sentence) -> None:
+    answer = server.queue(to_prompt(workflow, object_info, **{**SMALL, **widgets}), "tests")
+    texts = [error["details"] for node in answer["node_errors"].values() for error in node["errors"]]
+    assert any(sentence in text for text in texts), answer
+
+
+def test_a_foreign_latent_is_one_sentence_and_the_queue_lives_on(server, workflow, object_info) -> None:
+    prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": 10})
+    prompt[node_of(prompt, "NextStepEmptyLatent")]["class_type"] = "EmptyLatentImage"
+    failed = server.run(prompt)
+    assert failed.ended == "execution_error"
+    assert "Use NextStep Empty Latent." in failed.events[-1][1]["exception_message"]
+    assert server.run(to_prompt(workflow, object_info, **SMALL)).ended == "execution_success"
+
+
+def test_a_prompt_beyond_the_context_is_one_sentence(server, workflow, object_info) -> None:
+    prompt = to_prompt(workflow, object_info, **SMALL)
+    node = next(n for n in prompt.values() if n["class_type"] == "NextStepTextEncode")
+    node["inputs"]["prompt"] = "word " * 6000
+    failed = server.run(prompt)
+    assert failed.ended == "execution_error"
+    assert "this model can hold 4096. Shorten the prompt." in failed.events[-1][1]["exception_message"]
