@@ -20,6 +20,7 @@ def _import_core() -> ModuleType:
     host's module of that name."""
     sys.path.insert(0, str(ROOT))
     try:
+        importlib.import_module("scripts")  # the training recipe's renderer is what the evaluator reads against
         return importlib.import_module("nextstep_core")
     finally:
         sys.path.remove(str(ROOT))

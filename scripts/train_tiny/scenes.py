@@ -208,10 +208,8 @@ def place_pair(
         places = (near, across), (far, across)
     else:
         places = (across, near), (across, far)
-    objects = tuple(
-        SceneObject(shape, color, "small", *place) for (color, shape), place in zip((first, second), places, strict=True)
-    )
-    return Scene(background, objects)
+    things = zip((first, second), places, strict=True)
+    return Scene(background, tuple(SceneObject(shape, color, "small", *place) for (color, shape), place in things))
 
 
 def sample_pair(rng: random.Random, held_out: bool = False) -> Scene:

@@ -1,0 +1,1 @@
+"""Programs around the pack: demo, evaluation and the training of the shipped checkpoint."""
