@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from comfy_graph import ComfyGraph, make_graph_host  # noqa: E402
 from comfy_server import ComfyServer, find_comfyui, make_base, running_server  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
@@ -42,3 +43,12 @@ def host_name(request: pytest.FixtureRequest) -> None:
 
 def pytest_report_header() -> str:
     return f"ComfyUI under test: {find_comfyui() or 'none found (set COMFYUI_PATH)'}"
+
+
+@pytest.fixture(scope="session")
+def graph(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ComfyGraph:
+    """A ComfyUI inside this process, with the same small checkpoint."""
+    folder = tmp_path_factory.mktemp("graph")
+    host = make_graph_host(comfyui, folder)
+    shutil.copytree(GOLDEN / MODEL, folder / "models" / "nextstep" / MODEL)
+    return host
