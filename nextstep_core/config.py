@@ -115,15 +115,27 @@ class NextStepConfig:
         if values.get("o_attention_bias") is None:
             values["o_attention_bias"] = values["attention_bias"]
         values.setdefault("mlp_bias", False)
-        _require(values, tuple(f.name for f in fields(cls) if "None" not in str(f.type) and f.default is not False), source)
+        _require(
+            values, tuple(f.name for f in fields(cls) if "None" not in str(f.type) and f.default is not False), source
+        )
         _check_types(cls, values, source)
         config = cls(**values)
         config._check_consistency(source)
         return config
 
     def _check_consistency(self, source: str) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                     "vocab_size", "latent_patch_size", "latent_channels", "fm_head_dim", "fm_head_layers"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "latent_patch_size",
+            "latent_channels",
+            "fm_head_dim",
+            "fm_head_layers",
+        ):
             if getattr(self, name) < 1:
                 raise NextStepError(f"{source}: `{name}` is {getattr(self, name)}, expected at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -132,7 +132,13 @@ class NextStepPipeline:
             raise NextStepError("Nothing to draw: give at least one prompt and at least one image per prompt.")
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
-            cfg=cfg, cfg_img=cfg_img, cfg_schedule=cfg_schedule, steps=steps, shift=shift, sampler=sampler, use_norm=use_norm
+            cfg=cfg,
+            cfg_img=cfg_img,
+            cfg_schedule=cfg_schedule,
+            steps=steps,
+            shift=shift,
+            sampler=sampler,
+            use_norm=use_norm,
         )
         grid = self.engine.grid(height, width)
         job = self.engine.prepare(

@@ -51,8 +51,8 @@ class Caption:
         slots = self.text.count(IMAGE_SLOT)
         if slots != len(self.images):
             raise NextStepError(
-                f"The prompt has {slots} {IMAGE_SLOT} slot(s) for {len(self.images)} input image(s). Write {IMAGE_SLOT} "
-                f"once for each image, where it belongs in the text. The prompt was: {self.text!r}"
+                f"The prompt has {slots} {IMAGE_SLOT} slot(s) for {len(self.images)} input image(s). Write "
+                f"{IMAGE_SLOT} once for each image, where it belongs in the text. The prompt was: {self.text!r}"
             )
 
 

@@ -85,5 +85,7 @@ def recommended_settings(folder: Path, config: NextStepConfig, name: str, editin
         value, default = values[field.name], getattr(published, field.name)
         fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
         if value is not None and not fits:
-            raise NextStepError(f"{path}: `{FILE_KEYS.get(field.name, field.name)}` is {value!r}, which is of a wrong type.")
+            raise NextStepError(
+                f"{path}: `{FILE_KEYS.get(field.name, field.name)}` is {value!r}, which is of a wrong type."
+            )
     return published.override(**values)

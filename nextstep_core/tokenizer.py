@@ -60,8 +60,8 @@ class NextStepTokenizer:
         for token_id, text in zip(ids, texts):
             if token_id is None or not text or self.encode(text, special=False) != [token_id]:
                 raise NextStepError(
-                    f"{path} does not know the special token {text or token_id!r} as the id {token_id} that config.json "
-                    "states: tokenizer and config belong to different checkpoints."
+                    f"{path} does not know the special token {text or token_id!r} as the id {token_id} of config.json: "
+                    "the two belong to different checkpoints."
                 )
 
     def encode(self, text: str, special: bool = True) -> list[int]:

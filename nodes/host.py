@@ -141,7 +141,10 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
         }  # fmt: skip
         stated = {"params": {"ddconfig": shape, "embed_dim": z}}
         for name, channels in (("quant_conv", 2 * z), ("post_quant_conv", z)):
-            state = state | {f"{name}.weight": torch.eye(channels)[:, :, None, None], f"{name}.bias": torch.zeros(channels)}
+            state = state | {
+                f"{name}.weight": torch.eye(channels)[:, :, None, None],
+                f"{name}.bias": torch.zeros(channels),
+            }
     vae = comfy.sd.VAE(sd=dict(state), config=stated)
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale

@@ -47,12 +47,14 @@ class NextStepEmptyLatent(io.ComfyNode):
             node_id="NextStepEmptyLatent",
             display_name="NextStep Empty Latent",
             category=CATEGORY,
-            description="The size of the picture and how many to draw. NextStep-1 was trained at 512x512 and its ratios.",
+            description="Size of the picture and how many to draw. NextStep-1 was trained at 512x512 and its ratios.",
             search_aliases=["nextstep", "empty latent", "size"],
             inputs=[
                 io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
                 io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."
+                ),
             ],
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="Goes to NextStep Sampler.")],
         )

@@ -89,7 +89,9 @@ class NextStepModelLoader(io.ComfyNode):
             ],
             outputs=[
                 ModelSocket.Output("model", display_name="model", tooltip="The model with its tokenizer."),
-                io.Vae.Output("vae", display_name="vae", tooltip="The checkpoint's own VAE; core VAE nodes take it too."),
+                io.Vae.Output(
+                    "vae", display_name="vae", tooltip="The checkpoint's own VAE; core VAE nodes take it too."
+                ),
             ],
         )
 

@@ -41,7 +41,7 @@ class NextStepTextEncode(io.ComfyNode):
                     "positive_suffix",
                     default="",
                     optional=True,
-                    tooltip="Added after the prompt with a space, for example: masterpiece, film grained, best quality.",
+                    tooltip="Added after the prompt with a space, such as: masterpiece, film grained, best quality.",
                 ),
             ],
             outputs=[PromptSocket.Output("encoded", display_name="prompt", tooltip="Goes to positive or negative.")],

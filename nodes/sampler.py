@@ -27,7 +27,14 @@ PREVIEW_SECONDS = 0.2
 
 
 def settings_for(
-    model: HostModel, editing: bool, cfg: float, cfg_schedule: str, steps: int, shift: float, sampler: str, use_norm: str
+    model: HostModel,
+    editing: bool,
+    cfg: float,
+    cfg_schedule: str,
+    steps: int,
+    shift: float,
+    sampler: str,
+    use_norm: str,
 ) -> GenerationSettings:
     """The node's widgets over the checkpoint's recommendation; "auto" leaves it."""
     return model.engine.recommended(editing).override(
@@ -99,7 +106,8 @@ class Preview:
         unit = self.model.engine.pixels_per_token
         size = (columns * unit, rows * unit)
         now = time.monotonic()
-        due = finished > self.shown_rows and now - self.shown_at >= PREVIEW_SECONDS
+        last = progress.done == progress.total
+        due = finished > self.shown_rows and (last or now - self.shown_at >= PREVIEW_SECONDS)
         if self.model.rgb_map is None or not due:
             return None, size
         self.shown_at, self.shown_rows = now, finished
@@ -121,10 +129,12 @@ class NextStepSampler(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 PromptSocket.Input("positive", tooltip="What to draw, from NextStep Encode Prompt."),
-                PromptSocket.Input(
-                    "negative", optional=True, tooltip="What to stay away from; works with cfg above 1. May be left open."
-                ),
                 io.Latent.Input("latent", tooltip="Size and batch, from NextStep Empty Latent."),
+                PromptSocket.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to stay away from; works with cfg above 1. May be left open.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -155,7 +165,7 @@ class NextStepSampler(io.ComfyNode):
                     "cfg_schedule",
                     options=list(SCHEDULES),
                     default="constant",
-                    tooltip="Guidance over the picture, from its top to its bottom: the same everywhere, falling to 1 "
+                    tooltip="Guidance from the top of the picture to its bottom: the same everywhere, falling to 1 "
                     "(linear), or rising from half (linear-rise).",
                 ),
                 io.Float.Input(
@@ -165,7 +175,7 @@ class NextStepSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0, and 3.2 for "
+                    tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for "
                     "editing.",
                 ),
                 io.Combo.Input(
@@ -178,7 +188,7 @@ class NextStepSampler(io.ComfyNode):
                     "use_norm",
                     options=list(USE_NORM),
                     default=AUTO,
-                    tooltip="Normalize every token after drawing it. auto takes what the checkpoint was published with.",
+                    tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
@@ -190,7 +200,11 @@ class NextStepSampler(io.ComfyNode):
     ) -> bool | str:
         try:
             GenerationSettings().override(
-                steps=steps, cfg=cfg, shift=shift, cfg_schedule=cfg_schedule, sampler=None if sampler == AUTO else sampler
+                steps=steps,
+                cfg=cfg,
+                shift=shift,
+                cfg_schedule=cfg_schedule,
+                sampler=None if sampler == AUTO else sampler,
             )
         except NextStepError as error:
             return str(error)

@@ -42,6 +42,7 @@ def cases() -> dict:
 @pytest.fixture(scope="session")
 def pipeline():
     import torch
+
     from nextstep_core import NextStepPipeline
 
     torch.set_num_threads(1)  # as the recordings were made; also faster on models this small

@@ -43,7 +43,15 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise NextStepError(f"{path} is missing. Download the checkpoint again; finished files are kept.") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as e:
         if isinstance(e, NextStepError):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__

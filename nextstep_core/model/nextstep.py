@@ -36,7 +36,12 @@ class NextStepModel(Transformer):
         self.image_in_projector = operations.Linear(config.token_dim, config.hidden_size, **kwargs)
         self.image_out_projector = operations.Linear(config.hidden_size, config.hidden_size, **kwargs)
         head = FlowHead(
-            config.token_dim, config.hidden_size, config.fm_head_dim, config.fm_head_layers, operations=operations, **kwargs
+            config.token_dim,
+            config.hidden_size,
+            config.fm_head_dim,
+            config.fm_head_layers,
+            operations=operations,
+            **kwargs,
         )
         self.image_head = nn.ModuleDict({"net": head})
         if config.use_gen_pos_embed:

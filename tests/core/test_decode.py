@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nextstep_core import NextStepError
 from nextstep_core.decode import prefill
 from nextstep_core.model.flow_head import FlowHead
@@ -32,8 +33,7 @@ def test_cached_steps_equal_one_uncached_forward(pipeline) -> None:
     conditions = []
     hook = engine.model.image_out_projector.register_forward_hook(lambda _m, args, _o: conditions.append(args[0]))
     try:
-        for progress in engine.decode(job, torch.device("cpu"), torch.float32):
-            pass
+        *_, progress = engine.decode(job, torch.device("cpu"), torch.float32)
     finally:
         hook.remove()
     assert len(conditions) == progress.total == 12
@@ -103,7 +103,7 @@ def test_any_rectangle(pipeline, size: tuple[int, int]) -> None:
     assert out.images.shape == (1, height, width, 3)
     assert out.latents.shape == (1, 16, height // 8, width // 8)
     assert out.tokens.shape == (1, height * width // 256, 64)
-    assert 0 <= out.images.min() and out.images.max() <= 1
+    assert out.images.min() >= 0 and out.images.max() <= 1
 
 
 def test_unpatchify_puts_each_token_on_its_square() -> None:
@@ -183,7 +183,9 @@ def test_a_prompt_beyond_the_context_is_one_sentence(pipeline) -> None:
         pipeline.generate("word " * 5000, **FAST)
 
 
-@pytest.mark.parametrize("options", [{"cfg": 1.0, "cfg_img": 2.0}, {"cfg": 3.0, "cfg_img": 1.0}, {"cfg": 1.0, "cfg_img": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"cfg": 1.0, "cfg_img": 2.0}, {"cfg": 3.0, "cfg_img": 1.0}, {"cfg": 1.0, "cfg_img": 1.0}]
+)
 def test_every_mix_of_guidance_edits(pipeline, options: dict) -> None:
     """The reference crashes on some of these."""
     image = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))

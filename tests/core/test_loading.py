@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.config import NextStepConfig
 from nextstep_core.model.positions import grid_codes
-from safetensors.torch import load_file, save_file
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -107,7 +108,10 @@ DAMAGES = {
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), [INDEX, "model.safetensors", "weights are missing"]),
     "another kind of model": (lambda f: edit_json(f / "config.json", model_type="llama"), ["config.json", "'llama'"]),
-    "missing key": (lambda f: edit_json(f / "config.json", fm_head_layers="<remove>"), ["config.json", "`fm_head_layers`"]),
+    "missing key": (
+        lambda f: edit_json(f / "config.json", fm_head_layers="<remove>"),
+        ["config.json", "`fm_head_layers`"],
+    ),
     "key of a wrong type": (lambda f: edit_json(f / "config.json", boi="603"), ["config.json", "`boi`", "'603'"]),
     "contradictory keys": (lambda f: edit_json(f / "config.json", num_key_value_heads=4), ["(6)", "(4)"]),
     "unknown rope scaling": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "yarn"}), ["`rope_scaling`"]),
@@ -119,7 +123,10 @@ DAMAGES = {
         lambda f: torch.save({"encoder": Path("x")}, f / "vae" / "checkpoint.pt"),
         ["checkpoint.pt", "damaged or incomplete"],
     ),
-    "VAE of other channels": (lambda f: edit_json(f / "vae" / "config.json", z_channels=4), ["wrong shape", "checkpoint.pt"]),
+    "VAE of other channels": (
+        lambda f: edit_json(f / "vae" / "config.json", z_channels=4),
+        ["wrong shape", "checkpoint.pt"],
+    ),
     "no VAE": (lambda f: (f / "vae").rename(f / "elsewhere"), ["holds no VAE"]),
     "VAE outside the folder": (lambda f: edit_json(f / "config.json", vae_name_or_path="../../"), ["holds no VAE"]),
 }
@@ -192,7 +199,9 @@ def test_peak_memory_stays_below_model_plus_one_shard(checkpoint: Path, tmp_path
     edit_json(checkpoint / "config.json", **sizes, intermediate_size=8192, num_hidden_layers=8)
     shard_bytes, model_bytes = make_wide(checkpoint)
     root = Path(__file__).resolve().parent.parent.parent
-    out = subprocess.run([sys.executable, "-c", PEAK, str(root), str(checkpoint)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(root), str(checkpoint)], capture_output=True, text=True, check=True
+    )
     assert model_bytes / 2 < int(out.stdout) < model_bytes + shard_bytes
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from nextstep_core.model.nextstep import unpatchify
 from nextstep_core.model.positions import rotary_table
 from nextstep_core.model.transformer import attention_mask
@@ -14,8 +17,6 @@ from nextstep_core.prompt import Caption
 from nextstep_core.sampling.guidance import guide
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.solvers import ETA, SAMPLERS
-from PIL import Image
-from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 RECORDS = json.loads((GOLDEN / "cases.json").read_text())

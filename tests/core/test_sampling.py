@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from nextstep_core.sampling.guidance import SCHEDULES, guide
 from nextstep_core.sampling.solvers import ETA, SAMPLERS, normalize_token, shift_times, unit_grid
 

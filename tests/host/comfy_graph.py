@@ -37,8 +37,9 @@ class ComfyGraph:
         args.cpu, args.base_directory = True, str(base)
         import execution
         import folder_paths
-        import nodes
         import torch
+
+        import nodes
 
         torch.set_num_threads(1)  # quickest for models this small
 

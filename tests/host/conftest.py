@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from comfy_graph import ComfyGraph, make_graph_host  # noqa: E402
-from comfy_server import ComfyServer, find_comfyui, make_base, running_server  # noqa: E402
+from comfy_graph import ComfyGraph, make_graph_host
+from comfy_server import ComfyServer, find_comfyui, make_base, running_server
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 MODEL = "tiny-a"

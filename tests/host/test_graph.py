@@ -155,7 +155,8 @@ def test_every_storage_type_draws_nearly_the_same(graph: ComfyGraph, model, dtyp
     latent, settings = {"samples": torch.zeros(1, 16, 2, 2)}, model.engine.recommended().override(steps=4, cfg=2.0)
     with torch.inference_mode():
         a, b = (
-            sampler.sample(m, prompts.encode_prompt(m, PROMPT), None, latent, 3, settings)["samples"] for m in (model, other)
+            sampler.sample(m, prompts.encode_prompt(m, PROMPT), None, latent, 3, settings)["samples"]
+            for m in (model, other)
         )
     assert (a - b).abs().mean() < 0.1, "one token: rounding has no chain to grow along"
 

@@ -40,7 +40,9 @@ def test_workflow_runs_and_saves_the_engines_picture(server, workflow, object_in
     assert json.loads(picture.text["prompt"])[node_of(prompt, "NextStepSampler")]["inputs"]["seed"] == 7
 
     positive, negative = (n["inputs"]["prompt"] for n in prompt.values() if n["class_type"] == "NextStepTextEncode")
-    ours = pipeline.generate(positive, negative_prompt=negative, width=96, height=64, steps=4, cfg=3.0, seed=7, shift=1.0)
+    ours = pipeline.generate(
+        positive, negative_prompt=negative, width=96, height=64, steps=4, cfg=3.0, seed=7, shift=1.0
+    )
     expected = (ours.images[0].numpy() * 255).clip(0, 255)
     assert np.abs(np.asarray(picture, dtype=np.float32) - expected).max() <= 2  # the host truncates to 8 bits
 
@@ -66,7 +68,9 @@ def test_preview_shows_finished_rows_in_the_pictures_size(server, workflow, obje
     run = server.run(to_prompt(workflow, object_info, **widgets))
     assert run.ended == "execution_success"
     assert len(run.previews) > 1
-    first, last = (np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (run.previews[0], run.previews[-1]))
+    first, last = (
+        np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (run.previews[0], run.previews[-1])
+    )
     assert first.shape == (384, 256, 3)
     assert np.abs(first[-32:] - 127.5).max() < 8, "rows that are not drawn yet are gray"
     assert np.abs(last - first).mean() > np.abs(last[:8] - first[:8]).mean(), "later previews show more rows"

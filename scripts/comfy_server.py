@@ -1,4 +1,4 @@
-"""A real ComfyUI process with the pack in its custom_nodes, driven over HTTP and websocket."""
+"""A real ComfyUI process with the pack in its custom_nodes, driven over HTTP and websocket (tests and demo)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from typing import Any
 
 import websocket
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-STUBS = Path(__file__).resolve().parent / "stubs"
+ROOT = Path(__file__).resolve().parent.parent
+STUBS = ROOT / "scripts" / "host_stubs"
 PACK_NAME = "ComfyUI-NextStep"
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None  # asked before any stand-in is on the path
 PREVIEW_EVENTS = (1, 4)
 START_SECONDS = 120
 
@@ -37,7 +38,7 @@ def find_comfyui() -> Path | None:
 
 def stub_path() -> list[str]:
     """Search path of stand-ins for what the host imports and a CPU-only environment lacks."""
-    return [] if importlib.util.find_spec("torchvision") else [str(STUBS)]
+    return [] if HAS_TORCHVISION else [str(STUBS)]
 
 
 def make_base(folder: Path) -> Path:
