@@ -1,7 +1,7 @@
 """Measure what a tiny checkpoint draws: accuracy on held-out prompts, read from the pixels.
 
-    python scripts/eval_tiny.py                     # the shipped checkpoint at its recommended settings, beside cfg 1
-    python scripts/eval_tiny.py --count 40 --sheet sheet.png
+python scripts/eval_tiny.py                     # the shipped checkpoint at its recommended settings, beside cfg 1
+python scripts/eval_tiny.py --count 40 --sheet sheet.png
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextstep_core.config import NextStepConfig
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
@@ -28,6 +29,7 @@ from scripts.eval_tiny import measure_edits, measure_singles
 from .data import Batch, Examples, LatentPool
 from .export import export_checkpoint, model_config
 from .optim import Average, Optimizers, learning_rate_factor
+from .parallel import Team, run_team
 from .progress import Progress, load_if_there, pick_device, save_atomically
 from .tokenizer import build_tokenizer
 from .vae_training import CONFIG as VAE_CONFIG
@@ -101,7 +103,8 @@ def loss_of(trainee: nn.Module, batch: Batch, config: NextStepConfig) -> Tensor:
     total = batch.ids.shape[1] + fed.shape[1]
     valid = F.pad(batch.valid, (0, fed.shape[1]), value=True)
     rotary = rotary_table(config, total, device, torch.float32)
-    with torch.autocast(device.type, torch.bfloat16):
+    # rows are far too short for the fused attention kernels, whose backward pass would take a sixth of the time
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         return trainee(batch, rotary, attention_mask(valid, 0, total), fed, times, noise)
 
 
@@ -138,7 +141,7 @@ def running_accuracy(folder: Path, seed: int) -> str:
     return f"held-out {singles}; edits {edits}"
 
 
-def train(args: argparse.Namespace) -> None:
+def train(team: Team, args: argparse.Namespace) -> None:
     """Run or resume; the averaged weights are exported to folder/checkpoint again and again."""
     device, folder = pick_device(), args.folder
     torch.manual_seed(args.seed)
@@ -159,25 +162,31 @@ def train(args: argparse.Namespace) -> None:
     progress = Progress(step, every=100, minutes=args.minutes, seconds=seconds)
     saved = evaluated = time.monotonic()
 
-    while progress.done < 1:
+    done = progress.done
+    while done < 1:
         # every step draws from its own seed, so a resumed run continues the same stream
         rng = random.Random(f"{args.seed} model {progress.step}")
-        torch.manual_seed(rng.getrandbits(40))
-        weights = FIRST_WEIGHTS if progress.done < FIRST_SHARE else LATER_WEIGHTS
+        weights = FIRST_WEIGHTS if done < FIRST_SHARE else LATER_WEIGHTS
         task = rng.choices(list(weights), list(weights.values()))[0]
-        loss = loss_of(trainee, examples.batch(rng, task, BATCH[task]).to(device), config)
+        rng.seed(f"{args.seed} model {progress.step} worker {team.rank}")
+        torch.manual_seed(rng.getrandbits(40))
+        loss = loss_of(trainee, examples.batch(rng, task, BATCH[task] // team.size).to(device), config)
         loss.backward()
+        done = team.average(trainee.parameters(), progress.done)  # all workers must agree on the clock
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizers.step(learning_rate_factor(progress.step, progress.done, warmup=200))
+        optimizers.step(learning_rate_factor(progress.step, done, warmup=200))
         average.update(trainee, progress.step)
+        if not team.leads:
+            progress.step += 1
+            continue
         progress.update(loss.item())
-        last, now = progress.done >= 1, time.monotonic()
-        if last or now - saved > SAVE_SECONDS:
+        now = time.monotonic()
+        if done >= 1 or now - saved > SAVE_SECONDS:
             states = {"trainee": trainee.state_dict(), "optimizers": optimizers.state_dict()}
             clock = {"step": progress.step, "seconds": progress.seconds}
             save_atomically({**states, **clock, "average": average.values}, state_path)
             saved = now
-        if last or now - evaluated > 60 * args.evaluate_minutes:
+        if done >= 1 or now - evaluated > 60 * args.evaluate_minutes:
             average.copy_to(shown)
             export_checkpoint(folder / "checkpoint", checkpoint_tensors(shown), newest_vae(folder), tokenizer)
             progress.say(running_accuracy(folder / "checkpoint", seed=progress.step))
@@ -193,11 +202,11 @@ def main() -> None:
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--evaluate-minutes", type=float, default=5.0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU, one for each core")
+    parser.add_argument("--port", type=int, default=29511, help="where the workers meet on this machine")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    train(args)
+    latent_pool(args.folder, newest_vae(args.folder), pick_device())  # once, before the workers share it
+    run_team(args.workers, args.port, train, args)
 
 
 if __name__ == "__main__":
