@@ -54,8 +54,12 @@ class Score:
         self.count += 1
         self.right.update({name: int(verdict) for name, verdict in verdicts.items()})
 
+    def share(self, name: str) -> float:
+        """How often this was right, 0..1."""
+        return self.right[name] / self.count
+
     def __str__(self) -> str:
-        return " ".join(f"{name} {100 * hits / self.count:.1f}%" for name, hits in self.right.items())
+        return " ".join(f"{name} {self.share(name):.1%}" for name in self.right)
 
 
 def batches(items: Sequence, size: int) -> Iterator[Sequence]:

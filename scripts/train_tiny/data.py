@@ -150,12 +150,10 @@ class Examples:
 
     def _drawing(self, rng: random.Random, scene: Scene) -> Example:
         text = caption(scene, name_size=len(scene.objects) == 1 and rng.random() < 0.5)
-        if rng.random() < 0.5:
-            text = text.replace("an orange", "a orange")  # people write it both ways
         return Example(self._kept(rng, text), None, scene)
 
     def _kept(self, rng: random.Random, text: str) -> str:
-        return "" if rng.random() < self.drop else text
+        return "" if rng.random() < self.drop else as_people_write(rng, text)
 
     def _collate(self, examples: list[Example]) -> Batch:
         rows = [self.encode(prompt_text(example)) for example in examples]
@@ -165,6 +163,15 @@ class Examples:
         sources = [example.source for example in examples]
         source = self.pool.look_up(sources) if sources[0] is not None else None
         return Batch(ids, valid, source, self.pool.look_up(example.target for example in examples))
+
+
+def as_people_write(rng: random.Random, text: str) -> str:
+    """The exact sentence, or sometimes with another article, a capital or a full stop."""
+    if rng.random() < 0.3:
+        text = text.replace("an orange", "a orange")
+    if rng.random() < 0.15:
+        text = text[0].upper() + text[1:]
+    return text + "." if rng.random() < 0.15 else text
 
 
 def prompt_text(example: Example) -> str:

@@ -24,13 +24,14 @@ from nextstep_core.model.positions import rotary_table
 from nextstep_core.model.transformer import attention_mask
 from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.pipeline import NextStepPipeline
-from scripts.eval_tiny import measure_edits, measure_singles
+from scripts.eval_tiny import measure_edits, measure_pairs, measure_singles
 
 from .data import Batch, Examples, LatentPool
 from .export import export_checkpoint, model_config
 from .optim import Average, Optimizers, learning_rate_factor
 from .parallel import Team, run_team
 from .progress import Progress, load_if_there, pick_device, save_atomically
+from .scenes import CANVASES
 from .tokenizer import build_tokenizer
 from .vae_training import CONFIG as VAE_CONFIG
 
@@ -138,7 +139,11 @@ def running_accuracy(folder: Path, seed: int) -> str:
     pipeline = NextStepPipeline.from_pretrained(folder, device=pick_device(), dtype=torch.float32)
     singles = measure_singles(pipeline, count=40, seed=seed)
     edits = measure_edits(pipeline, count=16, seed=seed)
-    return f"held-out {singles}; edits {edits}"
+    wide = measure_singles(pipeline, count=10, seed=seed, canvas=CANVASES[1 + seed % 4])
+    pairs = measure_pairs(pipeline, count=20, seed=seed)
+    others = {"edits": edits, "wide": wide, "pairs": pairs}
+    rest = ", ".join(f"{name} {score.share('all'):.0%}" for name, score in others.items())
+    return f"held-out {singles}; {rest}"
 
 
 def train(team: Team, args: argparse.Namespace) -> None:
@@ -201,7 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
-    parser.add_argument("--evaluate-minutes", type=float, default=5.0)
+    parser.add_argument("--evaluate-minutes", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU, one for each core")
     parser.add_argument("--port", type=int, default=29511, help="where the workers meet on this machine")
     args = parser.parse_args()
