@@ -1,0 +1,63 @@
+"""The engine works alone: no host, no downloads, nothing heavy until it is used."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CORE = sorted((ROOT / "nextstep_core").rglob("*.py"))
+HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
+DECLARED = {"torch", "transformers", "safetensors", "huggingface_hub", "PIL", "numpy", "einops"}
+
+
+def imported(path: Path) -> list[tuple[str, bool]]:
+    """(top-level module, whether it is imported at module level) of every absolute import."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        found += [(name.split(".")[0], node in tree.body) for name in names]
+    return found
+
+
+def test_the_engine_imports_only_what_is_declared() -> None:
+    for path in CORE:
+        outside = {name for name, _ in imported(path)} - set(sys.stdlib_module_names) - DECLARED
+        assert not outside, f"{path.name} imports {outside}"
+        assert not {name for name, _ in imported(path)} & HOST_MODULES
+
+
+@pytest.mark.parametrize("heavy", ["transformers", "huggingface_hub"])
+def test_heavy_libraries_are_imported_where_they_are_used(heavy: str) -> None:
+    assert all((heavy, True) not in imported(path) for path in CORE)
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import nextstep_core; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_no_remote_code_and_no_open_pickle() -> None:
+    for path in [*CORE, *sorted((ROOT / "nodes").glob("*.py"))]:
+        text = path.read_text()
+        assert "trust_remote_code" not in text
+        assert not re.search(r"\b(eval|exec)\(", text.replace(".eval(", "")), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call
+
+
+def test_requirements_are_lower_bounds_and_the_same_in_both_places() -> None:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    requirements = [line for line in lines if line]
+    assert all(re.fullmatch(r"[\w-]+>=[\d.]+", line) for line in requirements), requirements
+    project = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
+    assert re.findall(r'"([^"]+)"', project) == requirements
