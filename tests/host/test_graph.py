@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +232,12 @@ def test_every_input_and_output_has_a_tooltip(graph: ComfyGraph) -> None:
             schema = node.define_schema()
             assert schema.category == "NextStep"
             assert all(item.tooltip for item in (*schema.inputs, *schema.outputs)), name
+
+
+def test_installing_the_pack_changes_no_package_of_the_hosts_environment() -> None:
+    """This environment runs ComfyUI; pip would install nothing for us on top of it."""
+    requirements = Path(__file__).resolve().parent.parent.parent / "requirements.txt"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "-r", str(requirements)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert "Would install" not in out.stdout
