@@ -36,7 +36,6 @@ from .scenes import (
 from .tokenizer import BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_AREA, IMAGE_PLACEHOLDER, PAD
 from .vae_training import to_pixels
 
-TASKS = ("single", "edit", "wide", "pair")
 # how many scenes of these kinds are encoded; there are more than need be seen
 PAIR_COUNT = 10000
 WIDE_COUNT = 1500
@@ -83,11 +82,11 @@ def training_singles(canvas: tuple[int, int]) -> list[Scene]:
 
 
 def training_scenes(canvas: tuple[int, int]) -> list[Scene]:
-    """What is encoded of a canvas: for 64x64 all single objects, the empty scenes and some pairs, else some singles."""
+    """What is encoded of a canvas: empty scenes; for 64x64 all single objects and some pairs, else some singles."""
     rng = random.Random(f"scenes {canvas}")
+    empty = [Scene(background, (), *canvas) for background in COLORS]
     if canvas != SQUARE:
-        return rng.sample(training_singles(canvas), WIDE_COUNT)
-    empty = [Scene(background, ()) for background in COLORS]
+        return rng.sample(training_singles(canvas), WIDE_COUNT) + empty
     return training_singles(canvas) + empty + list(dict.fromkeys(sample_pair(rng) for _ in range(PAIR_COUNT)))
 
 
@@ -137,15 +136,18 @@ class Examples:
         self.pad = tokenizer.token_to_id(PAD)
 
     def batch(self, rng: random.Random, task: str, count: int) -> Batch:
-        """count examples of one task; all of one canvas."""
-        if task == "edit":
-            return self._collate([self._edit(rng) for _ in range(count)])
-        scenes = {"single": self.pool.singles, "pair": self.pool.pairs}.get(task)
-        scenes = self.pool.scenes[rng.choice(CANVASES[1:])] if scenes is None else scenes
+        """count examples of one task ("single", "pair", "wide", "edit" or "wide edit"); all of one canvas."""
+        canvas = rng.choice(CANVASES[1:]) if task.startswith("wide") else SQUARE
+        if task.endswith("edit"):
+            return self._collate([self._edit(rng, canvas) for _ in range(count)])
+        scenes = {"single": self.pool.singles, "pair": self.pool.pairs, "wide": self.pool.scenes[canvas]}[task]
         return self._collate([self._drawing(rng, rng.choice(scenes)) for _ in range(count)])
 
-    def _edit(self, rng: random.Random) -> Example:
-        edit = sample_edit(rng, rng.choice(EDIT_KINDS))
+    def _edit(self, rng: random.Random, canvas: tuple[int, int]) -> Example:
+        while True:
+            edit = sample_edit(rng, rng.choice(EDIT_KINDS), canvas=canvas)
+            if edit.source in self.pool.rows and edit.target in self.pool.rows:
+                break
         return Example(self._kept(rng, edit.instruction), edit.source, edit.target)
 
     def _drawing(self, rng: random.Random, scene: Scene) -> Example:

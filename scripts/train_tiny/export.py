@@ -88,6 +88,7 @@ def export_checkpoint(folder: Path, tensors: dict[str, Tensor], vae: Autoencoder
     halves = {name: tensor.detach().half().contiguous().cpu() for name, tensor in sorted(tensors.items())}
     shard = "model-00001-of-00001.safetensors"
     save_file(halves, folder / shard, metadata={"format": "pt"})
+    (folder / shard).chmod(0o644)  # the writer makes it private
     size = sum(tensor.nbytes for tensor in halves.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(halves, shard)}
     _write_json(folder / "model.safetensors.index.json", index)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,9 +40,10 @@ TIMES_PER_TOKEN = 4
 LANGUAGE_WEIGHT = 0.01
 CAPTION_DROP = 0.1
 TOKEN_NOISE = 0.25  # the most noise on tokens that are fed back, against the drift of sampled ones
-BATCH = {"single": 64, "edit": 48, "wide": 48, "pair": 64}
-FIRST_WEIGHTS = {"single": 0.7, "edit": 0.1, "wide": 0.1, "pair": 0.1}
-LATER_WEIGHTS = {"single": 0.4, "edit": 0.25, "wide": 0.15, "pair": 0.2}
+SOURCE_NOISE = 0.1  # the most noise on an input image's tokens, for pictures that were drawn and not rendered
+BATCH = {"single": 64, "pair": 64, "wide": 48, "edit": 48, "wide edit": 24}
+FIRST_WEIGHTS = {"single": 0.7, "pair": 0.1, "wide": 0.1, "edit": 0.1}
+LATER_WEIGHTS = {"single": 0.28, "pair": 0.1, "wide": 0.07, "edit": 0.5, "wide edit": 0.05}
 FIRST_SHARE = 0.15  # of the time, with the first weights
 SAVE_SECONDS = 60
 ADAM_NAMES = ("embed_tokens", "lm_head", "image_in_projector", "input_proj", "final_layer.linear", "time_embed.mlp.0")
@@ -94,11 +96,18 @@ class Trainee(nn.Module):
         return (losses * readable).sum() / readable.sum()
 
 
+def with_noise(tokens: Tensor, most: float) -> Tensor:
+    """Add noise of a strength drawn for each row, up to `most`."""
+    return tokens + most * torch.rand(len(tokens), 1, 1, device=tokens.device) * torch.randn_like(tokens)
+
+
 def loss_of(trainee: nn.Module, batch: Batch, config: NextStepConfig) -> Tensor:
     """Draw times and noises for a batch and return its loss."""
     target, device = batch.target, batch.target.device
     fed = target[:, :-1]
-    fed = fed + TOKEN_NOISE * torch.rand(len(fed), 1, 1, device=device) * torch.randn_like(fed)
+    fed = with_noise(fed, TOKEN_NOISE)
+    if batch.source is not None:
+        batch = replace(batch, source=with_noise(batch.source, SOURCE_NOISE))
     times = torch.sigmoid(torch.randn(TIMES_PER_TOKEN, *target.shape[:2], device=device))
     noise = torch.randn(TIMES_PER_TOKEN, *target.shape, device=device)
     total = batch.ids.shape[1] + fed.shape[1]

@@ -240,12 +240,14 @@ def apply_edit(scene: Scene, kind: str, word: str | None = None) -> Edit:
     return Edit(kind, instruction, scene, target)
 
 
-def sample_edit(rng: random.Random, kind: str, held_out: bool = False) -> Edit:
+def sample_edit(
+    rng: random.Random, kind: str, held_out: bool = False, canvas: tuple[int, int] = SQUARE
+) -> Edit:
     """An edit that changes something; held out if its target is (for a removal, its source), else neither is."""
     while True:
         color, background = rng.sample(list(COLORS), 2)
         thing = rng.choice(SHAPES)
-        scene = place_single(rng, (color, thing, background))
+        scene = place_single(rng, (color, thing, background), canvas=canvas)
         word = None
         if kind in ("recolor", "background"):
             word = rng.choice([c for c in COLORS if c not in (color, background)])

@@ -1,0 +1,107 @@
+"""The shipped checkpoint draws what it is asked: a small seeded sample of `scripts/eval_tiny.py`, read from pixels.
+
+The limits leave room for a sampler's noise and none for a broken part: `test_the_sample_notices` breaks conditioning,
+guidance, positions and edit handling one by one and wants every one of them to show.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scene_reader import read_scene, shows
+
+from nextstep_core import decode, engine
+from nextstep_core.pipeline import NextStepPipeline, to_pixels
+from scripts.eval_tiny import Score, measure_edits, measure_pairs, measure_singles
+from scripts.train_tiny.scenes import CANVASES, COLORS, SHAPES, place_single, render, sample_pair
+
+ASSETS = Path(engine.__file__).parent / "assets" / "tiny"
+LARGEST = 12 * 2**20
+LEAST = {"singles": 0.85, "edits": 0.75, "wide": 0.7, "pairs": 0.6}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NextStepPipeline:
+    return NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
+
+
+def sample(pipeline: NextStepPipeline, what: str, **settings) -> Score:
+    """A few pictures of one kind, the same ones every time."""
+    if what == "singles":
+        return measure_singles(pipeline, 20, **settings)
+    if what == "wide":
+        return measure_singles(pipeline, 10, canvas=CANVASES[1], **settings)
+    return {"edits": measure_edits, "pairs": measure_pairs}[what](pipeline, 10 if what == "pairs" else 12, **settings)
+
+
+def test_fits_its_size():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= LARGEST
+
+
+@pytest.mark.parametrize("what", LEAST)
+def test_draws_what_it_is_asked(tiny: NextStepPipeline, what: str):
+    score = sample(tiny, what)
+    assert score.share("all") >= LEAST[what], str(score)
+
+
+def test_vae_keeps_what_the_picture_shows(tiny: NextStepPipeline):
+    rng = random.Random("through the VAE")
+    scenes = [sample_pair(rng) for _ in range(20)]
+    for _ in range(80):
+        color, background = rng.sample(list(COLORS), 2)
+        scenes.append(place_single(rng, (color, rng.choice(SHAPES), background), canvas=rng.choice(CANVASES)))
+    right = 0
+    for scene in scenes:
+        with torch.inference_mode():
+            pixels = tiny.vae.decode(tiny.vae.encode(to_pixels(render(scene).astype(np.float32) / 255)))
+        image = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        right += shows(read_scene(image), scene, sizes=True)
+    assert right >= 0.97 * len(scenes)
+
+
+def break_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row gets the text of another."""
+    embed = engine.TextEmbedding.forward
+    monkeypatch.setattr(engine.TextEmbedding, "forward", lambda self, ids: embed(self, ids).flip(0))
+
+
+def break_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches change places: guidance pushes away from the caption."""
+    guide = decode.guide
+    monkeypatch.setattr(decode, "guide", lambda v, branches, *cfg: guide(v.roll(len(v) // branches, 0), branches, *cfg))
+
+
+def break_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions run backwards."""
+    table = decode.rotary_table
+    monkeypatch.setattr(decode, "rotary_table", lambda *args: table(*args).flip(1))
+
+
+def break_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input image does not arrive."""
+    encode = NextStepPipeline.encode_image
+
+    def encode_nothing(self, image):
+        encoded = encode(self, image)
+        return type(encoded)(torch.zeros_like(encoded.tokens), encoded.grid)
+
+    monkeypatch.setattr(NextStepPipeline, "encode_image", encode_nothing)
+
+
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        (break_conditioning, "singles"),
+        (break_guidance, "singles"),
+        (break_positions, "singles"),
+        (break_edits, "edits"),
+    ],
+)
+def test_the_sample_notices(tiny: NextStepPipeline, monkeypatch: pytest.MonkeyPatch, broken, what: str):
+    broken(monkeypatch)
+    score = sample(tiny, what)
+    assert score.share("all") < LEAST[what], str(score)
