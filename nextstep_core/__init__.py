@@ -12,7 +12,7 @@ _HOMES = {
     "NextStepPipeline": ".pipeline",
     "GenerationOutput": ".pipeline",
     "GenerationSettings": ".settings",
-    "Progress": ".decode",
+    "Progress": ".engine",
     "NextStepError": ".errors",
 }
 

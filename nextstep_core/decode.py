@@ -6,6 +6,8 @@ caller shows progress, previews and stops between two tokens by what it does wit
 
 from __future__ import annotations
 
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,34 +23,99 @@ from .sampling.noise import NoiseStream
 from .sampling.solvers import ETA, SAMPLERS, normalize_token
 from .settings import GenerationSettings
 
-# Prompts run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
-PREFILL_CHUNK = 1024
+# Long stretches run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
+CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Progress:
-    """State after a token: how many of `total` are done, and the buffer (M, total, token_dim), zero where undone."""
+class TokenStep:
+    """State after a token: how many of `total` are done, and the buffer (M, total, token_dim), zero where undone.
+
+    Of the done ones `drawn` were drawn (the others were known), `left` are still to be drawn; `seconds` have passed
+    since the loop began.
+    """
 
     done: int
     total: int
     tokens: Tensor
+    drawn: int
+    left: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Drawn tokens per second so far, prefill included."""
+        return self.drawn / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Time that the tokens still to be drawn will take at this rate."""
+        return self.left * self.seconds / self.drawn if self.drawn else 0.0
 
 
-def prefill(model: NextStepModel, embeds: Tensor, valid: Tensor, rotary: Tensor, cache: KVCache) -> Tensor:
-    """Run the prompt (B, L, hidden) through the transformer; the hidden state (B, hidden) of its last position."""
-    hidden = embeds
-    for start in range(0, embeds.shape[1], PREFILL_CHUNK):
-        chunk = embeds[:, start : start + PREFILL_CHUNK]
-        end = start + chunk.shape[1]
-        hidden = model(chunk, rotary[:, start:end], attention_mask(valid, start, end - start), cache, start)
-    return hidden[:, -1]
+@dataclass(frozen=True)
+class KnownTokens:
+    """Tokens that are fed instead of drawn: tokens (M, total, token_dim) and keep (total,) bool, True where known.
+
+    `one_by_one` feeds them as an uninterrupted run would have, which repeats its arithmetic to the last bit; otherwise
+    a stretch of known tokens goes through the transformer at once, which is much faster.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    one_by_one: bool = False
 
 
-def step(
-    model: NextStepModel, tokens: Tensor, mask: Tensor | None, rotary: Tensor, cache: KVCache, start: int
-) -> Tensor:
-    """Feed new tokens (B, T, token_dim), standing at start..start+T-1, back in; hidden states (B, T, hidden)."""
-    return model(model.image_in_projector(tokens), rotary[:, start : start + tokens.shape[1]], mask, cache, start)
+class PrefillCache:
+    """Keys, values and last hidden states of recent prompts, in host memory, by the content of the prompt."""
+
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def restore(self, key: str, cache: KVCache) -> Tensor | None:
+        """Fill the front of `cache` and return the last hidden state (B, hidden), or None when `key` is not here."""
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        kv, hidden = self._entries[key]
+        cache.data[..., : kv.shape[-2], :] = kv.to(cache.data.device)
+        return hidden.to(cache.data.device)
+
+    def store(self, key: str, cache: KVCache, length: int, hidden: Tensor) -> None:
+        """Keep the first `length` positions of `cache`; the oldest entries go when the room is spent."""
+        self._entries[key] = (cache.data[..., :length, :].to("cpu", copy=True), hidden.to("cpu", copy=True))
+        while sum(kv.nbytes for kv, _ in self._entries.values()) > self.max_bytes:
+            self._entries.popitem(last=False)
+
+
+class Sequence:
+    """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache."""
+
+    def __init__(self, model: NextStepModel, embeds: Tensor, valid: Tensor, total: int) -> None:
+        batch, prompt_length, _ = embeds.shape
+        length = prompt_length + total - 1  # the last token is never fed
+        self.model, self.prompt_length = model, prompt_length
+        self.cache = KVCache(model.config, batch, length, embeds.device, embeds.dtype)
+        self.rotary = rotary_table(model.config, length, embeds.device, embeds.dtype)
+        self.padded = not bool(valid.all())
+        self.valid = torch.cat([valid, valid.new_ones(batch, total - 1)], dim=1)
+
+    def feed(self, embeds: Tensor, start: int) -> Tensor:
+        """Run embeds (B, T, hidden) at positions start..start+T-1; the hidden state (B, hidden) of the last."""
+        length = embeds.shape[1]
+        mask = None if length == 1 and not self.padded else attention_mask(self.valid, start, length)
+        return self.model(embeds, self.rotary[:, start : start + length], mask, self.cache, start)[:, -1]
+
+    def prefill(self, embeds: Tensor, prefilled: PrefillCache | None, key: str) -> Tensor:
+        """Run the prompt, or take it from `prefilled`; the hidden state (B, hidden) of its last position."""
+        hidden = prefilled.restore(key, self.cache) if prefilled is not None else None
+        if hidden is None:
+            for start in range(0, self.prompt_length, CHUNK):
+                hidden = self.feed(embeds[:, start : start + CHUNK], start)
+            if prefilled is not None:
+                prefilled.store(key, self.cache, self.prompt_length, hidden)
+        return hidden
 
 
 class TokenSampler:
@@ -81,35 +148,39 @@ def decode_tokens(
     branches: int,
     settings: GenerationSettings,
     noise: NoiseStream,
-) -> Iterator[Progress]:
+    known: KnownTokens | None = None,
+    prefilled: PrefillCache | None = None,
+    prompt_key: str = "",
+) -> Iterator[TokenStep]:
     """Draw the rows * columns tokens of `grid` for every image of the batch, yielding after each.
 
     embeds (B, L, hidden) and valid (B, L) are the prompts of all branches, stacked as guidance expects them; there are
-    M = B / branches images. Everything runs on the device and in the dtype of `embeds`.
+    M = B / branches images. Everything runs on the device and in the dtype of `embeds`. Tokens of `known` are kept;
+    their noise is drawn all the same, so that every other token sees the noise of its place.
     """
-    batch, prompt_length, _ = embeds.shape
-    total = grid[0] * grid[1]
-    length = prompt_length + total - 1  # the last token is never fed back
-    cache = KVCache(model.config, batch, length, embeds.device, embeds.dtype)
-    rotary = rotary_table(model.config, length, embeds.device, embeds.dtype)
-    padded = not bool(valid.all())
-    valid = torch.cat([valid, valid.new_ones(batch, total - 1)], dim=1)
+    started, total = time.monotonic(), grid[0] * grid[1]
+    tokens = embeds.new_zeros(embeds.shape[0] // branches, total, model.config.token_dim)
+    keep = [False] * total if known is None else known.keep.tolist()
     codes = position_codes(model, grid, embeds)
     schedule = SCHEDULES[settings.cfg_schedule]
     draw = TokenSampler(model, settings, branches, like=embeds)
-    tokens = embeds.new_zeros(batch // branches, total, model.config.token_dim)
+    sequence = Sequence(model, embeds, valid, total)
+    chunk = 1 if known is not None and known.one_by_one else CHUNK
 
-    hidden = prefill(model, embeds, valid[:, :prompt_length], rotary, cache)
+    hidden, fed, drawn = sequence.prefill(embeds, prefilled, prompt_key), 0, 0
     for n in range(total):
-        condition = model.image_out_projector(hidden if codes is None else hidden + codes[n])
-        cfg, cfg_img = (schedule(value, n, total) for value in (settings.cfg, settings.cfg_img))
-        tokens[:, n] = draw(condition, noise.token(draw.draws).to(embeds.device), cfg, cfg_img)
-        yield Progress(n + 1, total, tokens)
-        if n + 1 < total:
-            start = prompt_length + n
-            mask = valid[:, None, None, : start + 1] if padded else None
-            fed = tokens[:, n : n + 1].repeat(branches, 1, 1)
-            hidden = step(model, fed, mask, rotary, cache, start)[:, -1]
+        token_noise = noise.token(draw.draws)
+        if keep[n]:
+            tokens[:, n] = known.tokens[:, n].to(tokens)
+        else:
+            while fed < n:
+                new = model.image_in_projector(tokens[:, fed : min(fed + chunk, n)]).repeat(branches, 1, 1)
+                hidden, fed = sequence.feed(new, sequence.prompt_length + fed), fed + new.shape[1]
+            condition = model.image_out_projector(hidden if codes is None else hidden + codes[n])
+            cfg, cfg_img = (schedule(value, n, total) for value in (settings.cfg, settings.cfg_img))
+            tokens[:, n] = draw(condition, token_noise.to(embeds.device), cfg, cfg_img)
+            drawn += 1
+        yield TokenStep(n + 1, total, tokens, drawn, keep[n + 1 :].count(False), time.monotonic() - started)
 
 
 def position_codes(model: NextStepModel, grid: tuple[int, int], like: Tensor) -> Tensor | None:

@@ -7,14 +7,16 @@ the engine is told which device and dtype to compute in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import NextStepConfig
-from .decode import PREFILL_CHUNK, Progress, decode_tokens
+from .decode import CHUNK, KnownTokens, PrefillCache, TokenStep, decode_tokens
 from .errors import NextStepError
 from .model.kv_cache import KVCache
 from .model.nextstep import NextStepModel, TextEmbedding, patchify
@@ -35,6 +37,12 @@ class Job:
     grid: Grid
     settings: GenerationSettings
     noise: NoiseStream
+    known: KnownTokens | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the job draws."""
+        return len(self.rows.ids) // self.rows.branches
 
     @property
     def length(self) -> int:
@@ -45,6 +53,54 @@ class Job:
     def batch(self) -> int:
         """Rows of the transformer's batch, all branches counted."""
         return self.rows.ids.shape[0]
+
+    def part(self, start: int, stop: int) -> Job:
+        """Pictures start..stop-1 alone, with the prompts and the noise that they have in the whole job."""
+        known = self.known and replace(self.known, tokens=self.known.tokens[start:stop])
+        return replace(self, rows=self.rows.part(start, stop), noise=self.noise.part(start, stop), known=known)
+
+    def prompt_key(self, dtype: torch.dtype) -> str:
+        """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""
+        digest = sha256(f"{dtype} {tuple(self.rows.ids.shape)}".encode())
+        digest.update(self.rows.ids.numpy().tobytes() + self.rows.valid.numpy().tobytes())
+        for image in chain.from_iterable(self.rows.images):
+            digest.update(image.tokens.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands after a token: pictures start..stop-1 are at `step`, those before are finished.
+
+    tokens is the buffer (pictures, total, token_dim) of the whole job, zero where nothing is drawn yet.
+    """
+
+    step: TokenStep
+    start: int
+    stop: int
+    tokens: Tensor
+
+    @property
+    def total(self) -> int:
+        """Token places of one picture."""
+        return self.step.total
+
+    @property
+    def done(self) -> int:
+        """Of `total`, the share that is done, over all pictures of the job."""
+        drawn_together = self.stop - self.start
+        return (self.start * self.total + drawn_together * self.step.done) // len(self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Token places per second, each for all pictures that are drawn together."""
+        return self.step.tokens_per_second
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the last picture is done, if all goes on at this rate."""
+        together = self.step.seconds + self.step.seconds_left
+        return self.step.seconds_left + together * (len(self.tokens) - self.stop) / (self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -57,6 +113,7 @@ class NextStepEngine:
     tokenizer: NextStepTokenizer
     folder: Path
     name: str
+    prefilled: PrefillCache = field(default_factory=PrefillCache)
 
     @property
     def pixels_per_token(self) -> int:
@@ -91,6 +148,7 @@ class NextStepEngine:
         negative_prompt: str = "",
         positive_prompt: str = "",
         images_per_caption: int = 1,
+        known: KnownTokens | None = None,
     ) -> Job:
         """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long."""
         rows = build_rows(
@@ -106,8 +164,8 @@ class NextStepEngine:
             bos_before_caption=is_1_1(self.config, self.name),
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
-        images = tuple(self._sample_posterior(image, noise) for image in rows.images)
-        return Job(replace(rows, images=images), grid, settings, noise)
+        images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)
+        return Job(replace(rows, images=images), grid, settings, noise, known)
 
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
         patch = self.config.latent_patch_size
@@ -123,9 +181,9 @@ class NextStepEngine:
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
         config = self.config
-        positions = job.batch * min(job.length, PREFILL_CHUNK)
+        positions = job.batch * min(job.length, CHUNK)
         prefill = positions * (8 * config.hidden_size + 3 * config.intermediate_size)
-        scores = job.batch * config.num_attention_heads * min(job.length, PREFILL_CHUNK) * job.length
+        scores = job.batch * config.num_attention_heads * min(job.length, CHUNK) * job.length
         head = job.batch * (job.settings.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
         cache = KVCache.bytes_needed(config, job.batch, job.length, dtype)
         return cache + (prefill + scores + head) * dtype.itemsize
@@ -133,13 +191,50 @@ class NextStepEngine:
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""
         embeds = self.text_embedding(rows.ids).to(device=device, dtype=dtype)
-        if rows.images:
-            tokens = torch.cat([image.tokens for image in rows.images]).to(device=device, dtype=dtype)
-            embeds[(rows.ids == self.config.image_placeholder_id).to(device)] = self.model.image_in_projector(tokens)
+        images = [image.tokens for row in rows.images for image in row]
+        if images:
+            tokens = self.model.image_in_projector(torch.cat(images).to(device=device, dtype=dtype))
+            embeds[(rows.ids == self.config.image_placeholder_id).to(device)] = tokens
         return embeds
 
-    def decode(self, job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[Progress]:
-        """Draw the pictures' tokens on `device` in `dtype`, yielding after each; the model must be there already."""
-        embeds = self.embed(job.rows, device, dtype)
-        valid = job.rows.valid.to(device)
-        yield from decode_tokens(self.model, embeds, valid, job.grid, job.rows.branches, job.settings, job.noise)
+    def decode(
+        self, job: Job, device: torch.device, dtype: torch.dtype, at_once: int | None = None
+    ) -> Iterator[Progress]:
+        """Draw the pictures' tokens on `device` in `dtype`, yielding after each; the model must be there already.
+
+        At most `at_once` pictures are drawn together (None: all). Where memory runs out, the rest goes in halves; each
+        picture comes out as it would have in one batch.
+        """
+        total = job.grid[0] * job.grid[1]
+        tokens = torch.zeros(job.pictures, total, self.config.token_dim, device=device, dtype=dtype)
+        start, size = 0, min(at_once or job.pictures, job.pictures)
+        while start < job.pictures:
+            stop = min(start + size, job.pictures)
+            try:
+                for step in self._decode_part(job.part(start, stop), device, dtype):
+                    tokens[start:stop] = step.tokens
+                    yield Progress(step, start, stop, tokens)
+            except RuntimeError as error:
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                size = -(-size // 2)
+            else:
+                start = stop
+
+    def _decode_part(self, job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[TokenStep]:
+        return decode_tokens(
+            self.model,
+            self.embed(job.rows, device, dtype),
+            job.rows.valid.to(device),
+            job.grid,
+            job.rows.branches,
+            job.settings,
+            job.noise,
+            job.known,
+            self.prefilled,
+            job.prompt_key(dtype),
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()

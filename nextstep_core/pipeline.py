@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import NextStepConfig
-from .decode import Progress
-from .engine import NextStepEngine
+from .engine import NextStepEngine, Progress
 from .errors import NextStepError
 from .loading.build import load_model, load_vae
 from .loading.sources import resolve_source, vae_beside

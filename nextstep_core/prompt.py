@@ -60,13 +60,20 @@ class Caption:
 class PromptRows:
     """The transformer's input batch, branch by branch: [cond | image-only | uncond], [cond | uncond] or [cond].
 
-    ids and valid are (branches * captions * images_per_caption, L); images fill the placeholder ids in row order.
+    ids and valid are (branches * captions * images_per_caption, L); images holds, for each row, what fills its
+    placeholder ids.
     """
 
     ids: Tensor
     valid: Tensor
-    images: tuple[EncodedImage, ...]
+    images: tuple[tuple[EncodedImage, ...], ...]
     branches: int
+
+    def part(self, start: int, stop: int) -> PromptRows:
+        """The rows of pictures start..stop-1, in all branches."""
+        pictures = len(self.images) // self.branches
+        rows = [branch * pictures + i for branch in range(self.branches) for i in range(start, stop)]
+        return PromptRows(self.ids[rows], self.valid[rows], tuple(self.images[row] for row in rows), self.branches)
 
 
 def _image_text(tokenizer: NextStepTokenizer, config: NextStepConfig, grid: Grid) -> str:
@@ -116,7 +123,7 @@ def build_rows(
     _check_context(config, width + len(prefix), grid)
     padded = [[config.pad_token_id_added] * (width - len(row)) + row + prefix for row in ids]
     valid = [[False] * (width - len(row)) + [True] * (len(row) + len(prefix)) for row in ids]
-    images = tuple(image for row in rows for image in row.images)
+    images = tuple(row.images for row in rows)
     return PromptRows(torch.tensor(padded), torch.tensor(valid), images, branches)
 
 

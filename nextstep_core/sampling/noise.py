@@ -18,6 +18,14 @@ class NoiseStream:
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.captions = captions
         self.shape = (images_per_caption, token_dim)
+        self.pictures = slice(None)
+
+    def part(self, start: int, stop: int) -> NoiseStream:
+        """The stream from here on as pictures start..stop-1 see it; this one stays where it is."""
+        stream = NoiseStream(0, self.captions, *self.shape)
+        stream.generator.set_state(self.generator.get_state())
+        stream.pictures = slice(start, stop)
+        return stream
 
     def posterior(self, channels: int, height: int, width: int) -> Tensor:
         """Noise (1, channels, height, width) for one encoded image's posterior, in the order of the batch's rows.
@@ -29,4 +37,4 @@ class NoiseStream:
     def token(self, draws: int) -> Tensor:
         """All draws of one image token, (draws, captions * images_per_caption, token_dim)."""
         noise = torch.stack([torch.randn(self.shape, generator=self.generator) for _ in range(draws)])
-        return noise.repeat(1, self.captions, 1)
+        return noise.repeat(1, self.captions, 1)[:, self.pictures]

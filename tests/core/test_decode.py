@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.decode import prefill
+from nextstep_core.decode import KnownTokens, PrefillCache, Sequence
+from nextstep_core.masking import kept_tokens
 from nextstep_core.model.flow_head import FlowHead
-from nextstep_core.model.kv_cache import KVCache
 from nextstep_core.model.nextstep import patchify, unpatchify
 from nextstep_core.model.positions import rotary_table
 from nextstep_core.model.transformer import attention_mask
@@ -19,10 +21,11 @@ FAST = {"steps": 4, "sampler": "score-sde-1.1", "cfg": 3.0, "height": 64, "width
 FLOAT_NOISE = 5e-5  # float32, other order of operations
 
 
-def job_for(pipeline, prompts, **overrides):
+def job_for(pipeline, prompts, **options):
     engine = pipeline.engine
-    settings = engine.recommended().override(steps=4, cfg=3.0, sampler="score-sde-1.1", **overrides)
-    return engine.prepare([Caption(p) for p in prompts], (3, 4), settings, seed=1, negative_prompt="blurry")
+    settings = engine.recommended().override(steps=4, cfg=3.0, sampler="score-sde-1.1")
+    captions = [Caption(prompt) for prompt in prompts]
+    return engine.prepare(captions, (3, 4), settings, seed=1, negative_prompt="blurry", **options)
 
 
 @torch.inference_mode()
@@ -53,14 +56,12 @@ def test_cached_steps_equal_one_uncached_forward(pipeline) -> None:
 def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, job = pipeline.engine, job_for(pipeline, PROMPTS)
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
-    rotary = rotary_table(engine.config, embeds.shape[1], embeds.device, embeds.dtype)
 
     def run() -> torch.Tensor:
-        cache = KVCache(engine.config, job.batch, embeds.shape[1], embeds.device, embeds.dtype)
-        return prefill(engine.model, embeds, job.rows.valid, rotary, cache)
+        return Sequence(engine.model, embeds, job.rows.valid, 12).prefill(embeds, None, "")
 
     whole = run()
-    monkeypatch.setattr("nextstep_core.decode.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("nextstep_core.decode.CHUNK", 5)
     assert (run() - whole).abs().max() <= FLOAT_NOISE
 
 
@@ -183,11 +184,164 @@ def test_a_prompt_beyond_the_context_is_one_sentence(pipeline) -> None:
         pipeline.generate("word " * 5000, **FAST)
 
 
+IMAGE = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_mix_of_guidance_edits(pipeline) -> None:
+    """The reference crashes on some of these; each must do something of its own."""
+    mixes = [(1.0, 1.0), (1.0, 2.0), (3.0, 1.0), (3.0, 2.0)]
+    tokens = [
+        pipeline.generate("<image>Add a hat.", images=IMAGE, **{**FAST, "cfg": cfg, "cfg_img": cfg_img}).tokens
+        for cfg, cfg_img in mixes
+    ]
+    for i, one in enumerate(tokens):
+        assert torch.isfinite(one).all()
+        assert all((one - other).abs().max() > 0.01 for other in tokens[:i]), mixes[i]
+
+
+def test_cfg_img_without_an_image_changes_nothing(pipeline) -> None:
+    plain, ignored = (pipeline.generate(PROMPTS[0], **FAST, cfg_img=value).tokens for value in (1.0, 2.0))
+    assert torch.equal(plain, ignored)
+
+
+def test_several_images_of_different_sizes_fill_their_slots_in_order(pipeline) -> None:
+    other = torch.rand(16, 64, 3, generator=torch.Generator().manual_seed(1))
+    prompt = "<image>Put the left one<image> on the right one."
+    one, swapped = (
+        pipeline.generate(prompt, images=i, **FAST, cfg_img=2.0).tokens for i in ([IMAGE, other], [other, IMAGE])
+    )
+    assert (one - swapped).abs().max() > 0.01
+
+
+@torch.inference_mode()
+def decode(pipeline, job, at_once=None) -> torch.Tensor:
+    *_, progress = pipeline.engine.decode(job, torch.device("cpu"), torch.float32, at_once)
+    return progress.tokens
+
+
+@torch.inference_mode()
+def test_an_edit_in_a_batch_equals_it_alone(pipeline) -> None:
+    """Alone, but with the noise that it has in the batch: the reference lets every encoded image move the stream."""
+    engine = pipeline.engine
+    captions = [
+        Caption(f"<image>{t}", (pipeline.encode_image(i),)) for t, i in (("Add.", IMAGE), ("Remove red.", 1 - IMAGE))
+    ]
+    settings = engine.recommended().override(steps=4, cfg=3.0, cfg_img=2.0)
+    job = engine.prepare(captions, (3, 4), settings, seed=1)
+    both = decode(pipeline, job.part(0, 2))
+    singles = torch.cat([decode(pipeline, job.part(i, i + 1)) for i in range(2)])
+    assert (both - singles).abs().max() <= FLOAT_NOISE
+    assert (both[0] - both[1]).abs().max() > 0.01
+
+
+def test_parts_of_a_batch_are_the_batch(pipeline) -> None:
+    whole = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=3))
+    for at_once in (1, 2, 4):
+        parts = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=3), at_once)
+        assert (parts - whole).abs().max() <= FLOAT_NOISE
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
+    feed, sizes = Sequence.feed, []
+
+    def small_device(self, embeds, start):
+        sizes.append(len(embeds))
+        if len(embeds) > 3 and start > 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return feed(self, embeds, start)
+
+    monkeypatch.setattr(Sequence, "feed", small_device)
+    halves = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
+    assert max(sizes) == 8 and sizes[-1] == 2
+    assert (halves - whole).abs().max() <= FLOAT_NOISE
+
+
+def known(tokens: torch.Tensor, keep: list[int], one_by_one: bool = False) -> KnownTokens:
+    return KnownTokens(tokens, torch.tensor([n in keep for n in range(12)]), one_by_one)
+
+
+@pytest.mark.parametrize("keep", [range(5), range(5, 12), (0, 1, 4, 5, 8), range(0, 12, 2)], ids=str)
+def test_known_tokens_are_kept_bit_for_bit_and_the_rest_follows_from_them(pipeline, keep) -> None:
+    whole = decode(pipeline, job_for(pipeline, PROMPTS))
+    foreign = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(9))
+    filled = decode(pipeline, job_for(pipeline, PROMPTS, known=known(foreign, list(keep))))
+    drawn = [n for n in range(12) if n not in keep]
+    assert torch.equal(filled[:, list(keep)], foreign[:, list(keep)])
+    after = [n for n in drawn if n > min(keep)]
+    assert not after or (filled[:, after] - whole[:, after]).abs().max() > 0.01, "what is kept is seen"
+    same = decode(pipeline, job_for(pipeline, PROMPTS, known=known(whole, list(keep))))
+    assert (same - whole).abs().max() <= FLOAT_NOISE, "a run's own tokens lead to that run"
+
+
+@pytest.mark.parametrize("done", [1, 7, 11])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(pipeline, done: int) -> None:
+    whole = decode(pipeline, job_for(pipeline, PROMPTS))
+    partial = whole.clone()
+    partial[:, done:] = 0
+    resumed = decode(pipeline, job_for(pipeline, PROMPTS, known=known(partial, list(range(done)), one_by_one=True)))
+    assert torch.equal(resumed, whole)
+
+
+def test_another_seed_does_not_prefill_again(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, forward = [], type(pipeline.engine.model).forward
+    monkeypatch.setattr(
+        type(pipeline.engine.model),
+        "forward",
+        lambda self, embeds, *args: lengths.append(embeds.shape[1]) or forward(self, embeds, *args),
+    )
+    options = {**FAST, "positive_prompt": "not asked before"}
+    fresh = pipeline.generate(PROMPTS[0], **options, seed=1).tokens
+    assert max(lengths) > 1
+    lengths.clear()
+    cached = pipeline.generate(PROMPTS[0], **options, seed=1).tokens
+    assert set(lengths) == {1}
+    assert torch.equal(fresh, cached)
+    pipeline.generate(PROMPTS[0], **options, negative_prompt="another", seed=1)
+    assert max(lengths) > 1, "another prompt is another prefill"
+
+
+def test_prefill_cache_stays_within_its_bytes(pipeline) -> None:
+    engine = replace(pipeline.engine, prefilled=PrefillCache(max_bytes=20_000))
+    for prompt in ("one", "two", "three", "four"):
+        for _ in engine.decode(job_for(pipeline, [prompt]), torch.device("cpu"), torch.float32):
+            break
+    sizes = [kv.nbytes for kv, _ in engine.prefilled._entries.values()]
+    assert 0 < sum(sizes) <= 20_000
+
+
+def test_progress_tells_rate_and_time_left(pipeline) -> None:
+    steps = []
+    pipeline.generate(
+        PROMPTS[0], **FAST, callback=lambda p: steps.append((p.done, p.tokens_per_second, p.seconds_left))
+    )
+    assert all(rate > 0 for _, rate, _ in steps)
+    assert steps[-1][2] == 0 < steps[0][2]
+
+
+def test_every_attention_row_sees_something() -> None:
+    """A padded query with nothing to see would be NaN in some kernels, and poison what it is multiplied with."""
+    mask = attention_mask(torch.tensor([[False, False, True, True]]), 0, 4)[0, 0]
+    assert mask.any(dim=-1).all()
+    assert mask.tolist()[3] == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
-    "options", [{"cfg": 1.0, "cfg_img": 2.0}, {"cfg": 3.0, "cfg_img": 1.0}, {"cfg": 1.0, "cfg_img": 1.0}]
+    ("mask", "sentence"),
+    [
+        (torch.ones(64, 64), "The mask is 64x64, but the latent is a picture of 64x48"),
+        (torch.zeros(48, 64), "nothing to draw"),
+        (torch.full((48, 64), float("nan")), "NaN"),
+        (torch.ones(2, 3), "The mask is 3x2"),
+    ],
 )
-def test_every_mix_of_guidance_edits(pipeline, options: dict) -> None:
-    """The reference crashes on some of these."""
-    image = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
-    out = pipeline.generate("<image>Add a hat.", images=image, **{**FAST, **options})
-    assert torch.isfinite(out.images).all()
+def test_a_bad_mask_is_one_sentence(mask: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(NextStepError, match=sentence):
+        kept_tokens(mask, (3, 4))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 16])
+def test_a_mask_of_any_size_redraws_every_square_it_touches(scale: int) -> None:
+    mask = torch.zeros(3, 4).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    mask[scale, scale] = 1
+    assert [n for n, kept in enumerate(kept_tokens(mask, (3, 4))) if not kept] == [5]

@@ -44,7 +44,10 @@ def merge_shards(folder: Path, prefix: str = "") -> None:
 def test_a_single_file_is_the_sharded_checkpoint(pipeline, checkpoint: Path, prefix: str) -> None:
     merge_shards(checkpoint, prefix)
     for path in (checkpoint, checkpoint / "model.safetensors"):
-        assert torch.equal(draw(load(path)), draw(pipeline))
+        loaded = load(path)
+        expected = pipeline.engine.model.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in loaded.engine.model.state_dict().items())
+        assert (draw(loaded) - draw(pipeline)).abs().max() <= 1e-5  # kernels round by how a file aligns its tensors
 
 
 def test_vae_may_be_a_folder_or_a_file(pipeline, checkpoint: Path) -> None:

@@ -93,7 +93,7 @@ def test_prefill_follows_the_reference(pipeline, case: dict) -> None:
     assert off_by(engine.model.image_out_projector(hidden), recorded["head_cond_all"][0]) <= LIMITS["hidden_prefill"]
     if images:
         patch = engine.config.latent_patch_size
-        latents = torch.cat([unpatchify(i.tokens[None], i.grid, patch) for i in job.rows.images])
+        latents = torch.cat([unpatchify(i.tokens[None], i.grid, patch) for row in job.rows.images for i in row])
         assert off_by(latents, recorded["edit_latents"]) <= LIMITS["edit_latents"]
 
 

@@ -50,6 +50,64 @@ def test_draws_are_all_used_and_no_more(name: str) -> None:
         assert changed or (name == "flow-cps" and k == len(noise) - 1)
 
 
+# Not flow-cps, which keeps coefficients and not marginals; score-sde-1.0 only unshifted, since its last step is always
+# 0.04 long, wherever a shifted grid ends.
+KEEPS_MARGINALS = [
+    (name, shift)
+    for name in SAMPLERS
+    for shift in (1.0, 2.0)
+    if name != "flow-cps" and (name, shift) != ("score-sde-1.0", 2.0)
+]
+
+
+@pytest.mark.parametrize(("name", "shift"), KEEPS_MARGINALS)
+def test_a_gaussian_stays_the_gaussian_that_it_should_be(name: str, shift: float) -> None:
+    """For data N(1.5, 0.5^2) the velocity is known; noise and its drift correction must cancel in the marginals."""
+    mean, deviation, steps = 1.5, 0.5, 250
+    sampler = SAMPLERS[name]
+    times = sampler.grid(steps, shift)
+    noise = torch.randn(sampler.draws(steps), 20_000, 1, generator=torch.Generator().manual_seed(0))
+
+    def velocity(x: torch.Tensor, i: int) -> torch.Tensor:
+        t = times[i]
+        variance = (t * deviation) ** 2 + (1 - t) ** 2
+        return mean + (t * deviation**2 - (1 - t)) / variance * (x - t * mean)
+
+    out = sampler.integrate(velocity, times, noise, ETA)
+    assert out.mean().item() == pytest.approx(mean, abs=0.03)
+    assert out.std().item() == pytest.approx(deviation, abs=0.03)
+
+
+def test_flow_cps_by_hand() -> None:
+    """One step to t = 0.5 with v = 0 and x = 1: estimates are x0 = x1 = 1, fresh noise has the share sin^2 of 0.5."""
+    sampler = SAMPLERS["flow-cps"]
+    noise = torch.tensor([[[1.0]], [[2.0]], [[0.0]]])
+    seen = []
+    sampler.integrate(lambda x, i: seen.append(x.item()) or torch.zeros_like(x), [0.0, 0.5, 1.0], noise, 1 / 3)
+    assert seen[1] == pytest.approx(math.sqrt(0.25 - 0.0625) * 1 + 0.5 * 1 + 0.25 * 2)
+
+
+@pytest.mark.parametrize(("name", "order"), [("flow-ode", 1), ("flow-heun", 2), ("flow-multistep", 2)])
+def test_order_of_convergence(name: str, order: int) -> None:
+    """Halving the step divides the error by 2^order; dx/dt = cos(6 t) x has a closed form."""
+    sampler, start = SAMPLERS[name], torch.ones(1, 1, 1, dtype=torch.float64)
+
+    def error(steps: int) -> float:
+        times = sampler.grid(steps, 1.0)
+        end = sampler.integrate(lambda x, i: math.cos(6 * times[i]) * x, times, start, ETA)
+        return abs(end.item() - math.exp(math.sin(6) / 6))
+
+    assert error(80) / error(160) == pytest.approx(2**order, rel=0.2)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_network_calls_are_as_stated(name: str) -> None:
+    sampler, calls = SAMPLERS[name], []
+    noise = torch.zeros(sampler.draws(6), 1, 64)
+    sampler.integrate(lambda x, i: calls.append(i) or x, sampler.grid(6, 1.0), noise, ETA)
+    assert len(calls) == sampler.calls(6)
+
+
 def test_times_by_hand() -> None:
     assert unit_grid(4, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert shift_times([0.5], 3.0) == [0.25]
