@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import NextStepConfig
 from .engine import NextStepEngine, Progress
 from .errors import NextStepError
+from .images import to_rgb
 from .loading.build import load_model, load_vae
 from .loading.sources import resolve_source, vae_beside
 from .model.nextstep import patchify, unpatchify
@@ -58,17 +59,11 @@ def check_vae_fits(config: NextStepConfig, vae_channels: int, vae_downscale: int
 
 
 def to_pixels(image: ImageInput) -> Tensor:
-    """One picture (PIL, or array or tensor (H, W, 3) in [0, 1]) to (1, 3, H, W) float32 in [-1, 1]."""
+    """One picture (PIL, or array or tensor (H, W, C) in [0, 1]; alpha is laid on white) to (1, 3, H, W) in [-1, 1]."""
     if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    pixels = torch.as_tensor(image).float()
-    if pixels.ndim == 4 and pixels.shape[0] == 1:
-        pixels = pixels[0]
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.numel():
-        raise NextStepError(f"An input image has the shape {tuple(pixels.shape)}; expected (height, width, 3).")
-    if not torch.isfinite(pixels).all():
-        raise NextStepError("An input image holds NaN or infinite values.")
-    return pixels.permute(2, 0, 1)[None] * 2 - 1
+        image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
+    pixels = torch.as_tensor(image)
+    return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1
 
 
 class NextStepPipeline:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .all_in_one import NextStepImageEdit, NextStepTextToImage
 from .host import register_model_folder
-from .latents import NextStepEmptyLatent, NextStepVAEDecode
+from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
-from .prompts import NextStepTextEncode
+from .prompts import NextStepEditEncode, NextStepTextEncode
 from .sampler import NextStepSampler
 
 NODES: list[type[io.ComfyNode]] = [
     NextStepModelLoader,
     NextStepVAELoader,
     NextStepTextEncode,
+    NextStepEditEncode,
+    NextStepAspectRatio,
     NextStepEmptyLatent,
     NextStepSampler,
     NextStepVAEDecode,
+    NextStepTextToImage,
+    NextStepImageEdit,
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,12 +25,14 @@ from ..nextstep_core.config import VAEConfig
 from ..nextstep_core.loading.build import fill
 from ..nextstep_core.model.vae import channel_norm
 
+Interrupted = mm.InterruptProcessingException
 log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "nextstep"
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
+TEXT_SECONDS = 0.5
 NATIVE_SHAPE = (128, (1, 2, 4, 4), 2)  # the one width, multiplier list and depth that the host infers from keys
 
 
@@ -57,18 +62,36 @@ def check_interrupt() -> None:
 
 
 class ProgressReporter:
-    """The bar and the live preview on the running node. Every call also stops the run on Interrupt."""
+    """The bar, a line of text and the live preview on the running node. Every call also stops the run on Interrupt."""
 
     def __init__(self, total: int) -> None:
         self._bar = comfy.utils.ProgressBar(total)
+        self._said_at = 0.0
 
-    def update(self, done: int, preview: Tensor | None = None, size: tuple[int, int] = (0, 0)) -> None:
+    def update(
+        self, done: int, preview: Tensor | None = None, size: tuple[int, int] = (0, 0), text: str | None = None
+    ) -> None:
         """Show `done` items; preview (h, w, 3) uint8 is enlarged to size (width, height)."""
         check_interrupt()
+        if text is not None and time.monotonic() - self._said_at >= TEXT_SECONDS:
+            self._said_at = time.monotonic()
+            _send_text(text)
         image = None
         if preview is not None:
             image = ("JPEG", Image.fromarray(preview.numpy()).resize(size, Image.Resampling.BILINEAR), None)
         self._bar.update_absolute(done, preview=image)
+
+
+def _send_text(text: str) -> None:
+    """Put a line of text on the running node, where the host has a server (it has none when it runs as a library)."""
+    server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
+    if server is not None and getattr(server, "instance", None) is not None and context is not None:
+        server.instance.send_progress_text(text, context.node_id)
+
+
+def fitting(pictures: int, bytes_each: int, device: torch.device) -> int:
+    """How many of `pictures` to draw together, each needing so many bytes beside the weights: at least one."""
+    return max(1, min(pictures, int(mm.get_free_memory(device) // max(1, bytes_each))))
 
 
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.sizes import BASES, RATIOS, ratio_size
 from . import host
 from .types import CATEGORY
 
@@ -24,6 +25,13 @@ def check_size(width: int, height: int) -> None:
             f"{width}x{height} is not possible: NextStep draws in squares of {UNIT} pixels. "
             f"The nearest size is {near[0]}x{near[1]}."
         )
+
+
+def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
+    """A LATENT of zeros for so many pictures."""
+    check_size(width, height)
+    shape = (batch, CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
+    return {"samples": torch.zeros(shape, device=host.intermediate_device()), "downscale_ratio_spacial": DOWNSCALE}
 
 
 def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
@@ -60,19 +68,47 @@ class NextStepEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int = UNIT, height: int = UNIT) -> bool | str:
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
         try:
-            check_size(width, height)
+            check_size(*(UNIT if side is None else side for side in (width, height)))
         except NextStepError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        check_size(width, height)
-        shape = (batch_size, CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
-        samples = torch.zeros(shape, device=host.intermediate_device())
-        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": DOWNSCALE})
+        return io.NodeOutput(empty_latent(width, height, batch_size))
+
+
+class NextStepAspectRatio(io.ComfyNode):
+    """A trained size by name."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepAspectRatio",
+            display_name="NextStep Aspect Ratio",
+            category=CATEGORY,
+            description="Width and height for one of the 17 ratios that NextStep-1 was trained at.",
+            search_aliases=["nextstep", "aspect ratio", "resolution", "size"],
+            inputs=[
+                io.Combo.Input("ratio", options=list(RATIOS), default="16:16 square", tooltip="Width to height."),
+                io.Combo.Input(
+                    "base",
+                    options=[str(base) for base in BASES],
+                    default="512",
+                    tooltip="Side of the square with the same area, in pixels. Published checkpoints: 512.",
+                ),
+            ],
+            outputs=[
+                io.Int.Output("width", display_name="width", tooltip="In pixels, a multiple of 16."),
+                io.Int.Output("height", display_name="height", tooltip="In pixels, a multiple of 16."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, ratio: str, base: str) -> io.NodeOutput:
+        return io.NodeOutput(*ratio_size(ratio, int(base)))
 
 
 class NextStepVAEDecode(io.ComfyNode):

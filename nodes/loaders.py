@@ -96,9 +96,10 @@ class NextStepModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         try:
-            catalog.find_model(model_name)
+            if model_name is not None:
+                catalog.find_model(model_name)
         except NextStepError as error:
             return str(error)
         return True
@@ -137,9 +138,10 @@ class NextStepVAELoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name: str) -> bool | str:
+    def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
         try:
-            catalog.find_vae(vae_name)
+            if vae_name is not None:
+                catalog.find_vae(vae_name)
         except NextStepError as error:
             return str(error)
         return True

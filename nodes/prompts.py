@@ -1,20 +1,79 @@
-"""Prompt nodes: text to what the sampler's branches read."""
+"""Prompt nodes: text, and pictures to edit, to what the sampler's branches read."""
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from typing import Any
 
-from ..nextstep_core.prompt import Caption
-from .host import schema
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.images import cover, to_rgb
+from ..nextstep_core.model.nextstep import patchify
+from ..nextstep_core.prompt import IMAGE_SLOT, Caption, EncodedImage
+from ..nextstep_core.sizes import BASES, nearest_ratio, ratio_size, whole_size
+from . import host
+from .latents import check_size, empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+
+FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
+SIZES = (NEAREST, FIT, KEEP)
 
 
 def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> PromptValue:
     """A prompt for the sampler; NextStepError when it has image slots, or is too long for the model by itself."""
-    text = f"{prompt} {positive_suffix}" if positive_suffix else prompt
-    Caption(text)
-    model.engine.check_prompt(text)
-    return PromptValue(text)
+    caption = Caption(f"{prompt} {positive_suffix}" if positive_suffix else prompt)
+    model.engine.check_prompt(caption.text)
+    return PromptValue((caption,))
+
+
+def target_size(images: Tensor, size: str, width: int, height: int) -> tuple[int, int]:
+    """(width, height) that an input batch (B, H, W, C) is brought to, by the node's choice."""
+    old_height, old_width = images.shape[1:3]
+    if size == KEEP:
+        return whole_size(old_width, old_height)
+    check_size(width, height)
+    if size == FIT:
+        return width, height
+    # The base whose area is nearest to the one asked for.
+    base = min(BASES, key=lambda b: abs(b * b - width * height))
+    return ratio_size(nearest_ratio(old_width, old_height), base)
+
+
+def encode_edit(
+    model: HostModel,
+    vae: Any,
+    image: Tensor,
+    instruction: str,
+    size: str = NEAREST,
+    width: int = 512,
+    height: int = 512,
+) -> tuple[PromptValue, dict[str, Any]]:
+    """(prompt, empty latent of the edited picture's size) for a batch of pictures and an instruction.
+
+    One `<image>` slot: every picture of the batch is edited by itself. As many slots as pictures: they fill the slots
+    in order, and one picture is made from all of them. NextStepError for anything else.
+    """
+    pixels = to_rgb(image)
+    slots, count = instruction.count(IMAGE_SLOT), len(pixels)
+    if slots not in (1, count):
+        raise NextStepError(
+            f"The instruction has {slots} {IMAGE_SLOT} slots for {count} input image(s). Write {IMAGE_SLOT} once, "
+            "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
+        )
+    new_width, new_height = target_size(pixels, size, width, height)
+    latents = vae.encode(cover(pixels, new_width, new_height))
+    channels = model.engine.config.latent_channels
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise NextStepError(
+            f"The VAE gives latents of the shape {tuple(latents.shape)}; the model needs {channels} channels. Connect "
+            "the vae output of Load NextStep Model."
+        )
+    grid = model.engine.grid(new_height, new_width)
+    tokens = patchify(model.to_model(latents.float()), model.engine.config.latent_patch_size)
+    encoded = [EncodedImage(picture, grid) for picture in tokens]
+    captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
+    return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))
 
 
 class NextStepTextEncode(io.ComfyNode):
@@ -22,7 +81,7 @@ class NextStepTextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return host.schema(
             node_id="NextStepTextEncode",
             display_name="NextStep Encode Prompt",
             category=CATEGORY,
@@ -50,3 +109,56 @@ class NextStepTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, model: HostModel, prompt: str, positive_suffix: str = "") -> io.NodeOutput:
         return io.NodeOutput(encode_prompt(model, prompt, positive_suffix))
+
+
+def size_inputs() -> list[io.Input]:
+    """The widgets that say to which size a picture is brought before it is edited."""
+    return [
+        io.Combo.Input(
+            "size",
+            options=list(SIZES),
+            default=NEAREST,
+            tooltip="How the picture is brought to a size that can be drawn. nearest aspect ratio: the closest of the "
+            "17 trained ratios, about as large as width x height. width and height: exactly those. keep: as it is, cut "
+            "to multiples of 16. What does not fit is cut off evenly on both sides.",
+        ),
+        io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+        io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+    ]
+
+
+class NextStepEditEncode(io.ComfyNode):
+    """Picture and instruction for the sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepEditEncode",
+            display_name="NextStep Encode Edit Instruction",
+            category=CATEGORY,
+            description="Prepares a picture and what to change in it for NextStep Sampler.",
+            search_aliases=["nextstep", "edit", "instruction", "image to image"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="The model that will edit (NextStep-1-Large-Edit)."),
+                io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
+                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.String.Input(
+                    "instruction",
+                    multiline=True,
+                    default=f"{IMAGE_SLOT}Make it snow.",
+                    tooltip="What to change. <image> stands where the picture belongs; several <image> take the "
+                    "pictures of the batch in order and make one picture from them.",
+                ),
+                *size_inputs(),
+            ],
+            outputs=[
+                PromptSocket.Output("encoded", display_name="prompt", tooltip="Goes to positive."),
+                io.Latent.Output("latent", display_name="latent", tooltip="Empty, in the size of the edited picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: HostModel, vae: Any, image: Tensor, instruction: str, size: str, width: int, height: int
+    ) -> io.NodeOutput:
+        return io.NodeOutput(*encode_edit(model, vae, image, instruction, size, width, height))

@@ -9,12 +9,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.decode import Progress
-from ..nextstep_core.engine import Job
+from ..nextstep_core.decode import KnownTokens
+from ..nextstep_core.engine import Job, Progress
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.model.nextstep import unpatchify
+from ..nextstep_core.masking import kept_tokens
+from ..nextstep_core.model.nextstep import patchify, unpatchify
 from ..nextstep_core.preview import fit_latent_to_rgb, latents_to_rgb
-from ..nextstep_core.prompt import Caption
+from ..nextstep_core.prompt import Grid
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.solvers import SAMPLERS
 from ..nextstep_core.settings import GenerationSettings
@@ -23,22 +24,30 @@ from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
 
 AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
+DISCARD, KEEP = "discard", "keep"
 PREVIEW_SECONDS = 0.2
+# In a LATENT: it is an interrupted run's, and its mask covers what is still to be drawn.
+PARTIAL = "nextstep_partial"
 
 
 def settings_for(
     model: HostModel,
     editing: bool,
+    *,
     cfg: float,
     cfg_schedule: str,
     steps: int,
     shift: float,
     sampler: str,
     use_norm: str,
+    cfg_img: float = 1.0,
 ) -> GenerationSettings:
     """The node's widgets over the checkpoint's recommendation; "auto" leaves it."""
+    if use_norm not in USE_NORM:
+        raise NextStepError(f"use_norm is {use_norm!r}; choose one of {', '.join(USE_NORM)}.")
     return model.engine.recommended(editing).override(
         cfg=cfg,
+        cfg_img=cfg_img,
         cfg_schedule=cfg_schedule,
         steps=steps,
         shift=shift,
@@ -47,7 +56,7 @@ def settings_for(
     )
 
 
-def grid_of(model: HostModel, latent: dict[str, Any]) -> tuple[int, int]:
+def grid_of(model: HostModel, latent: dict[str, Any]) -> Grid:
     """(rows, columns) of tokens for a LATENT; NextStepError when its shape is not one that this model draws."""
     samples, channels = latent["samples"], model.engine.config.latent_channels
     if samples.ndim != 4 or samples.shape[1] != channels:
@@ -59,6 +68,54 @@ def grid_of(model: HostModel, latent: dict[str, Any]) -> tuple[int, int]:
     return model.engine.grid(height * 8, width * 8)
 
 
+def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownTokens | None:
+    """What a LATENT's noise mask keeps; None without a mask. NextStepError for a mask that does not fit."""
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return None
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    if len(masks) > 1 and not (masks == masks[:1]).all():
+        raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
+    if not latent["samples"].isfinite().all():
+        raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
+    tokens = patchify(model.to_model(latent["samples"].float()), model.engine.config.latent_patch_size)
+    return KnownTokens(tokens, kept_tokens(masks[0], grid), one_by_one=PARTIAL in latent)
+
+
+def images_per_caption(positive: PromptValue, batch: int) -> int:
+    """How many pictures of a batch each caption gets; NextStepError when they do not go round."""
+    captions = len(positive.captions)
+    if batch % captions:
+        raise NextStepError(
+            f"The latent has a batch of {batch} for {captions} edited pictures. Use the latent output of the edit "
+            f"node, or a batch_size that is a multiple of {captions}."
+        )
+    return batch // captions
+
+
+def prepare(
+    model: HostModel,
+    positive: PromptValue,
+    negative: PromptValue | None,
+    latent: dict[str, Any],
+    seed: int,
+    settings: GenerationSettings,
+) -> Job:
+    """Check everything that can be wrong before any long work, and lay the job out."""
+    if negative is not None and negative.editing:
+        raise NextStepError("The negative prompt has an input image. Use NextStep Encode Prompt for it.")
+    grid = grid_of(model, latent)
+    return model.engine.prepare(
+        positive.captions,
+        grid,
+        settings,
+        seed=seed,
+        negative_prompt=negative.captions[0].text if negative is not None else "",
+        images_per_caption=images_per_caption(positive, latent["samples"].shape[0]),
+        known=known_tokens(model, latent, grid),
+    )
+
+
 def sample(
     model: HostModel,
     positive: PromptValue,
@@ -66,53 +123,173 @@ def sample(
     latent: dict[str, Any],
     seed: int,
     settings: GenerationSettings,
+    on_interrupt: str = DISCARD,
 ) -> dict[str, Any]:
-    """Draw a LATENT's pictures; the result holds what the VAE decoder takes. Stops at Interrupt within one token."""
-    job = model.engine.prepare(
-        [Caption(positive.text, positive.images)],
-        grid_of(model, latent),
-        settings,
-        seed=seed,
-        negative_prompt=negative.text if negative is not None else "",
-        images_per_caption=latent["samples"].shape[0],
-    )
+    """Draw a LATENT's pictures; the result holds what the VAE decoder takes.
+
+    A noise mask keeps what it does not cover. Interrupt stops within one token; with KEEP the result is then what is
+    done so far, with a mask over the rest, and sampling that with the same seed and settings finishes the picture.
+    """
+    job = prepare(model, positive, negative, latent, seed, settings)
     preview = Preview(model, job)
     device = host.bring_to_device(model.patcher, model.engine.working_bytes(job, model.dtype))
+    at_once = host.fitting(job.pictures, model.engine.working_bytes(job.part(0, 1), model.dtype), device)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
-    for progress in model.engine.decode(job, device, model.dtype):
-        reporter.update(progress.done, *preview.of(progress))
-    samples = to_latents(model, job, progress.tokens).to(host.intermediate_device())
-    return {**latent, "samples": samples}
+    progress = None
+    try:
+        for progress in model.engine.decode(job, device, model.dtype, at_once):
+            reporter.update(progress.done, *preview.of(progress), rate_text(progress))
+    except host.Interrupted:
+        if on_interrupt == DISCARD or progress is None or not unfinished(job, progress).any():
+            raise
+        mask = unfinished(job, progress).reshape(1, 1, *job.grid)
+        return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: True}
+    finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
+    if finished.pop(PARTIAL, False):
+        finished.pop("noise_mask")
+    return finished
+
+
+def unfinished(job: Job, progress: Progress) -> Tensor:
+    """(rows * columns,) float, 1 where a token of some picture is still to be drawn."""
+    done = progress.step.done if progress.stop - progress.start == job.pictures else 0
+    rest = torch.arange(progress.total) >= done
+    return (rest & ~job.known.keep if job.known is not None else rest).float()
+
+
+def rate_text(progress: Progress) -> str:
+    """Rate and remaining time for the node."""
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    return f"{progress.tokens_per_second:.1f} tokens/s, {minutes}:{seconds:02d} left"
 
 
 def to_latents(model: HostModel, job: Job, tokens: Tensor) -> Tensor:
     """Tokens (B, N, token_dim) to what the VAE decoder takes, (B, 16, h, w) float32."""
     latents = unpatchify(tokens.float(), job.grid, model.engine.config.latent_patch_size)
-    return latents / model.vae_config.scaling_factor + model.vae_config.shift_factor
+    return model.from_model(latents).to(host.intermediate_device())
 
 
 class Preview:
     """The finished rows in flat colors, at most every PREVIEW_SECONDS."""
 
     def __init__(self, model: HostModel, job: Job) -> None:
-        self.model, self.job, self.shown_at, self.shown_rows = model, job, 0.0, 0
+        self.model, self.job, self.shown_at, self.shown = model, job, 0.0, (0, 0)
         if model.rgb_map is None and model.vae is not None:
             model.rgb_map = fit_latent_to_rgb(model.vae.encode)
 
     def of(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
-        """(picture or None where none is due, size in pixels as width and height)."""
+        """(first picture of those under way, or None where nothing new is due; size in pixels as width and height)."""
         rows, columns = self.job.grid
-        finished = progress.done // columns
+        finished = progress.start, progress.step.done // columns
         unit = self.model.engine.pixels_per_token
         size = (columns * unit, rows * unit)
         now = time.monotonic()
-        last = progress.done == progress.total
-        due = finished > self.shown_rows and (last or now - self.shown_at >= PREVIEW_SECONDS)
+        last = progress.step.done == progress.total
+        due = finished[1] and finished != self.shown and (last or now - self.shown_at >= PREVIEW_SECONDS)
         if self.model.rgb_map is None or not due:
             return None, size
-        self.shown_at, self.shown_rows = now, finished
-        latents = to_latents(self.model, self.job, progress.tokens[:1])
-        return latents_to_rgb(latents, self.model.rgb_map, finished * self.model.engine.config.latent_patch_size), size
+        self.shown_at, self.shown = now, finished
+        latents = to_latents(self.model, self.job, progress.tokens[progress.start : progress.start + 1])
+        return latents_to_rgb(
+            latents, self.model.rgb_map, finished[1] * self.model.engine.config.latent_patch_size
+        ), size
+
+
+def check_settings(
+    steps: int | None,
+    cfg: float | None,
+    shift: float | None,
+    cfg_schedule: str | None,
+    sampler: str | None,
+    cfg_img: float | None,
+) -> bool | str:
+    """The host's answer to a node's widgets: True, or what is wrong. None is a linked widget, not known yet."""
+    try:
+        GenerationSettings(sampler="flow-ode").override(
+            steps=steps,
+            cfg=cfg,
+            cfg_img=cfg_img,
+            shift=shift,
+            cfg_schedule=cfg_schedule,
+            sampler=None if sampler == AUTO else sampler,
+        )
+    except NextStepError as error:
+        return str(error)
+    return True
+
+
+def setting_inputs(steps: int, shift: float) -> list[io.Input]:
+    """The sampling widgets that all nodes that draw share."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="One seed gives one picture on every device.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=1000,
+            tooltip="Flow steps per token. Published: 28 for NextStep-1.1 and the Pretrain checkpoints, 50 for "
+            "NextStep-1-Large and -Edit.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=7.5,
+            min=1.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance: how closely the prompt is followed. 1 turns it off and halves the work; 7.5 is the "
+            "published setting.",
+        ),
+        io.Combo.Input(
+            "cfg_schedule",
+            options=list(SCHEDULES),
+            default="constant",
+            tooltip="Guidance from the top of the picture to its bottom: the same everywhere, falling to 1 (linear), "
+            "or rising from half (linear-rise).",
+        ),
+        io.Float.Input(
+            "shift",
+            default=shift,
+            min=0.01,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for editing.",
+        ),
+        io.Combo.Input(
+            "sampler",
+            options=[AUTO, *SAMPLERS],
+            default=AUTO,
+            tooltip="How a token is drawn from noise. auto takes what the checkpoint was published with.",
+        ),
+        io.Combo.Input(
+            "use_norm",
+            options=list(USE_NORM),
+            default=AUTO,
+            tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
+        ),
+    ]
+
+
+def cfg_img_input() -> io.Input:
+    """The widget for guidance by the input picture."""
+    return io.Float.Input(
+        "cfg_img",
+        default=2.0,
+        min=1.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        optional=True,
+        tooltip="Editing only: how closely the input picture is followed. 1 turns it off; published: 1.5 to 2.0.",
+    )
 
 
 class NextStepSampler(io.ComfyNode):
@@ -128,67 +305,26 @@ class NextStepSampler(io.ComfyNode):
             search_aliases=["nextstep", "sampler", "generate", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
-                PromptSocket.Input("positive", tooltip="What to draw, from NextStep Encode Prompt."),
-                io.Latent.Input("latent", tooltip="Size and batch, from NextStep Empty Latent."),
+                PromptSocket.Input("positive", tooltip="What to draw, or a picture and what to change in it."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
+                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is finished.",
+                ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
                     tooltip="What to stay away from; works with cfg above 1. May be left open.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="One seed gives one picture on every device.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=28,
-                    min=1,
-                    max=1000,
-                    tooltip="Flow steps per token. Published: 28 for NextStep-1.1 and the Pretrain checkpoints, 50 for "
-                    "NextStep-1-Large and -Edit.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance: how closely the prompt is followed. 1 turns it off and halves the work; 7.5 is "
-                    "the published setting.",
-                ),
+                *setting_inputs(steps=28, shift=1.0),
+                cfg_img_input(),
                 io.Combo.Input(
-                    "cfg_schedule",
-                    options=list(SCHEDULES),
-                    default="constant",
-                    tooltip="Guidance from the top of the picture to its bottom: the same everywhere, falling to 1 "
-                    "(linear), or rising from half (linear-rise).",
-                ),
-                io.Float.Input(
-                    "shift",
-                    default=1.0,
-                    min=0.01,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for "
-                    "editing.",
-                ),
-                io.Combo.Input(
-                    "sampler",
-                    options=[AUTO, *SAMPLERS],
-                    default=AUTO,
-                    tooltip="How a token is drawn from noise. auto takes what the checkpoint was published with.",
-                ),
-                io.Combo.Input(
-                    "use_norm",
-                    options=list(USE_NORM),
-                    default=AUTO,
-                    tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
+                    "on_interrupt",
+                    options=[DISCARD, KEEP],
+                    default=DISCARD,
+                    optional=True,
+                    tooltip="What Interrupt leaves: nothing, or the part that is drawn. Sampling the kept latent again "
+                    "with the same seed and settings finishes the same picture.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
@@ -196,19 +332,15 @@ class NextStepSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, steps: int = 2, cfg: float = 1.0, shift: float = 1.0, cfg_schedule: str = "constant", sampler: str = AUTO
+        cls,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        cfg_schedule: str | None = None,
+        sampler: str | None = None,
+        cfg_img: float | None = None,
     ) -> bool | str:
-        try:
-            GenerationSettings().override(
-                steps=steps,
-                cfg=cfg,
-                shift=shift,
-                cfg_schedule=cfg_schedule,
-                sampler=None if sampler == AUTO else sampler,
-            )
-        except NextStepError as error:
-            return str(error)
-        return True
+        return check_settings(steps, cfg, shift, cfg_schedule, sampler, cfg_img)
 
     @classmethod
     def execute(
@@ -217,14 +349,10 @@ class NextStepSampler(io.ComfyNode):
         positive: PromptValue,
         latent: dict[str, Any],
         seed: int,
-        steps: int,
-        cfg: float,
-        cfg_schedule: str,
-        shift: float,
-        sampler: str,
-        use_norm: str,
         negative: PromptValue | None = None,
+        on_interrupt: str = DISCARD,
+        **settings: Any,
     ) -> io.NodeOutput:
-        settings = settings_for(model, bool(positive.images), cfg, cfg_schedule, steps, shift, sampler, use_norm)
+        chosen = settings_for(model, positive.editing, **settings)
         with torch.inference_mode():
-            return io.NodeOutput(sample(model, positive, negative, latent, seed, settings))
+            return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen, on_interrupt))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nextstep_core.config import VAEConfig
 from ..nextstep_core.engine import NextStepEngine
-from ..nextstep_core.prompt import EncodedImage
+from ..nextstep_core.prompt import Caption
 
 CATEGORY = "NextStep"
 
@@ -39,10 +39,22 @@ class HostModel:
     vae_config: VAEConfig
     rgb_map: Tensor | None = field(default=None)
 
+    def to_model(self, latents: Tensor) -> Tensor:
+        """What the VAE encoder gives, to the space of the model's tokens."""
+        return (latents - self.vae_config.shift_factor) * self.vae_config.scaling_factor
+
+    def from_model(self, latents: Tensor) -> Tensor:
+        """Inverse of `to_model`: what the VAE decoder takes."""
+        return latents / self.vae_config.scaling_factor + self.vae_config.shift_factor
+
 
 @dataclass(frozen=True)
 class PromptValue:
-    """Text as the model reads it, with the images for its slots."""
+    """Captions as the model reads them, each with the images for its slots. Several make a batch of pictures."""
 
-    text: str
-    images: tuple[EncodedImage, ...] = ()
+    captions: tuple[Caption, ...]
+
+    @property
+    def editing(self) -> bool:
+        """Whether there is an input image."""
+        return any(caption.images for caption in self.captions)

@@ -170,7 +170,8 @@ def test_bad_settings_are_one_sentence_before_any_work(pipeline, monkeypatch, ch
     [
         (torch.zeros(64, 70, 3), "multiples of 16"),
         (torch.full((64, 64, 3), float("nan")), "NaN"),
-        (torch.zeros(64, 64, 4), "expected (height, width, 3)"),
+        (torch.zeros(64, 64, 5), "expected (batch, height, width, 3)"),
+        (torch.zeros(0, 64, 3), "expected (batch, height, width, 3)"),
     ],
 )
 def test_a_bad_input_image_is_one_sentence(pipeline, image: torch.Tensor, sentence: str) -> None:

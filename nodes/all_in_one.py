@@ -1,0 +1,158 @@
+"""One box for those who want one: the same functions as the separate nodes, in a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..nextstep_core.prompt import IMAGE_SLOT
+from . import host
+from .latents import decode_latent, empty_latent
+from .prompts import encode_edit, encode_prompt, size_inputs
+from .sampler import cfg_img_input, check_settings, sample, setting_inputs, settings_for
+from .types import CATEGORY, HostModel, ModelSocket, PromptValue
+
+EDIT_NEGATIVE = "Copy original image."
+
+
+def draw(
+    model: HostModel,
+    vae: Any,
+    positive: PromptValue,
+    negative_prompt: str,
+    latent: dict[str, Any],
+    seed: int,
+    settings: dict[str, Any],
+) -> io.NodeOutput:
+    """Sample and decode; (image, latent)."""
+    chosen = settings_for(model, positive.editing, **settings)
+    with torch.inference_mode():
+        samples = sample(model, positive, encode_prompt(model, negative_prompt), latent, seed, chosen)
+    return io.NodeOutput(decode_latent(vae, samples), samples)
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        io.Image.Output("picture", display_name="image", tooltip="The picture."),
+        io.Latent.Output("samples", display_name="latent", tooltip="The picture before the VAE decoded it."),
+    ]
+
+
+class NextStepTextToImage(io.ComfyNode):
+    """Prompt to picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepTextToImage",
+            display_name="NextStep Text to Image",
+            category=CATEGORY,
+            description="Prompt to picture in one node: encode, sample and decode.",
+            search_aliases=["nextstep", "text to image", "generate"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load NextStep Model."),
+                io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
+                io.String.Input("prompt", multiline=True, default="", tooltip="What to draw, in plain sentences."),
+                io.String.Input("negative_prompt", multiline=True, default="", tooltip="What to stay away from."),
+                io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+                io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."
+                ),
+                *setting_inputs(steps=28, shift=1.0),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        cfg_schedule: str | None = None,
+        sampler: str | None = None,
+    ) -> bool | str:
+        return check_settings(steps, cfg, shift, cfg_schedule, sampler, None)
+
+    @classmethod
+    def execute(
+        cls,
+        model: HostModel,
+        vae: Any,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        batch_size: int,
+        seed: int,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        latent = empty_latent(width, height, batch_size)
+        return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
+
+
+class NextStepImageEdit(io.ComfyNode):
+    """Picture and instruction to edited picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepImageEdit",
+            display_name="NextStep Image Edit",
+            category=CATEGORY,
+            description="Picture and instruction to edited picture in one node: encode, sample and decode.",
+            search_aliases=["nextstep", "edit", "image to image", "instruction"],
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load NextStep Model (NextStep-1-Large-Edit)."),
+                io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
+                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.String.Input(
+                    "instruction",
+                    multiline=True,
+                    default="Make it snow.",
+                    tooltip="What to change. The picture is put in front, unless <image> says where it belongs.",
+                ),
+                io.String.Input(
+                    "negative_prompt", multiline=True, default=EDIT_NEGATIVE, tooltip="What to stay away from."
+                ),
+                *size_inputs(),
+                *setting_inputs(steps=50, shift=3.2),
+                cfg_img_input(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        cfg_schedule: str | None = None,
+        sampler: str | None = None,
+        cfg_img: float | None = None,
+    ) -> bool | str:
+        return check_settings(steps, cfg, shift, cfg_schedule, sampler, cfg_img)
+
+    @classmethod
+    def execute(
+        cls,
+        model: HostModel,
+        vae: Any,
+        image: Tensor,
+        instruction: str,
+        negative_prompt: str,
+        size: str,
+        width: int,
+        height: int,
+        seed: int,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        if IMAGE_SLOT not in instruction:
+            instruction = IMAGE_SLOT + instruction
+        positive, latent = encode_edit(model, vae, image, instruction, size, width, height)
+        return draw(model, vae, positive, negative_prompt, latent, seed, settings)
