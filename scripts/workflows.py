@@ -8,6 +8,7 @@ from pathlib import Path
 from comfy_cli.workflow_to_api import convert_ui_to_api
 
 FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
+ALL = sorted(FOLDER.glob("*.json"))
 FIRST_RUN = FOLDER / "NextStep First Run.json"
 TEXT_TO_IMAGE = FOLDER / "NextStep Text to Image.json"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from comfy_graph import ComfyGraph, make_graph_host
 from comfy_server import ComfyServer, find_comfyui, make_base, running_server
+from PIL import Image
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 MODEL = "tiny-a"
@@ -22,11 +23,20 @@ def comfyui() -> Path:
     return found
 
 
+def make_example_picture(path: Path) -> None:
+    """What the host ships as example.png: a picture whose alpha becomes the mask (its lower right quarter here)."""
+    picture = Image.new("RGBA", (64, 64), (0x20, 0x50, 0xE0, 255))
+    picture.paste((0xE0, 0x20, 0x20, 255), (8, 8, 40, 40))
+    picture.paste((0x20, 0x50, 0xE0, 0), (32, 32, 64, 64))
+    picture.save(path)
+
+
 @pytest.fixture(scope="session")
 def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A running ComfyUI with the pack and a small random checkpoint of the real layout."""
     base = make_base(tmp_path_factory.mktemp("comfy"))
     shutil.copytree(GOLDEN / MODEL, base / "models" / "nextstep" / MODEL)
+    make_example_picture(base / "input" / "example.png")
     with running_server(comfyui, base) as running:
         yield running
 

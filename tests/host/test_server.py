@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from comfy_server import ComfyServer
 from PIL import Image
-from workflows import FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
+from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
+EMBEDDED = "tiny (embedded)"
 SMALL = {"model_name": "tiny-a", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
 LONG = {**SMALL, "width": 512, "height": 512, "steps": 20}
 
@@ -126,12 +128,23 @@ def test_a_prompt_beyond_the_context_is_one_sentence(server, workflow, object_in
     assert "this model can hold 4096. Shorten the prompt." in failed.events[-1][1]["exception_message"]
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
+    """With the embedded model in place of the one that the user is asked to get, and few steps."""
+    workflow = read_workflow(path)
+    assert all(node["type"] in object_info or node["type"] == "MarkdownNote" for node in workflow["nodes"])
+    small = {"model_name": EMBEDDED, "steps": 3, "width": 64, "height": 64, "bottom": 32, "size": "width and height"}
+    run = server.run(to_prompt(workflow, object_info, **small), workflow)
+    assert run.ended == "execution_success", run.events[-1]
+    assert server.images(run)[0].is_file()
+
+
 def test_the_first_run_needs_nothing_but_the_pack(server, object_info) -> None:
     workflow = read_workflow(FIRST_RUN)
     run = server.run(to_prompt(workflow, object_info), workflow)
     assert run.ended == "execution_success", run.events[-1]
     picture = np.asarray(Image.open(server.images(run)[0]), dtype=np.float32)
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (384, 384, 3)
     red, blue = (0xE0, 0x20, 0x20), (0x20, 0x50, 0xE0)
     near = [(np.abs(picture - color).max(axis=-1) < 40).mean() for color in (red, blue)]
     assert near[0] > 0.04 and near[1] > 0.3, "a red circle on a blue background"
