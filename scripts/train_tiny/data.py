@@ -96,6 +96,9 @@ class LatentPool:
     def __init__(self, tokens: dict[str, Tensor]):
         self.tokens = tokens
         self.scenes = {canvas: training_scenes(canvas) for canvas in CANVASES}
+        for canvas, scenes in self.scenes.items():
+            if len(tokens[self.key(*canvas)]) != len(scenes):
+                raise ValueError(f"latents.pt does not hold the {len(scenes)} scenes of {canvas}: delete it.")
         self.rows = {scene: row for scenes in self.scenes.values() for row, scene in enumerate(scenes)}
         self.singles = [scene for scene in self.scenes[SQUARE] if len(scene.objects) == 1]
         self.pairs = [scene for scene in self.scenes[SQUARE] if len(scene.objects) == 2]

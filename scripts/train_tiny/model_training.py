@@ -171,7 +171,8 @@ def train(team: Team, args: argparse.Namespace) -> None:
     if state := load_if_there(state_path):
         trainee.load_state_dict(state["trainee"])
         optimizers.load_state_dict(state["optimizers"])
-        average.values, step, seconds = state["average"], state["step"], state["seconds"]
+        average.load(state["average"])
+        step, seconds = state["step"], state["seconds"]
     print(f"{sum(p.numel() for p in trainee.parameters()) / 1e6:.2f}M parameters, from step {step}", flush=True)
     progress = Progress(step, every=100, minutes=args.minutes, seconds=seconds)
     saved = evaluated = time.monotonic()

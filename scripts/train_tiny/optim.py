@@ -108,6 +108,11 @@ class Average:
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_([self.values[n] for n in names], [parameters[n] for n in names], 1 - decay)
 
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Go on from saved values, on whatever device the module is."""
+        for name, value in values.items():
+            self.values[name].copy_(value)
+
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         for name, p in module.named_parameters():

@@ -103,7 +103,8 @@ def train(stage: str, folder: Path, steps: int, seed: int, muon_lr: float, adam_
     if state := load_if_there(state_path):
         vae.load_state_dict(state["vae"])
         optimizers.load_state_dict(state["optimizers"])
-        average.values, first_step = state["average"], state["step"]
+        average.load(state["average"])
+        first_step = state["step"]
     shown = AutoencoderKL(CONFIG).to(device).eval()
     progress = Progress(first_step, every=50, steps=steps)
 
