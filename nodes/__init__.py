@@ -8,7 +8,7 @@ from .all_in_one import NextStepImageEdit, NextStepTextToImage
 from .host import register_model_folder
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
-from .prompts import NextStepEditEncode, NextStepTextEncode
+from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .sampler import NextStepSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -16,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepVAELoader,
     NextStepTextEncode,
     NextStepEditEncode,
+    NextStepPromptBatch,
     NextStepAspectRatio,
     NextStepEmptyLatent,
     NextStepSampler,

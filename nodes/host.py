@@ -89,9 +89,12 @@ def _send_text(text: str) -> None:
         server.instance.send_progress_text(text, context.node_id)
 
 
-def fitting(pictures: int, bytes_each: int, device: torch.device) -> int:
+def fitting(patcher: Any, pictures: int, bytes_each: int) -> int:
     """How many of `pictures` to draw together, each needing so many bytes beside the weights: at least one."""
-    return max(1, min(pictures, int(mm.get_free_memory(device) // max(1, bytes_each))))
+    device = patcher.load_device
+    on_host = mm.is_device_cpu(device)
+    room = mm.get_free_memory(device) if on_host else mm.get_total_memory(device) - patcher.model_size()
+    return max(1, min(pictures, int(room // max(1, bytes_each))))
 
 
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:

@@ -111,6 +111,30 @@ class NextStepTextEncode(io.ComfyNode):
         return io.NodeOutput(encode_prompt(model, prompt, positive_suffix))
 
 
+class NextStepPromptBatch(io.ComfyNode):
+    """Several prompts in one run."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepPromptBatch",
+            display_name="NextStep Batch Prompts",
+            category=CATEGORY,
+            description="Puts two prompts into one batch, so that the sampler draws their pictures together. Chain "
+            "it for more. Set the latent's batch_size to the number of prompts or a multiple of it.",
+            search_aliases=["nextstep", "prompt", "batch"],
+            inputs=[
+                PromptSocket.Input("first", tooltip="One prompt, or a batch of them."),
+                PromptSocket.Input("second", tooltip="What follows it in the batch."),
+            ],
+            outputs=[PromptSocket.Output("batch", display_name="prompt", tooltip="Goes to positive.")],
+        )
+
+    @classmethod
+    def execute(cls, first: PromptValue, second: PromptValue) -> io.NodeOutput:
+        return io.NodeOutput(PromptValue(first.captions + second.captions))
+
+
 def size_inputs() -> list[io.Input]:
     """The widgets that say to which size a picture is brought before it is edited."""
     return [

@@ -87,8 +87,8 @@ def images_per_caption(positive: PromptValue, batch: int) -> int:
     captions = len(positive.captions)
     if batch % captions:
         raise NextStepError(
-            f"The latent has a batch of {batch} for {captions} edited pictures. Use the latent output of the edit "
-            f"node, or a batch_size that is a multiple of {captions}."
+            f"The latent has a batch of {batch} for {captions} prompts. Set batch_size to {captions} or a multiple of "
+            "it, or use the latent output of the edit node."
         )
     return batch // captions
 
@@ -102,8 +102,8 @@ def prepare(
     settings: GenerationSettings,
 ) -> Job:
     """Check everything that can be wrong before any long work, and lay the job out."""
-    if negative is not None and negative.editing:
-        raise NextStepError("The negative prompt has an input image. Use NextStep Encode Prompt for it.")
+    if negative is not None and (negative.editing or len(negative.captions) > 1):
+        raise NextStepError("The negative prompt must be a single text. Use NextStep Encode Prompt for it.")
     grid = grid_of(model, latent)
     return model.engine.prepare(
         positive.captions,
@@ -132,8 +132,9 @@ def sample(
     """
     job = prepare(model, positive, negative, latent, seed, settings)
     preview = Preview(model, job)
-    device = host.bring_to_device(model.patcher, model.engine.working_bytes(job, model.dtype))
-    at_once = host.fitting(job.pictures, model.engine.working_bytes(job.part(0, 1), model.dtype), device)
+    each = model.engine.working_bytes(job.part(0, 1), model.dtype)
+    at_once = host.fitting(model.patcher, job.pictures, each)
+    device = host.bring_to_device(model.patcher, at_once * each)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
     progress = None
     try:

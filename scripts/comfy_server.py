@@ -26,6 +26,7 @@ STUBS = ROOT / "scripts" / "host_stubs"
 PACK_NAME = "ComfyUI-NextStep"
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None  # asked before any stand-in is on the path
 PREVIEW_EVENTS = (1, 4)
+TEXT_EVENT = 3
 START_SECONDS = 120
 
 
@@ -56,6 +57,7 @@ class Run:
     prompt_id: str
     events: list[tuple[str, dict]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def of(self, kind: str) -> list[dict]:
         return [data for name, data in self.events if name == kind]
@@ -104,8 +106,11 @@ class ComfyServer:
         while True:
             message = channel.recv()
             if isinstance(message, bytes):
-                if struct.unpack(">I", message[:4])[0] in PREVIEW_EVENTS:
+                kind = struct.unpack(">I", message[:4])[0]
+                if kind in PREVIEW_EVENTS:
                     run.previews.append(message[8:])
+                elif kind == TEXT_EVENT:
+                    run.texts.append(message[8 + struct.unpack(">I", message[4:8])[0] :].decode())
                 continue
             event = json.loads(message)
             if event["data"].get("prompt_id") != run.prompt_id:

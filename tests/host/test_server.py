@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,7 @@ def test_preview_shows_finished_rows_in_the_pictures_size(server, workflow, obje
     run = server.run(to_prompt(workflow, object_info, **widgets))
     assert run.ended == "execution_success"
     assert len(run.previews) > 1
+    assert all(re.fullmatch(r"\d+\.\d tokens/s, \d+:\d\d left", text) for text in run.texts) and run.texts
     first, last = (
         np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (run.previews[0], run.previews[-1])
     )
@@ -85,6 +87,14 @@ def test_interrupt_stops_at_once_and_the_next_run_is_healthy(server, workflow, o
     again = server.run(to_prompt(workflow, object_info, **{**SMALL, "seed": 8}))
     assert again.ended == "execution_success"
     assert server.images(again)[0].is_file()
+
+
+def test_a_kept_run_goes_down_the_graph(server, workflow, object_info) -> None:
+    prompt = to_prompt(workflow, object_info, **{**LONG, "seed": 16, "on_interrupt": "keep"})
+    run = server.run(prompt, interrupt_at=40)
+    assert run.ended == "execution_success"
+    picture = np.asarray(Image.open(server.images(run)[0]), dtype=np.float32)
+    assert picture[-64:].std(axis=(0, 1)).max() < picture[:16].std(axis=(0, 1)).min(), "drawn above, plain below"
 
 
 def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -> None:

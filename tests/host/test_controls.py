@@ -1,0 +1,304 @@
+"""Editing, masks, resuming and batches through the nodes' functions, on the embedded model where meaning matters."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfy_graph import ComfyGraph
+from scene_reader import read_scene
+
+RED, BLUE = (0xE0, 0x20, 0x20), (0x20, 0x50, 0xE0)
+
+
+@pytest.fixture(scope="module")
+def kit(graph: ComfyGraph) -> SimpleNamespace:
+    """The pack's modules and the embedded model, as the nodes use them."""
+    loaders, sampler = graph.pack("nodes.loaders"), graph.pack("nodes.sampler")
+    model = loaders.load_model(graph.pack("nodes.catalog").EMBEDDED_LABEL, "fp32")
+    return SimpleNamespace(
+        model=model,
+        vae=model.vae,
+        sampler=sampler,
+        prompts=graph.pack("nodes.prompts"),
+        latents=graph.pack("nodes.latents"),
+        host=graph.pack("nodes.host"),
+        boxes=graph.pack("nodes.all_in_one"),
+        error=graph.pack("nextstep_core.errors").NextStepError,
+    )
+
+
+def square_picture() -> torch.Tensor:
+    """(1, 64, 64, 3): a red square on blue, on token borders."""
+    picture = torch.tensor(BLUE).float().expand(1, 64, 64, 3).clone() / 255
+    picture[:, 16:48, 16:48] = torch.tensor(RED).float() / 255
+    return picture
+
+
+def draw(
+    kit: SimpleNamespace, positive, latent: dict, seed: int = 1, on_interrupt: str = "discard", **settings
+) -> dict:
+    chosen = kit.model.engine.recommended(positive.editing).override(**settings)
+    with torch.inference_mode():
+        return kit.sampler.sample(kit.model, positive, None, latent, seed, chosen, on_interrupt)
+
+
+def seen(kit: SimpleNamespace, latent: dict) -> list:
+    return [read_scene((p * 255).round().byte().numpy()) for p in kit.latents.decode_latent(kit.vae, latent)]
+
+
+def tokens_of(kit: SimpleNamespace, latent: dict) -> torch.Tensor:
+    from nextstep_core.model.nextstep import patchify
+
+    return patchify(kit.model.to_model(latent["samples"]), 2)
+
+
+@torch.inference_mode()
+def test_an_edit_changes_what_was_asked(kit) -> None:
+    positive, latent = kit.prompts.encode_edit(
+        kit.model, kit.vae, square_picture().repeat(4, 1, 1, 1), "<image>make the square yellow", kit.prompts.KEEP
+    )
+    assert latent["samples"].shape == (4, 16, 8, 8)
+    readings = seen(kit, draw(kit, positive, latent))
+    colors = [reading.objects[0].color for reading in readings if reading.objects]
+    assert colors.count("yellow") >= 3
+    assert [reading.background for reading in readings].count("blue") >= 3
+
+
+@torch.inference_mode()
+def test_cfg_img_pulls_towards_the_input(kit) -> None:
+    """Without guidance by the text, more of it brings the picture closer to the one that was put in."""
+    picture = square_picture()
+    positive, latent = kit.prompts.encode_edit(
+        kit.model, kit.vae, picture, "<image>make the square green", kit.prompts.KEEP
+    )
+    latent = {"samples": latent["samples"].repeat(6, 1, 1, 1)}
+    distances = [
+        (kit.latents.decode_latent(kit.vae, draw(kit, positive, latent, cfg=1.0, cfg_img=w)) - picture)
+        .pow(2)
+        .mean()
+        .item()
+        for w in (1.0, 4.0)
+    ]
+    base, pulled = distances
+    assert pulled < base
+
+
+@torch.inference_mode()
+def test_a_mask_keeps_its_tokens_bit_for_bit_and_the_picture_there(kit) -> None:
+    picture = square_picture()
+    encoded = {"samples": kit.vae.encode(picture)}
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32:, :] = 1
+    positive = kit.prompts.encode_prompt(kit.model, "a red square on a blue background")
+    out = draw(kit, positive, {**encoded, "noise_mask": mask})
+    before, after = tokens_of(kit, encoded), tokens_of(kit, out)
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert (before[:, 8:] - after[:, 8:]).abs().max() > 0.1
+    top = kit.latents.decode_latent(kit.vae, out)[:, :24]  # away from the border, where the decoder mixes
+    round_trip = kit.latents.decode_latent(kit.vae, encoded)[:, :24]
+    own_error = (round_trip - picture[:, :24]).pow(2).mean()
+    assert (top - picture[:, :24]).pow(2).mean() <= 2 * own_error + 1e-3
+    assert torch.equal(out["noise_mask"], mask), "as the core sampler, which hands the mask on"
+
+
+@torch.inference_mode()
+def test_what_is_drawn_under_a_mask_fits_what_is_kept(kit) -> None:
+    """Continue a picture from its top half: the background goes on in the color that was kept."""
+    picture = torch.tensor(BLUE).float().expand(1, 64, 64, 3) / 255
+    mask = torch.zeros(64, 64)
+    mask[32:] = 1
+    positive = kit.prompts.encode_prompt(kit.model, "a red circle on a blue background")
+    out = draw(kit, positive, {"samples": kit.vae.encode(picture), "noise_mask": mask[None]})
+    (reading,) = seen(kit, out)
+    assert reading.background == "blue"
+
+
+@torch.inference_mode()
+def interrupted_at(kit, monkeypatch, token: int, **options) -> dict:
+    """A run that the user stops after `token` tokens."""
+    update = kit.host.ProgressReporter.update
+
+    def stop(self, done, *rest):
+        update(self, done, *rest)
+        if done == token:
+            raise kit.host.Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kit.host.ProgressReporter, "update", stop)
+        return draw(kit, kit.prompts.encode_prompt(kit.model, "a small green star on a white background"), **options)
+
+
+@pytest.mark.parametrize("token", [1, 9, 15])
+def test_a_kept_run_goes_on_to_the_same_picture(kit, monkeypatch, token: int) -> None:
+    empty = kit.latents.empty_latent(64, 64, 2)
+    positive = kit.prompts.encode_prompt(kit.model, "a small green star on a white background")
+    whole = draw(kit, positive, empty, seed=5)
+    kept = interrupted_at(kit, monkeypatch, token, latent=empty, seed=5, on_interrupt="keep")
+    assert torch.equal(tokens_of(kit, kept)[:, :token], tokens_of(kit, whole)[:, :token])
+    assert not tokens_of(kit, kept)[:, token:].any()
+    resumed = draw(kit, positive, kept, seed=5)
+    assert torch.equal(resumed["samples"], whole["samples"])
+    assert set(resumed) == set(whole), "nothing is left of the interruption"
+
+
+def test_an_interrupted_run_is_discarded_unless_asked(kit, monkeypatch) -> None:
+    with pytest.raises(kit.host.Interrupted):
+        interrupted_at(kit, monkeypatch, 5, latent=kit.latents.empty_latent(64, 64, 1))
+
+
+def test_interrupt_works_without_a_server(kit) -> None:
+    import comfy.model_management as mm
+
+    mm.interrupt_current_processing(True)
+    with pytest.raises(kit.host.Interrupted):
+        draw(kit, kit.prompts.encode_prompt(kit.model, "a red circle"), kit.latents.empty_latent(64, 64, 1))
+
+
+@torch.inference_mode()
+def test_one_box_equals_the_separate_nodes(kit) -> None:
+    settings = {
+        "steps": 6, "cfg": 3.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto",
+    }  # fmt: skip
+    image, latent = kit.boxes.NextStepTextToImage.execute(
+        kit.model, kit.vae, "a red circle", "", 64, 64, 1, 3, **settings
+    ).result
+    separate = draw(
+        kit,
+        kit.prompts.encode_prompt(kit.model, "a red circle"),
+        kit.latents.empty_latent(64, 64, 1),
+        3,
+        steps=6,
+        cfg=3.0,
+    )
+    assert torch.equal(latent["samples"], separate["samples"])
+    assert torch.equal(image, kit.latents.decode_latent(kit.vae, separate))
+    edited, _ = kit.boxes.NextStepImageEdit.execute(
+        kit.model,
+        kit.vae,
+        square_picture(),
+        "make the square green",
+        "",
+        kit.prompts.FIT,
+        64,
+        96,
+        3,
+        **settings,
+        cfg_img=1.0,
+    ).result
+    assert edited.shape == (1, 96, 64, 3)
+
+
+@torch.inference_mode()
+def test_pictures_of_any_kind_are_brought_to_size(kit) -> None:
+    def size_of(picture: torch.Tensor, size: str, width: int = 64, height: int = 64) -> tuple:
+        _, latent = kit.prompts.encode_edit(kit.model, kit.vae, picture, "<image>x", size, width, height)
+        return tuple(latent["samples"].shape[-2:])
+
+    assert size_of(torch.rand(1, 70, 90, 3), kit.prompts.KEEP) == (8, 10)
+    assert size_of(torch.rand(1, 70, 90, 1), kit.prompts.FIT, 96, 64) == (8, 12)
+    assert size_of(torch.rand(1, 30, 60, 4), kit.prompts.NEAREST, 256, 256) == (22, 46)
+    from nextstep_core.images import cover, to_rgb
+
+    clear = torch.zeros(1, 8, 8, 4)
+    assert torch.equal(to_rgb(clear), torch.ones(1, 8, 8, 3)), "what is transparent is white"
+    stripes = torch.zeros(1, 32, 64, 3)
+    stripes[:, :, 16:48] = 1
+    assert torch.equal(cover(stripes, 32, 32), torch.ones(1, 32, 32, 3)), "the center is kept"
+
+
+@torch.inference_mode()
+def test_several_slots_make_one_picture_of_a_batch(kit) -> None:
+    pictures = square_picture().repeat(2, 1, 1, 1)
+    one, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image><image>x", kit.prompts.KEEP)
+    assert len(one.captions) == 1 and len(one.captions[0].images) == 2 and latent["samples"].shape[0] == 1
+    each, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image>x", kit.prompts.KEEP)
+    assert len(each.captions) == 2 and latent["samples"].shape[0] == 2
+
+
+BAD_EDITS = {
+    "no slot": ({"instruction": "make it red"}, "has 0 <image> slots for 1 input image"),
+    "too many slots": ({"instruction": "<image><image>x"}, "has 2 <image> slots for 1 input image"),
+    "empty picture": ({"image": torch.zeros(0, 64, 64, 3)}, "expected (batch, height, width, 3)"),
+    "NaN": ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "NaN"),
+    "odd size": ({"size": "width and height", "width": 72}, "The nearest size is 64x64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EDITS)
+def test_a_bad_edit_is_one_sentence(kit, name: str) -> None:
+    change, sentence = BAD_EDITS[name]
+    arguments = {
+        "image": square_picture(),
+        "instruction": "<image>x",
+        "size": "keep",
+        "width": 64,
+        "height": 64,
+    } | change
+    with pytest.raises(kit.error) as caught:
+        kit.prompts.encode_edit(kit.model, kit.vae, **arguments)
+    assert sentence in str(caught.value)
+
+
+def bad_latents() -> dict[str, tuple[dict, str]]:
+    plain, image = torch.zeros(2, 16, 8, 8), torch.zeros(1, 64, 64)
+    different = torch.stack([torch.zeros(64, 64), torch.ones(64, 64)])
+    return {
+        "mask of another picture": ({"samples": plain, "noise_mask": torch.ones(1, 64, 96)}, "The mask is 96x64"),
+        "empty mask": ({"samples": plain, "noise_mask": image}, "nothing to draw"),
+        "different masks": ({"samples": plain, "noise_mask": different}, "Use one mask for the whole batch"),
+        "odd size": ({"samples": torch.zeros(1, 16, 8, 9)}, "The nearest size is"),
+        "NaN": ({"samples": plain * float("nan"), "noise_mask": image + 1}, "Encode the picture again"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_latents())
+def test_a_bad_latent_is_one_sentence_before_the_model_is_asked(kit, monkeypatch, name: str) -> None:
+    latent, sentence = bad_latents()[name]
+    monkeypatch.setattr(kit.host, "bring_to_device", lambda *_: pytest.fail("long work began"))
+    with pytest.raises(kit.error) as caught:
+        draw(kit, kit.prompts.encode_prompt(kit.model, "a red circle"), latent)
+    assert sentence in str(caught.value)
+
+
+@torch.inference_mode()
+def test_prompts_in_a_batch_are_drawn_as_they_are_alone(kit) -> None:
+    prompts = [
+        kit.prompts.encode_prompt(kit.model, p) for p in ("a red circle", "a small green star on a white background")
+    ]
+    (batch,) = kit.prompts.NextStepPromptBatch.execute(*prompts).result
+    together = draw(kit, batch, kit.latents.empty_latent(64, 64, 2))["samples"]
+    alone = [draw(kit, p, kit.latents.empty_latent(64, 64, 1))["samples"] for p in prompts]
+    assert (together - torch.cat(alone)).abs().max() <= 1e-3  # float noise, grown along the chain of tokens
+    assert (together[0] - together[1]).abs().max() > 0.5
+
+
+@torch.inference_mode()
+def test_a_batch_that_does_not_go_round_is_one_sentence(kit) -> None:
+    positive, _ = kit.prompts.encode_edit(
+        kit.model, kit.vae, square_picture().repeat(2, 1, 1, 1), "<image>x", kit.prompts.KEEP
+    )
+    with pytest.raises(kit.error, match="a batch of 3 for 2 prompts"):
+        draw(kit, positive, kit.latents.empty_latent(64, 64, 3))
+
+
+def test_aspect_ratios_are_the_trained_ones(kit) -> None:
+    from nextstep_core.sizes import BASES, GRIDS, RATIOS, nearest_ratio, ratio_size
+
+    assert len(RATIOS) == 17
+    for columns, rows in GRIDS:
+        for base in BASES:
+            width, height = ratio_size(next(n for n, g in RATIOS.items() if g == (columns, rows)), base)
+            assert width % 16 == height % 16 == 0
+            assert abs(width * height / base**2 - 1) < 0.08
+    assert ratio_size("18:14 landscape", 512) == (576, 448)
+    assert nearest_ratio(1920, 1080) == "21:12 landscape"
+    assert nearest_ratio(700, 1000) == "13:19 portrait"
+
+
+def test_an_unsupported_model_choice_is_one_sentence(kit) -> None:
+    with pytest.raises(kit.error, match="use_norm is 'maybe'; choose one of auto, on, off"):
+        kit.sampler.settings_for(
+            kit.model, False, cfg=2.0, cfg_schedule="constant", steps=4, shift=1.0, sampler="auto", use_norm="maybe"
+        )
