@@ -89,7 +89,7 @@ class PrefillCache:
             self._entries.popitem(last=False)
 
 
-class Sequence:
+class TokenSequence:
     """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache."""
 
     def __init__(self, model: NextStepModel, embeds: Tensor, valid: Tensor, total: int) -> None:
@@ -161,10 +161,11 @@ def decode_tokens(
     started, total = time.monotonic(), grid[0] * grid[1]
     tokens = embeds.new_zeros(embeds.shape[0] // branches, total, model.config.token_dim)
     keep = [False] * total if known is None else known.keep.tolist()
+    to_draw = keep.count(False)
     codes = position_codes(model, grid, embeds)
     schedule = SCHEDULES[settings.cfg_schedule]
     draw = TokenSampler(model, settings, branches, like=embeds)
-    sequence = Sequence(model, embeds, valid, total)
+    sequence = TokenSequence(model, embeds, valid, total)
     chunk = 1 if known is not None and known.one_by_one else CHUNK
 
     hidden, fed, drawn = sequence.prefill(embeds, prefilled, prompt_key), 0, 0
@@ -180,7 +181,7 @@ def decode_tokens(
             cfg, cfg_img = (schedule(value, n, total) for value in (settings.cfg, settings.cfg_img))
             tokens[:, n] = draw(condition, token_noise.to(embeds.device), cfg, cfg_img)
             drawn += 1
-        yield TokenStep(n + 1, total, tokens, drawn, keep[n + 1 :].count(False), time.monotonic() - started)
+        yield TokenStep(n + 1, total, tokens, drawn, to_draw - drawn, time.monotonic() - started)
 
 
 def position_codes(model: NextStepModel, grid: tuple[int, int], like: Tensor) -> Tensor | None:

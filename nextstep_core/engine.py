@@ -181,9 +181,9 @@ class NextStepEngine:
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
         config = self.config
-        positions = job.batch * min(job.length, CHUNK)
-        prefill = positions * (8 * config.hidden_size + 3 * config.intermediate_size)
-        scores = job.batch * config.num_attention_heads * min(job.length, CHUNK) * job.length
+        fed_at_once = min(CHUNK, job.rows.ids.shape[1] if job.known is None else job.length)
+        prefill = job.batch * fed_at_once * (8 * config.hidden_size + 3 * config.intermediate_size)
+        scores = job.batch * config.num_attention_heads * fed_at_once * job.length
         head = job.batch * (job.settings.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
         cache = KVCache.bytes_needed(config, job.batch, job.length, dtype)
         return cache + (prefill + scores + head) * dtype.itemsize

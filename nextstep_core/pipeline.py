@@ -16,7 +16,7 @@ from .config import NextStepConfig
 from .engine import NextStepEngine, Progress
 from .errors import NextStepError
 from .images import to_rgb
-from .loading.build import load_model, load_vae
+from .loading.build import load_vae, plan_model
 from .loading.sources import resolve_source, vae_beside
 from .model.nextstep import patchify, unpatchify
 from .model.vae import AutoencoderKL
@@ -37,16 +37,6 @@ class GenerationOutput:
     images: Tensor
     latents: Tensor
     tokens: Tensor
-
-
-def load_engine(source: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> NextStepEngine:
-    """Load a checkpoint without its VAE; NextStepError names the file that is wrong."""
-    path = resolve_source(source)
-    folder = path if path.is_dir() else path.parent
-    config = NextStepConfig.from_file(folder / "config.json")
-    tokenizer = NextStepTokenizer.from_folder(folder, config)
-    config, model, text_embedding = load_model(path, device, dtype)
-    return NextStepEngine(config, model, text_embedding, tokenizer, folder, Path(str(source)).name)
 
 
 def check_vae_fits(config: NextStepConfig, vae_channels: int, vae_downscale: int) -> None:
@@ -70,7 +60,6 @@ class NextStepPipeline:
     """Text to image, and editing with input images."""
 
     def __init__(self, engine: NextStepEngine, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
-        check_vae_fits(engine.config, vae.config.z_channels, vae.config.downscale)
         self.engine, self.vae, self.device, self.dtype = engine, vae, device, dtype
 
     @classmethod
@@ -89,10 +78,16 @@ class NextStepPipeline:
         """
         device = torch.device(device)
         path = resolve_source(path_or_hub_id)
-        stated = NextStepConfig.from_file((path if path.is_dir() else path.parent) / "config.json").vae_name_or_path
-        vae_path = vae_beside(path, stated) if vae is None else resolve_source(vae)
+        folder = path if path.is_dir() else path.parent
+        plan = plan_model(path)
+        tokenizer = NextStepTokenizer.from_folder(folder, plan.config)
+        vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
-        return cls(load_engine(path_or_hub_id, device, dtype), autoencoder, device, dtype)
+        check_vae_fits(plan.config, autoencoder.config.z_channels, autoencoder.config.downscale)
+        model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
+        name = Path(str(path_or_hub_id)).name
+        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, folder, name)
+        return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
     def generate(

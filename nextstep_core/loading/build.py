@@ -51,6 +51,12 @@ class ModelPlan:
             tensors[GRID_CODES] = grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
         return tensors
 
+    def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
+        """The image model on `device` in `dtype` (None keeps the file's)."""
+        model = NextStepModel(self.config, device="meta").eval()
+        fill(model, self.read_model(device, dtype))
+        return model
+
     def load_text_embedding(self) -> TextEmbedding:
         """The text embedding on the host, in the checkpoint's own dtype."""
         text_embedding = TextEmbedding(self.config, device="meta").eval()
@@ -76,16 +82,6 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Give a meta-device module its tensors; they are taken as they are, not copied."""
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
-
-
-def load_model(
-    path: Path, device: torch.device | str, dtype: torch.dtype | None
-) -> tuple[NextStepConfig, NextStepModel, TextEmbedding]:
-    """The image model on `device` in `dtype` (None keeps the file's), and the text embedding on the host."""
-    plan = plan_model(path)
-    model = NextStepModel(plan.config, device="meta").eval()
-    fill(model, plan.read_model(device, dtype))
-    return plan.config, model, plan.load_text_embedding()
 
 
 def find_vae(path: Path) -> tuple[Path, Path]:

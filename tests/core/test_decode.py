@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.decode import KnownTokens, PrefillCache, Sequence
+from nextstep_core.decode import KnownTokens, PrefillCache, TokenSequence
 from nextstep_core.masking import kept_tokens
 from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.model.nextstep import patchify, unpatchify
@@ -58,7 +58,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
 
     def run() -> torch.Tensor:
-        return Sequence(engine.model, embeds, job.rows.valid, 12).prefill(embeds, None, "")
+        return TokenSequence(engine.model, embeds, job.rows.valid, 12).prefill(embeds, None, "")
 
     whole = run()
     monkeypatch.setattr("nextstep_core.decode.CHUNK", 5)
@@ -244,7 +244,7 @@ def test_parts_of_a_batch_are_the_batch(pipeline) -> None:
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
-    feed, sizes = Sequence.feed, []
+    feed, sizes = TokenSequence.feed, []
 
     def small_device(self, embeds, start):
         sizes.append(len(embeds))
@@ -252,7 +252,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatc
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return feed(self, embeds, start)
 
-    monkeypatch.setattr(Sequence, "feed", small_device)
+    monkeypatch.setattr(TokenSequence, "feed", small_device)
     halves = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
     assert max(sizes) == 8 and sizes[-1] == 2
     assert (halves - whole).abs().max() <= FLOAT_NOISE

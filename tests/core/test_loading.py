@@ -188,14 +188,15 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from pathlib import Path
 import transformers
-from nextstep_core.loading.build import load_model
+from nextstep_core.loading.build import plan_model
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-load_model(Path(sys.argv[3]), "cpu", torch.bfloat16)  # pages in the libraries' code, which is not the model's memory
+plan_model(Path(sys.argv[3])).load_model("cpu", torch.bfloat16)  # pages in the libraries, which are not the model
 before = peak()
-config, model, text_embedding = load_model(Path(sys.argv[2]), "cpu", torch.bfloat16)
+plan = plan_model(Path(sys.argv[2]))
+model, text_embedding = plan.load_model("cpu", torch.bfloat16), plan.load_text_embedding()
 print(peak() - before)
 """
 
