@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from nextstep_core import NextStepPipeline
 from nextstep_core.model.nextstep import unpatchify
 from nextstep_core.model.positions import rotary_table
 from nextstep_core.model.transformer import attention_mask
@@ -135,3 +136,36 @@ def test_sampler_units(pipeline, unit: dict) -> None:
         states = torch.stack([x for x, _ in seen] + [out])
         assert off_by(states, recorded["x_steps"]) <= unit["tolerance_max_abs"]
         assert off_by(torch.stack([v for _, v in seen]), recorded["v_cfg"]) <= 1e-4
+
+
+# Modes that the recorded cases leave out, taken from the same reference code on the same checkpoint.
+TWO, EDITS = ["A red apple.", "Two birds sit on a thin branch."], ["<image>Add a hat.", "<image>Remove the dog."]
+MORE = {
+    "linear": (TWO[0], {"cfg": 5.0, "cfg_schedule": "linear"}),
+    "multi": (TWO, {"cfg": 3.0, "use_norm": True, "negative_prompt": "blurry", "num_images_per_prompt": 2}),
+    "codes": (TWO[0], {"cfg": 3.0}),
+    "edit2": (EDITS, {"cfg": 3.0, "cfg_img": 1.5, "cfg_schedule": "linear", "shift": 3.2, "num_images_per_prompt": 2}),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_modes_of_the_reference(checkpoint: Path, name: str) -> None:
+    """Guidance schedule, several captions times several images, generation codes, and a batch of edits."""
+    prompt, options = MORE[name]
+    if name == "codes":
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(config | {"use_gen_pos_embed": True}))
+    if name == "edit2":
+        options = options | {"images": [Image.open(GOLDEN / "inputs" / "gradient_64x64.png")] * 2}
+    shared = {
+        "height": 64,
+        "width": 64,
+        "steps": 6,
+        "seed": 5,
+        "sampler": "score-sde-1.0",
+        "shift": 1.0,
+        "use_norm": False,
+    }
+    out = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32).generate(prompt, **(shared | options))
+    recorded = load_file(GOLDEN.parent / "more_tokens.safetensors")[name]
+    assert off_by(out.tokens, recorded) <= LIMITS["tokens"]
