@@ -5,4 +5,5 @@ from importlib.util import find_spec
 if find_spec("comfy_api") is not None:
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    WEB_DIRECTORY = "./web"
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import ComfyGraph
+from comfy_server import ROOT
 from PIL import Image
 
 PROMPT = "A red apple lies on a wooden table."
@@ -226,12 +227,14 @@ def test_an_empty_model_folder_says_what_to_do(graph: ComfyGraph, tmp_path: Path
     assert str(tmp_path) in message
 
 
-def test_every_input_and_output_has_a_tooltip(graph: ComfyGraph) -> None:
+def test_every_node_has_tooltips_and_a_help_page(graph: ComfyGraph) -> None:
     for name, node in graph.nodes.NODE_CLASS_MAPPINGS.items():
         if name.startswith("NextStep"):
             schema = node.define_schema()
             assert schema.category == "NextStep"
             assert all(item.tooltip for item in (*schema.inputs, *schema.outputs)), name
+            help_page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+            assert help_page.startswith(f"# {schema.display_name}\n"), name
 
 
 def test_installing_the_pack_changes_no_package_of_the_hosts_environment() -> None:
