@@ -37,8 +37,9 @@ def fewest_calls(name: str, accuracy: dict[int, float]) -> int:
 def table(results: dict[str, dict[int, float]], count: int) -> str:
     """Markdown: a row per sampler, a column per number of steps."""
     lines = [
-        f"Share of {count} held-out single-object prompts drawn right (background, color and shape), by steps per token,",
-        f"and the fewest network calls per token that stay within {SLACK:.0%} of the same sampler's {REFERENCE_STEPS} steps.",
+        f"Share of {count} held-out single-object prompts drawn right (background, color and shape), by steps per",
+        "token, and the fewest network calls per token that stay within",
+        f"{SLACK:.0%} of the same sampler's {REFERENCE_STEPS} steps.",
         "",
         "| sampler | " + " | ".join(f"{steps} steps" for steps in STEPS) + " | fewest calls |",
         "| --- |" + " ---: |" * (len(STEPS) + 1),
