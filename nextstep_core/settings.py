@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import NextStepConfig, read_json
-from .errors import NextStepError
+from .errors import NextStepError, check_choice
 from .sampling.guidance import SCHEDULES
 from .sampling.solvers import SAMPLERS
 
@@ -39,10 +39,8 @@ class GenerationSettings:
                 raise NextStepError(f"{name} is {value:g}; use 1.0 to turn this guidance off or a larger value.")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise NextStepError(f"shift is {self.shift:g}; it must be above 0 (1.0 leaves the time grid as it is).")
-        if self.cfg_schedule not in SCHEDULES:
-            raise NextStepError(f"cfg_schedule is {self.cfg_schedule!r}; choose one of {', '.join(SCHEDULES)}.")
-        if self.sampler not in SAMPLERS:
-            raise NextStepError(f"sampler is {self.sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+        check_choice("cfg_schedule", self.cfg_schedule, SCHEDULES)
+        check_choice("sampler", self.sampler, SAMPLERS)
         least = SAMPLERS[self.sampler].min_steps
         if self.steps < least:
             raise NextStepError(f"steps is {self.steps}; {self.sampler} needs at least {least}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import NextStepError
+from .errors import check_choice
 
 UNIT = 16
 BASES = (256, 512, 768, 1024)
@@ -25,10 +25,8 @@ RATIOS = {ratio_name(grid): grid for grid in GRIDS}
 
 def ratio_size(ratio: str, base: int) -> tuple[int, int]:
     """(width, height) in pixels of a named ratio at a base; both are multiples of 16."""
-    if ratio not in RATIOS or base not in BASES:
-        raise NextStepError(
-            f"{ratio!r} at {base} is not one of the {len(RATIOS)} ratios at {', '.join(map(str, BASES))}."
-        )
+    check_choice("ratio", ratio, RATIOS)
+    check_choice("base", base, BASES)
     columns, rows = RATIOS[ratio]
     return columns * UNIT * base // 256, rows * UNIT * base // 256
 

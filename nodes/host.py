@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..nextstep_core.config import VAEConfig
+from ..nextstep_core.errors import check_choice
 from ..nextstep_core.loading.build import fill
 from ..nextstep_core.model.vae import channel_norm
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "nextstep"
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_CHOICES = ("auto", *WEIGHT_DTYPES)
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
 TEXT_SECONDS = 0.5
@@ -99,6 +101,7 @@ def fitting(patcher: Any, pictures: int, bytes_each: int) -> int:
 
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
     """(storage, compute) dtypes for a model of so many parameters on the host's device; choice "auto" or a name."""
+    check_choice("dtype", choice, DTYPE_CHOICES)
     device = mm.get_torch_device()
     if choice in WEIGHT_DTYPES:
         storage = WEIGHT_DTYPES[choice]

@@ -108,7 +108,7 @@ class NextStepAspectRatio(io.ComfyNode):
 
     @classmethod
     def execute(cls, ratio: str, base: str) -> io.NodeOutput:
-        return io.NodeOutput(*ratio_size(ratio, int(base)))
+        return io.NodeOutput(*ratio_size(ratio, int(base) if base.isdecimal() else 0))
 
 
 class NextStepVAEDecode(io.ComfyNode):

@@ -81,7 +81,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=["auto", *host.WEIGHT_DTYPES],
+                    options=list(host.DTYPE_CHOICES),
                     default="auto",
                     tooltip="How weights are stored. auto picks what the device computes fastest (bf16 on most GPUs, "
                     "fp32 on a CPU as long as it fits in memory).",

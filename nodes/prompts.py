@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images import cover, to_rgb
 from ..nextstep_core.model.nextstep import patchify
 from ..nextstep_core.prompt import IMAGE_SLOT, Caption, EncodedImage
@@ -29,6 +29,7 @@ def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> P
 
 def target_size(images: Tensor, size: str, width: int, height: int) -> tuple[int, int]:
     """(width, height) that an input batch (B, H, W, C) is brought to, by the node's choice."""
+    check_choice("size", size, SIZES)
     old_height, old_width = images.shape[1:3]
     if size == KEEP:
         return whole_size(old_width, old_height)

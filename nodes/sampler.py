@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nextstep_core.decode import KnownTokens
 from ..nextstep_core.engine import Job, Progress
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.masking import kept_tokens
 from ..nextstep_core.model.nextstep import patchify, unpatchify
 from ..nextstep_core.preview import fit_latent_to_rgb, latents_to_rgb
@@ -43,8 +43,7 @@ def settings_for(
     cfg_img: float = 1.0,
 ) -> GenerationSettings:
     """The node's widgets over the checkpoint's recommendation; "auto" leaves it."""
-    if use_norm not in USE_NORM:
-        raise NextStepError(f"use_norm is {use_norm!r}; choose one of {', '.join(USE_NORM)}.")
+    check_choice("use_norm", use_norm, USE_NORM)
     return model.engine.recommended(editing).override(
         cfg=cfg,
         cfg_img=cfg_img,
@@ -130,6 +129,7 @@ def sample(
     A noise mask keeps what it does not cover. Interrupt stops within one token; with KEEP the result is then what is
     done so far, with a mask over the rest, and sampling that with the same seed and settings finishes the picture.
     """
+    check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP))
     job = prepare(model, positive, negative, latent, seed, settings)
     preview = Preview(model, job)
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)

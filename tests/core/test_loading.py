@@ -146,6 +146,19 @@ def test_a_damaged_checkpoint_is_one_sentence(checkpoint: Path, name: str) -> No
     assert "\n" not in message
 
 
+def test_a_vae_of_other_channels_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    from nextstep_core.config import VAEConfig
+    from nextstep_core.model.vae import AutoencoderKL
+
+    shape = json.loads((checkpoint / "vae" / "config.json").read_text()) | {"z_channels": 4}
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    torch.save(AutoencoderKL(VAEConfig.from_dict(shape)).state_dict(), folder / "checkpoint.pt")
+    with pytest.raises(NextStepError, match="This VAE has 4 latent channels at 1/8 of the size; the model needs 16"):
+        load(checkpoint, vae=folder)
+
+
 def test_a_name_that_is_nothing_says_what_to_give() -> None:
     with pytest.raises(NextStepError, match="Give a checkpoint folder, a .safetensors file or a hub id"):
         NextStepPipeline.from_pretrained("/nowhere/at/all")
@@ -160,6 +173,8 @@ def test_a_hub_id_is_taken_from_the_cache(checkpoint: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load("someone/NextStep-1.1").engine.recommended().sampler == "score-sde-1.1"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **_: str(checkpoint / "vae"))
+    assert load(checkpoint, vae="someone/tokenizer").vae.config.ch == 32
     assert calls and all(call == ("someone/NextStep-1.1", True) for call in calls), "the network was not asked"
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 MODEL = "tiny-a"
+NO_HOST = "no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI"
 
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     found = find_comfyui()
-    if found is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI")
+    assert found is not None, NO_HOST
     return found
 
 
@@ -37,14 +37,27 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     base = make_base(tmp_path_factory.mktemp("comfy"))
     shutil.copytree(GOLDEN / MODEL, base / "models" / "nextstep" / MODEL)
     make_example_picture(base / "input" / "example.png")
-    with running_server(comfyui, base) as running:
+    elsewhere = base / "elsewhere"
+    shutil.copytree(GOLDEN / MODEL, elsewhere / "NextStep-1-Large-Edit")
+    paths = base / "extra_model_paths.yaml"
+    paths.write_text(f"my_disk:\n    base_path: {elsewhere}\n    nextstep: .\n")
+    with running_server(comfyui, base, "--extra-model-paths-config", str(paths)) as running:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def host_name(request: pytest.FixtureRequest) -> None:
-    """Every host test needs a host, also those that only look at its answers."""
-    request.getfixturevalue("comfyui")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a host none of these tests can run."""
+    if find_comfyui() is None:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=NO_HOST))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for all skipped tests."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_HOST in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"SKIPPED {len(skipped)} host tests: {NO_HOST}")
 
 
 def pytest_report_header() -> str:

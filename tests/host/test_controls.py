@@ -148,12 +148,22 @@ def test_an_interrupted_run_is_discarded_unless_asked(kit, monkeypatch) -> None:
         interrupted_at(kit, monkeypatch, 5, latent=kit.latents.empty_latent(64, 64, 1))
 
 
-def test_interrupt_works_without_a_server(kit) -> None:
+def test_interrupt_stops_within_one_token(kit, monkeypatch) -> None:
     import comfy.model_management as mm
 
-    mm.interrupt_current_processing(True)
+    projector, drawn = kit.model.engine.model.image_out_projector, []
+    forward = projector.forward
+
+    def counting(hidden):
+        drawn.append(1)
+        if len(drawn) == 4:
+            mm.interrupt_current_processing(True)
+        return forward(hidden)
+
+    monkeypatch.setattr(projector, "forward", counting)
     with pytest.raises(kit.host.Interrupted):
         draw(kit, kit.prompts.encode_prompt(kit.model, "a red circle"), kit.latents.empty_latent(64, 64, 1))
+    assert len(drawn) == 4
 
 
 @torch.inference_mode()
@@ -284,7 +294,7 @@ def test_a_batch_that_does_not_go_round_is_one_sentence(kit) -> None:
 
 
 def test_aspect_ratios_are_the_trained_ones(kit) -> None:
-    from nextstep_core.sizes import BASES, GRIDS, RATIOS, nearest_ratio, ratio_size
+    from nextstep_core.sizes import BASES, GRIDS, RATIOS, ratio_size
 
     assert len(RATIOS) == 17
     for columns, rows in GRIDS:
@@ -292,13 +302,26 @@ def test_aspect_ratios_are_the_trained_ones(kit) -> None:
             width, height = ratio_size(next(n for n, g in RATIOS.items() if g == (columns, rows)), base)
             assert width % 16 == height % 16 == 0
             assert abs(width * height / base**2 - 1) < 0.08
-    assert ratio_size("18:14 landscape", 512) == (576, 448)
-    assert nearest_ratio(1920, 1080) == "21:12 landscape"
-    assert nearest_ratio(700, 1000) == "13:19 portrait"
+    assert kit.latents.NextStepAspectRatio.execute("18:14 landscape", "512").result == (576, 448)
 
 
-def test_an_unsupported_model_choice_is_one_sentence(kit) -> None:
-    with pytest.raises(kit.error, match="use_norm is 'maybe'; choose one of auto, on, off"):
-        kit.sampler.settings_for(
-            kit.model, False, cfg=2.0, cfg_schedule="constant", steps=4, shift=1.0, sampler="auto", use_norm="maybe"
-        )
+def test_a_mode_that_does_not_exist_is_one_sentence(kit) -> None:
+    prompt, latent = kit.prompts.encode_prompt(kit.model, "a red circle"), kit.latents.empty_latent(64, 64, 1)
+    settings = {"cfg": 2.0, "cfg_schedule": "constant", "steps": 4, "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
+    calls = {
+        "use_norm is 'maybe'; choose one of auto, on, off": lambda: kit.sampler.settings_for(
+            kit.model, False, **{**settings, "use_norm": "maybe"}
+        ),
+        "sampler is 'euler'; choose one of score-sde-1.0": lambda: kit.sampler.settings_for(
+            kit.model, False, **{**settings, "sampler": "euler"}
+        ),
+        "on_interrupt is 'save'; choose one of discard, keep": lambda: draw(kit, prompt, latent, on_interrupt="save"),
+        "size is 'big'; choose one of nearest": lambda: kit.prompts.encode_edit(
+            kit.model, kit.vae, square_picture(), "<image>x", "big"
+        ),
+        "dtype is 'int8'; choose one of auto, bf16": lambda: kit.host.pick_dtypes("int8", 1),
+        "base is 500; choose one of 256": lambda: kit.latents.NextStepAspectRatio.execute("16:16 square", "500"),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(kit.error, match=sentence):
+            call()

@@ -138,6 +138,14 @@ def test_a_prompt_beyond_the_context_is_one_sentence(server, workflow, object_in
     assert "this model can hold 4096. Shorten the prompt." in failed.events[-1][1]["exception_message"]
 
 
+def test_extra_model_paths_are_listed_and_load(server, workflow, object_info) -> None:
+    options = object_info["NextStepModelLoader"]["input"]["required"]["model_name"][1]["options"]
+    assert {"tiny-a", "NextStep-1-Large-Edit", EMBEDDED} <= set(options)
+    assert options[-1] == EMBEDDED, "the embedded one is last"
+    run = server.run(to_prompt(workflow, object_info, **{**SMALL, "model_name": "NextStep-1-Large-Edit"}))
+    assert run.ended == "execution_success"
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
     """With the embedded model in place of the one that the user is asked to get, and few steps."""
