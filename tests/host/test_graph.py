@@ -90,6 +90,13 @@ def test_core_nodes_take_our_vae_and_latent(graph: ComfyGraph) -> None:
     assert picture(graph, round_trip).shape == ours.shape
 
 
+def test_the_vae_alone_is_the_checkpoints(graph: ComfyGraph) -> None:
+    alone = text_to_image()
+    alone["vae"] = {"class_type": "NextStepVAELoader", "inputs": {"vae_name": "tiny-a/vae"}}
+    alone["decode"]["inputs"]["vae"] = ["vae", 0]
+    assert np.array_equal(picture(graph, alone), picture(graph, text_to_image()))
+
+
 def test_a_core_empty_latent_of_16_channels_will_do(graph: ComfyGraph) -> None:
     prompt = text_to_image()
     prompt["latent"]["class_type"] = "EmptySD3LatentImage"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from comfy_graph import ComfyGraph
+from comfy_server import ROOT
 
 RELEASED = json.loads((Path(__file__).parent / "released_nodes.json").read_text())
 
@@ -35,3 +36,16 @@ def test_a_released_node_keeps_its_promise(graph: ComfyGraph, name: str) -> None
 def test_every_node_is_on_record(graph: ComfyGraph) -> None:
     ours = {name for name in graph.nodes.NODE_CLASS_MAPPINGS if name.startswith("NextStep")}
     assert ours == set(RELEASED), "put a new node into released_nodes.json"
+
+
+@pytest.mark.parametrize("language", ["zh", "ja", "ko"])
+def test_every_translation_names_every_node_input_and_output(graph: ComfyGraph, language: str) -> None:
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(RELEASED)
+    for name, text in texts.items():
+        schema = graph.nodes.NODE_CLASS_MAPPINGS[name].define_schema()
+        assert set(text["inputs"]) == {i.id for i in schema.inputs}, name
+        assert set(text["outputs"]) == {str(n) for n in range(len(schema.outputs))}, name
+        parts = [text, *text["inputs"].values(), *text["outputs"].values()]
+        assert all(part.get("name", part.get("display_name")) for part in parts)
+        assert all(part.get("tooltip", part.get("description")) for part in parts)

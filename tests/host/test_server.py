@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_server import ComfyServer
+from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image
 from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
@@ -136,6 +137,14 @@ def test_a_prompt_beyond_the_context_is_one_sentence(server, workflow, object_in
     failed = server.run(prompt)
     assert failed.ended == "execution_error"
     assert "this model can hold 4096. Shorten the prompt." in failed.events[-1][1]["exception_message"]
+
+
+def test_translations_and_help_reach_the_frontend(server) -> None:
+    assert server.call("/i18n")["ja"]["nodeDefs"]["NextStepSampler"]["display_name"] == "NextStep サンプラー"
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{server.port}/extensions/{PACK_NAME}/docs/NextStepSampler.md"
+    ) as page:
+        assert page.read().startswith(b"# NextStep Sampler")
 
 
 def test_extra_model_paths_are_listed_and_load(server, workflow, object_info) -> None:
