@@ -1,0 +1,71 @@
+"""A real browser on a real ComfyUI, or one visible line that says what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from comfy_server import ComfyServer, find_comfyui, make_base, running_server
+
+HERE = Path(__file__).parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def missing() -> str | None:
+    """What these tests lack here."""
+    if find_comfyui() is None:
+        return "no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI"
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        return (
+            "no browser found: install chromium (and the Python package playwright, which needs no browser of its own)"
+        )
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if reason := missing():
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [
+        r for r in terminalreporter.stats.get("skipped", []) if str(HERE) in str(r.fspath) or "browser" in r.nodeid
+    ]
+    if skipped:
+        terminalreporter.write_line(f"SKIPPED {len(skipped)} browser tests: {missing()}")
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A fresh ComfyUI with nothing but the pack."""
+    comfyui = find_comfyui()
+    assert comfyui is not None
+    base = make_base(tmp_path_factory.mktemp("browser"))
+    shutil.copy(comfyui / "input" / "example.png", base / "input")
+    with running_server(comfyui, base) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def page(host: ComfyServer) -> Iterator:
+    """The frontend, ready, with its first dialog closed."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1760, "height": 1000})
+        page.goto(f"http://127.0.0.1:{host.port}", wait_until="domcontentloaded")
+        ready = "window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 100"
+        page.wait_for_function(ready, timeout=120_000)
+        dialog = page.get_by_role("dialog").first  # a first start greets with the templates, a moment later
+        dialog.wait_for(state="visible", timeout=60_000)
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+        yield page
+        browser.close()
