@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .all_in_one import NextStepImageEdit, NextStepTextToImage
+from .download import NextStepDownload
 from .host import register_model_folder
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepVAEDecode,
     NextStepTextToImage,
     NextStepImageEdit,
+    NextStepDownload,
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ..nextstep_core.config import MODEL_TYPES
@@ -34,16 +35,39 @@ def _is_nextstep(folder: Path) -> bool:
         return False
 
 
+def _hub_cache() -> Path:
+    """Where huggingface_hub keeps what it fetched, by its own environment variables."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    stated = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(stated or os.path.join(home, "hub")).expanduser()
+
+
+def _cached_models() -> dict[str, Path]:
+    """Checkpoints in the Hugging Face cache, used in place; the newest snapshot of each."""
+    found = {}
+    snapshots = sorted(_hub_cache().glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
+    for folder in snapshots:
+        if _has_weights(folder) and _is_nextstep(folder):
+            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+            found[f"{repo} (Hugging Face cache)"] = folder
+    return found
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+
+
 def models() -> dict[str, Path]:
-    """Checkpoints by the name that the dropdown shows: folders, and single files beside their config."""
+    """Checkpoints by the name that the dropdown shows: folders, single files beside their config, the Hugging Face
+    cache, and the embedded one last."""
     found = {}
     for root, folder in _config_folders(host.model_roots()):
         if not _is_nextstep(folder):
             continue
-        whole = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
-        paths = [folder] if whole else sorted(folder.glob("*.safetensors")) or [folder]
+        paths = [folder] if _has_weights(folder) else sorted(folder.glob("*.safetensors")) or [folder]
         for path in paths:
             found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
+    found |= _cached_models()
     if (ASSETS / EMBEDDED).is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
     return found
