@@ -124,10 +124,10 @@ def measure_pairs(pipeline: NextStepPipeline, count: int, seed: int = 0, **setti
     return score
 
 
-def measure_edits(pipeline: NextStepPipeline, count: int, seed: int = 0, **settings) -> Score:
-    """Edits of every kind in turn. "all" is the change made and the rest kept."""
+def measure_edits(pipeline: NextStepPipeline, count: int, seed: int = 0, pair: bool = False, **settings) -> Score:
+    """Edits of every kind in turn, of one object or one of two. "all" is the change made and the rest kept."""
     rng, score = random.Random(f"held-out edits {seed}"), Score()
-    edits = [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], held_out=True) for i in range(count)]
+    edits = [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], held_out=True, pair=pair) for i in range(count)]
     for number, part in enumerate(batches(edits, BATCH)):
         prompts = [f"<image>{edit.instruction}" for edit in part]
         sources = [Image.fromarray(render(edit.source)) for edit in part]
@@ -185,6 +185,7 @@ def main() -> None:
             score = measure_singles(pipeline, max(1, half // 4), args.seed, canvas, **settings)
             report(f"single objects, {canvas[0]}x{canvas[1]}", score)
         report("two objects, relation", measure_pairs(pipeline, half, args.seed, **settings))
+        report("edits of one of two", measure_edits(pipeline, half, args.seed, pair=True, **settings))
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
     if args.sheet:
         contact_sheet(pipeline, args.sheet)

@@ -83,7 +83,7 @@ def test_split_holds_out_a_tenth_and_training_never_shows_it():
     rng = random.Random(0)
     scenes = [sample_pair(rng) for _ in range(200)]
     for kind in EDIT_KINDS:
-        for _ in range(100):
-            edit = sample_edit(rng, kind)
+        for number in range(100):
+            edit = sample_edit(rng, kind, pair=number % 2 == 0)
             scenes += [edit.source, edit.target]
     assert not any(is_held_out(o.color, o.shape, scene.background) for scene in scenes for o in scene.objects)

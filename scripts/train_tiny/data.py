@@ -25,6 +25,7 @@ from .scenes import (
     GRID,
     RADII,
     SQUARE,
+    Edit,
     Scene,
     SceneObject,
     caption,
@@ -38,6 +39,7 @@ from .vae_training import to_pixels
 
 # how many scenes of these kinds are encoded; there are more than need be seen
 PAIR_COUNT = 10000
+PAIR_EDIT_COUNT = 3000
 WIDE_COUNT = 1500
 TOKEN_PIXELS = 16
 PATCH = 2
@@ -87,7 +89,15 @@ def training_scenes(canvas: tuple[int, int]) -> list[Scene]:
     empty = [Scene(background, (), *canvas) for background in COLORS]
     if canvas != SQUARE:
         return rng.sample(training_singles(canvas), WIDE_COUNT) + empty
-    return training_singles(canvas) + empty + list(dict.fromkeys(sample_pair(rng) for _ in range(PAIR_COUNT)))
+    pairs = [sample_pair(rng) for _ in range(PAIR_COUNT)]
+    edited = [scene for edit in training_pair_edits() for scene in (edit.source, edit.target)]
+    return list(dict.fromkeys(training_singles(canvas) + empty + pairs + edited))
+
+
+def training_pair_edits() -> list[Edit]:
+    """Edits of one of two objects: too many to find both pictures among scenes drawn by lot."""
+    rng = random.Random("pair edits")
+    return [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], pair=True) for i in range(PAIR_EDIT_COUNT)]
 
 
 class LatentPool:
@@ -101,6 +111,7 @@ class LatentPool:
                 raise ValueError(f"latents.pt does not hold the {len(scenes)} scenes of {canvas}: delete it.")
         self.rows = {scene: row for scenes in self.scenes.values() for row, scene in enumerate(scenes)}
         self.singles = [scene for scene in self.scenes[SQUARE] if len(scene.objects) == 1]
+        self.pair_edits = training_pair_edits()
         self.pairs = [scene for scene in self.scenes[SQUARE] if len(scene.objects) == 2]
 
     @staticmethod
@@ -139,19 +150,21 @@ class Examples:
         self.pad = tokenizer.token_to_id(PAD)
 
     def batch(self, rng: random.Random, task: str, count: int) -> Batch:
-        """count examples of one task ("single", "pair", "wide", "edit" or "wide edit"); all of one canvas."""
+        """count examples of one task, "single", "pair" or "wide" and their edits; all of one canvas."""
         canvas = rng.choice(CANVASES[1:]) if task.startswith("wide") else SQUARE
         if task.endswith("edit"):
-            return self._collate([self._edit(rng, canvas) for _ in range(count)])
+            edits = [self._edit(rng, canvas, task == "pair edit") for _ in range(count)]
+            return self._collate([Example(self._kept(rng, e.instruction), e.source, e.target) for e in edits])
         scenes = {"single": self.pool.singles, "pair": self.pool.pairs, "wide": self.pool.scenes[canvas]}[task]
         return self._collate([self._drawing(rng, rng.choice(scenes)) for _ in range(count)])
 
-    def _edit(self, rng: random.Random, canvas: tuple[int, int]) -> Example:
+    def _edit(self, rng: random.Random, canvas: tuple[int, int], pair: bool) -> Edit:
+        if pair:
+            return rng.choice(self.pool.pair_edits)
         while True:
             edit = sample_edit(rng, rng.choice(EDIT_KINDS), canvas=canvas)
             if edit.source in self.pool.rows and edit.target in self.pool.rows:
-                break
-        return Example(self._kept(rng, edit.instruction), edit.source, edit.target)
+                return edit
 
     def _drawing(self, rng: random.Random, scene: Scene) -> Example:
         text = caption(scene, name_size=len(scene.objects) == 1 and rng.random() < 0.5)

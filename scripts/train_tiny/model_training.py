@@ -41,9 +41,9 @@ LANGUAGE_WEIGHT = 0.01
 CAPTION_DROP = 0.1
 TOKEN_NOISE = 0.25  # the most noise on tokens that are fed back, against the drift of sampled ones
 SOURCE_NOISE = 0.1  # the most noise on an input image's tokens, for pictures that were drawn and not rendered
-BATCH = {"single": 64, "pair": 64, "wide": 48, "edit": 48, "wide edit": 24}
+BATCH = {"single": 64, "pair": 64, "wide": 48, "edit": 48, "wide edit": 24, "pair edit": 48}
 FIRST_WEIGHTS = {"single": 0.7, "pair": 0.1, "wide": 0.1, "edit": 0.1}
-LATER_WEIGHTS = {"single": 0.28, "pair": 0.1, "wide": 0.07, "edit": 0.5, "wide edit": 0.05}
+LATER_WEIGHTS = {"single": 0.25, "pair": 0.1, "wide": 0.07, "edit": 0.36, "wide edit": 0.07, "pair edit": 0.15}
 FIRST_SHARE = 0.15  # of the time, with the first weights
 SAVE_SECONDS = 60
 ADAM_NAMES = ("embed_tokens", "lm_head", "image_in_projector", "input_proj", "final_layer.linear", "time_embed.mlp.0")
@@ -150,7 +150,8 @@ def running_accuracy(folder: Path, seed: int) -> str:
     edits = measure_edits(pipeline, count=16, seed=seed)
     wide = measure_singles(pipeline, count=10, seed=seed, canvas=CANVASES[1 + seed % 4])
     pairs = measure_pairs(pipeline, count=20, seed=seed)
-    others = {"edits": edits, "wide": wide, "pairs": pairs}
+    pair_edits = measure_edits(pipeline, count=12, seed=seed, pair=True)
+    others = {"edits": edits, "wide": wide, "pairs": pairs, "pair edits": pair_edits}
     rest = ", ".join(f"{name} {score.share('all'):.0%}" for name, score in others.items())
     return f"held-out {singles}; {rest}"
 

@@ -223,37 +223,51 @@ def sample_pair(rng: random.Random, held_out: bool = False) -> Scene:
             return scene
 
 
-def apply_edit(scene: Scene, kind: str, word: str | None = None) -> Edit:
-    """Edit a one-object scene; word is the new color or shape, and is not used to remove."""
-    (thing,) = scene.objects
+def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None) -> Edit:
+    """Edit the object at index, or the background; word is the new color or shape, and is not used to remove."""
+    thing = scene.objects[index]
+
+    def with_object(*changed: SceneObject) -> Scene:
+        return replace(scene, objects=(*scene.objects[:index], *changed, *scene.objects[index + 1 :]))
+
     if kind == "recolor":
-        instruction, target = f"make the {thing.shape} {word}", replace(scene, objects=(replace(thing, color=word),))
-    elif kind == "background":
-        instruction, target = f"make the background {word}", replace(scene, background=word)
-    elif kind == "replace":
+        return Edit(kind, f"make the {thing.shape} {word}", scene, with_object(replace(thing, color=word)))
+    if kind == "background":
+        return Edit(kind, f"make the background {word}", scene, replace(scene, background=word))
+    if kind == "replace":
         instruction = f"replace the {thing.shape} with {with_article(word)}"
-        target = replace(scene, objects=(replace(thing, shape=word),))
-    elif kind == "remove":
-        instruction, target = f"remove the {thing.shape}", replace(scene, objects=())
-    else:
-        raise ValueError(f"unknown edit {kind!r}; one of {', '.join(EDIT_KINDS)}")
-    return Edit(kind, instruction, scene, target)
+        return Edit(kind, instruction, scene, with_object(replace(thing, shape=word)))
+    if kind == "remove":
+        return Edit(kind, f"remove the {thing.shape}", scene, with_object())
+    raise ValueError(f"unknown edit {kind!r}; one of {', '.join(EDIT_KINDS)}")
+
+
+def edit_scene(rng: random.Random, scene: Scene, kind: str) -> Edit:
+    """An edit of this kind that changes something and leaves no two objects of one color."""
+    word = None
+    if kind in ("recolor", "background"):
+        word = rng.choice([c for c in COLORS if c != scene.background and all(c != o.color for o in scene.objects)])
+    elif kind == "replace":
+        word = rng.choice([s for s in SHAPES if all(s != o.shape for o in scene.objects)])
+    return apply_edit(scene, kind, rng.randrange(len(scene.objects)), word)
 
 
 def sample_edit(
-    rng: random.Random, kind: str, held_out: bool = False, canvas: tuple[int, int] = SQUARE
+    rng: random.Random, kind: str, held_out: bool = False, canvas: tuple[int, int] = SQUARE, pair: bool = False
 ) -> Edit:
-    """An edit that changes something; held out if its target is (for a removal, its source), else neither is."""
+    """An edit of one object, or of one of two; held out if its target is (for a removal, its source), else neither is.
+
+    Of two objects the instruction names one by its shape, so their shapes differ.
+    """
     while True:
-        color, background = rng.sample(list(COLORS), 2)
-        thing = rng.choice(SHAPES)
-        scene = place_single(rng, (color, thing, background), canvas=canvas)
-        word = None
-        if kind in ("recolor", "background"):
-            word = rng.choice([c for c in COLORS if c not in (color, background)])
-        elif kind == "replace":
-            word = rng.choice([s for s in SHAPES if s != thing])
-        edit = apply_edit(scene, kind, word)
+        if pair:
+            scene = sample_pair(rng, held_out and rng.random() < 0.5)
+            if scene.objects[0].shape == scene.objects[1].shape:
+                continue
+        else:
+            color, background = rng.sample(list(COLORS), 2)
+            scene = place_single(rng, (color, rng.choice(SHAPES), background), canvas=canvas)
+        edit = edit_scene(rng, scene, kind)
         source_out, target_out = scene_is_held_out(edit.source), scene_is_held_out(edit.target)
         if held_out and (source_out if kind == "remove" else target_out):
             return edit
