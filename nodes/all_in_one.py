@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..nextstep_core.prompt import IMAGE_SLOT
 from . import host
-from .latents import decode_latent, empty_latent
+from .latents import canvas_inputs, decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt, size_inputs
-from .sampler import cfg_img_input, check_settings, sample, setting_inputs, settings_for
+from .sampler import DrawingNode, cfg_img_input, sample, setting_inputs, settings_for
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue
 
 EDIT_NEGATIVE = "Copy original image."
@@ -41,7 +41,7 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-class NextStepTextToImage(io.ComfyNode):
+class NextStepTextToImage(DrawingNode):
     """Prompt to picture."""
 
     @classmethod
@@ -57,26 +57,11 @@ class NextStepTextToImage(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What to draw, in plain sentences."),
                 io.String.Input("negative_prompt", multiline=True, default="", tooltip="What to stay away from."),
-                io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."
-                ),
+                *canvas_inputs(),
                 *setting_inputs(steps=28, shift=1.0),
             ],
             outputs=_outputs(),
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        steps: int | None = None,
-        cfg: float | None = None,
-        shift: float | None = None,
-        cfg_schedule: str | None = None,
-        sampler: str | None = None,
-    ) -> bool | str:
-        return check_settings(steps, cfg, shift, cfg_schedule, sampler, None)
 
     @classmethod
     def execute(
@@ -95,7 +80,7 @@ class NextStepTextToImage(io.ComfyNode):
         return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
 
 
-class NextStepImageEdit(io.ComfyNode):
+class NextStepImageEdit(DrawingNode):
     """Picture and instruction to edited picture."""
 
     @classmethod
@@ -125,18 +110,6 @@ class NextStepImageEdit(io.ComfyNode):
             ],
             outputs=_outputs(),
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        steps: int | None = None,
-        cfg: float | None = None,
-        shift: float | None = None,
-        cfg_schedule: str | None = None,
-        sampler: str | None = None,
-        cfg_img: float | None = None,
-    ) -> bool | str:
-        return check_settings(steps, cfg, shift, cfg_schedule, sampler, cfg_img)
 
     @classmethod
     def execute(

@@ -46,6 +46,18 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
     return vae.decode(latents)
 
 
+def side_inputs() -> list[io.Input]:
+    """Width and height in pixels."""
+    tooltip = "In pixels, a multiple of 16."
+    return [io.Int.Input(side, default=512, min=16, max=4096, step=16, tooltip=tooltip) for side in ("width", "height")]
+
+
+def canvas_inputs() -> list[io.Input]:
+    """Width, height and batch size of an empty canvas."""
+    batch = io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise.")
+    return [*side_inputs(), batch]
+
+
 class NextStepEmptyLatent(io.ComfyNode):
     """An empty canvas."""
 
@@ -57,13 +69,7 @@ class NextStepEmptyLatent(io.ComfyNode):
             category=CATEGORY,
             description="Size of the picture and how many to draw. NextStep-1 was trained at 512x512 and its ratios.",
             search_aliases=["nextstep", "empty latent", "size"],
-            inputs=[
-                io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-                io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise."
-                ),
-            ],
+            inputs=canvas_inputs(),
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="Goes to NextStep Sampler.")],
         )
 

@@ -13,7 +13,7 @@ from ..nextstep_core.model.nextstep import patchify
 from ..nextstep_core.prompt import IMAGE_SLOT, Caption, EncodedImage
 from ..nextstep_core.sizes import BASES, nearest_ratio, ratio_size, whole_size
 from . import host
-from .latents import check_size, empty_latent
+from .latents import check_size, empty_latent, side_inputs
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
 
 FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
@@ -147,8 +147,7 @@ def size_inputs() -> list[io.Input]:
             "17 trained ratios, about as large as width x height. width and height: exactly those. keep: as it is, cut "
             "to multiples of 16. What does not fit is cut off evenly on both sides.",
         ),
-        io.Int.Input("width", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
-        io.Int.Input("height", default=512, min=16, max=4096, step=16, tooltip="In pixels, a multiple of 16."),
+        *side_inputs(),
     ]
 
 

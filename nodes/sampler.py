@@ -196,27 +196,32 @@ class Preview:
         ), size
 
 
-def check_settings(
-    steps: int | None,
-    cfg: float | None,
-    shift: float | None,
-    cfg_schedule: str | None,
-    sampler: str | None,
-    cfg_img: float | None,
-) -> bool | str:
-    """The host's answer to a node's widgets: True, or what is wrong. None is a linked widget, not known yet."""
-    try:
-        GenerationSettings(sampler="flow-ode").override(
-            steps=steps,
-            cfg=cfg,
-            cfg_img=cfg_img,
-            shift=shift,
-            cfg_schedule=cfg_schedule,
-            sampler=None if sampler == AUTO else sampler,
-        )
-    except NextStepError as error:
-        return str(error)
-    return True
+class DrawingNode(io.ComfyNode):
+    """What all nodes that draw share: their sampling widgets are checked when the graph is queued."""
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        cfg_schedule: str | None = None,
+        sampler: str | None = None,
+        cfg_img: float | None = None,
+    ) -> bool | str:
+        """True, or what is wrong. None is a widget that is linked and so not known yet, or one the node lacks."""
+        try:
+            GenerationSettings(sampler="flow-ode").override(
+                steps=steps,
+                cfg=cfg,
+                cfg_img=cfg_img,
+                shift=shift,
+                cfg_schedule=cfg_schedule,
+                sampler=None if sampler == AUTO else sampler,
+            )
+        except NextStepError as error:
+            return str(error)
+        return True
 
 
 def setting_inputs(steps: int, shift: float) -> list[io.Input]:
@@ -293,7 +298,7 @@ def cfg_img_input() -> io.Input:
     )
 
 
-class NextStepSampler(io.ComfyNode):
+class NextStepSampler(DrawingNode):
     """Draws the picture, token by token."""
 
     @classmethod
@@ -330,18 +335,6 @@ class NextStepSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        steps: int | None = None,
-        cfg: float | None = None,
-        shift: float | None = None,
-        cfg_schedule: str | None = None,
-        sampler: str | None = None,
-        cfg_img: float | None = None,
-    ) -> bool | str:
-        return check_settings(steps, cfg, shift, cfg_schedule, sampler, cfg_img)
 
     @classmethod
     def execute(
