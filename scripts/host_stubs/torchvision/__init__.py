@@ -1,3 +1,3 @@
-"""Stands in for torchvision where a CPU-only environment has none: the host imports the name, our graphs never call it."""
+"""Stands in for torchvision where a CPU-only environment has none: the host imports it, our graphs never call it."""
 
-from . import transforms  # noqa: F401
+from . import transforms as transforms
