@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"SKIPPED {len(skipped)} browser tests: {missing()}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """A fresh ComfyUI with nothing but the pack."""
     comfyui = find_comfyui()
@@ -51,7 +51,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: its event loop would be in the way of others
 def page(host: ComfyServer) -> Iterator:
     """The frontend, ready, with its first dialog closed."""
     from playwright.sync_api import sync_playwright
