@@ -24,7 +24,7 @@ RECOMMENDED = {
     "cfg_schedule": "constant",
     "num_sampling_steps": 20,
     "timesteps_shift": 1.0,
-    "sampler": "score-sde-1.1",
+    "sampler": "score-sde-1.0",
     "use_norm": False,
     "height": 64,
     "width": 64,
