@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextstep_core import NextStepError
+from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.decode import KnownTokens, PrefillCache, TokenSequence
 from nextstep_core.masking import kept_tokens
 from nextstep_core.model.flow_head import FlowHead
@@ -198,6 +198,24 @@ def test_every_mix_of_guidance_edits(pipeline) -> None:
     for i, one in enumerate(tokens):
         assert torch.isfinite(one).all()
         assert all((one - other).abs().max() > 0.01 for other in tokens[:i]), mixes[i]
+
+
+@torch.inference_mode()
+def test_cfg_img_needs_all_three_branches_also_without_cfg(pipeline) -> None:
+    captions = [Caption("<image>Add a hat.", (pipeline.encode_image(IMAGE),))]
+    for cfg, cfg_img, branches in ((1.0, 1.0, 1), (3.0, 1.0, 2), (1.0, 2.0, 3), (3.0, 2.0, 3)):
+        settings = pipeline.engine.recommended().override(cfg=cfg, cfg_img=cfg_img)
+        assert pipeline.engine.prepare(captions, (3, 4), settings, seed=1).rows.branches == branches
+
+
+def test_another_picture_under_the_same_words_is_another_prompt(pipeline) -> None:
+    """The prefill cache must tell input pictures apart."""
+    edit = lambda image: pipeline.generate("<image>Add a hat.", images=image, **FAST).tokens  # noqa: E731
+    first, other = edit(IMAGE), edit(1 - IMAGE)
+    fresh = replace(pipeline.engine, prefilled=PrefillCache())
+    alone = NextStepPipeline(fresh, pipeline.vae, pipeline.device, pipeline.dtype)
+    assert torch.equal(alone.generate("<image>Add a hat.", images=1 - IMAGE, **FAST).tokens, other)
+    assert (first - other).abs().max() > 0.01
 
 
 def test_cfg_img_without_an_image_changes_nothing(pipeline) -> None:

@@ -192,6 +192,11 @@ def test_one_box_equals_the_separate_nodes(kit) -> None:
         cfg_img=1.0,
     ).result
     assert edited.shape == (1, 96, 64, 3)
+    arguments = (kit.model, kit.vae, square_picture(), "make the square green", "", kit.prompts.KEEP, 64, 64, 3)
+    weak, strong = (
+        kit.boxes.NextStepImageEdit.execute(*arguments, **settings, cfg_img=value).result[0] for value in (1.5, 4.0)
+    )
+    assert (weak - strong).abs().max() > 0.05, "the widget reaches the picture"
 
 
 @torch.inference_mode()
