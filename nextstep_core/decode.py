@@ -29,7 +29,9 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class TokenStep:
-    """State after a token: how many of `total` are done, and the buffer (M, total, token_dim), zero where undone.
+    """State after a token: how many of `total` are done, and the buffer (M, total, token_dim).
+
+    The buffer holds known tokens from the start and is zero where a token is still to be drawn.
 
     Of the done ones `drawn` were drawn (the others were known), `left` are still to be drawn; `seconds` have passed
     since the loop began.
@@ -64,6 +66,11 @@ class KnownTokens:
     tokens: Tensor
     keep: Tensor
     one_by_one: bool = False
+
+    def fill(self, buffer: Tensor) -> None:
+        """Put the known tokens into their places of buffer (M, total, token_dim)."""
+        keep = self.keep.to(buffer.device)
+        buffer[:, keep] = self.tokens.to(buffer)[:, keep]
 
 
 class PrefillCache:
@@ -160,7 +167,10 @@ def decode_tokens(
     """
     started, total = time.monotonic(), grid[0] * grid[1]
     tokens = embeds.new_zeros(embeds.shape[0] // branches, total, model.config.token_dim)
-    keep = [False] * total if known is None else known.keep.tolist()
+    keep = [False] * total
+    if known is not None:
+        keep = known.keep.tolist()
+        known.fill(tokens)
     to_draw = keep.count(False)
     codes = position_codes(model, grid, embeds)
     schedule = SCHEDULES[settings.cfg_schedule]
@@ -171,9 +181,7 @@ def decode_tokens(
     hidden, fed, drawn = sequence.prefill(embeds, prefilled, prompt_key), 0, 0
     for n in range(total):
         token_noise = noise.token(draw.draws)
-        if keep[n]:
-            tokens[:, n] = known.tokens[:, n].to(tokens)
-        else:
+        if not keep[n]:
             while fed < n:
                 new = model.image_in_projector(tokens[:, fed : min(fed + chunk, n)]).repeat(branches, 1, 1)
                 hidden, fed = sequence.feed(new, sequence.prompt_length + fed), fed + new.shape[1]

@@ -72,7 +72,8 @@ class Job:
 class Progress:
     """Where a job stands after a token: pictures start..stop-1 are at `step`, those before are finished.
 
-    tokens is the buffer (pictures, total, token_dim) of the whole job, zero where nothing is drawn yet.
+    tokens is the buffer (pictures, total, token_dim) of the whole job: known tokens from the start, and zero where a
+    token is still to be drawn.
     """
 
     step: TokenStep
@@ -207,6 +208,8 @@ class NextStepEngine:
         """
         total = job.grid[0] * job.grid[1]
         tokens = torch.zeros(job.pictures, total, self.config.token_dim, device=device, dtype=dtype)
+        if job.known is not None:
+            job.known.fill(tokens)
         start, size = 0, min(at_once or job.pictures, job.pictures)
         while start < job.pictures:
             stop = min(start + size, job.pictures)

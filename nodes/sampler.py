@@ -26,7 +26,7 @@ AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
 DISCARD, KEEP = "discard", "keep"
 PREVIEW_SECONDS = 0.2
-# In a LATENT: it is an interrupted run's, and its mask covers what is still to be drawn.
+# In a LATENT: it is an interrupted run's and its mask covers what is still to be drawn; this is the mask it had before.
 PARTIAL = "nextstep_partial"
 
 
@@ -144,11 +144,12 @@ def sample(
         if on_interrupt == DISCARD or progress is None or not unfinished(job, progress).any():
             raise
         mask = unfinished(job, progress).reshape(1, 1, *job.grid)
-        return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: True}
+        before = latent.get(PARTIAL, latent.get("noise_mask"))
+        return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
-    if finished.pop(PARTIAL, False):
-        finished.pop("noise_mask")
-    return finished
+    if PARTIAL in finished:
+        finished["noise_mask"] = finished.pop(PARTIAL)
+    return {name: value for name, value in finished.items() if name != "noise_mask" or value is not None}
 
 
 def unfinished(job: Job, progress: Progress) -> Tensor:

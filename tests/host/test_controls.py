@@ -137,6 +137,19 @@ def test_a_kept_run_goes_on_to_the_same_picture(kit, monkeypatch, token: int) ->
     assert set(resumed) == set(whole), "nothing is left of the interruption"
 
 
+def test_a_kept_inpainting_gets_its_mask_back(kit, monkeypatch) -> None:
+    with torch.inference_mode():
+        latent = {"samples": kit.vae.encode(square_picture()), "noise_mask": torch.zeros(1, 1, 64, 64)}
+        latent["noise_mask"][..., 16:48, :] = 1
+        positive = kit.prompts.encode_prompt(kit.model, "a small green star on a white background")
+        whole = draw(kit, positive, latent, seed=5)
+        kept = interrupted_at(kit, monkeypatch, 7, latent=latent, seed=5, on_interrupt="keep")
+        again = interrupted_at(kit, monkeypatch, 9, latent=kept, seed=5, on_interrupt="keep")
+        resumed = draw(kit, positive, again, seed=5)
+    assert torch.equal(resumed["noise_mask"], latent["noise_mask"]) and set(resumed) == set(whole)
+    assert (resumed["samples"] - whole["samples"]).abs().max() <= 1e-3
+
+
 def test_an_interrupted_run_is_discarded_unless_asked(kit, monkeypatch) -> None:
     with pytest.raises(kit.host.Interrupted):
         interrupted_at(kit, monkeypatch, 5, latent=kit.latents.empty_latent(64, 64, 1))
