@@ -151,6 +151,7 @@ def decode_tokens(
     model: NextStepModel,
     embeds: Tensor,
     valid: Tensor,
+    tokens: Tensor,
     grid: tuple[int, int],
     branches: int,
     settings: GenerationSettings,
@@ -162,15 +163,12 @@ def decode_tokens(
     """Draw the rows * columns tokens of `grid` for every image of the batch, yielding after each.
 
     embeds (B, L, hidden) and valid (B, L) are the prompts of all branches, stacked as guidance expects them; there are
-    M = B / branches images. Everything runs on the device and in the dtype of `embeds`. Tokens of `known` are kept;
-    their noise is drawn all the same, so that every other token sees the noise of its place.
+    M = B / branches images, whose tokens are written into the buffer `tokens` (M, rows * columns, token_dim), on the
+    device and in the dtype of `embeds`. Tokens of `known` lie in the buffer already and are kept; their noise is drawn
+    all the same, so that every other token sees the noise of its place.
     """
     started, total = time.monotonic(), grid[0] * grid[1]
-    tokens = embeds.new_zeros(embeds.shape[0] // branches, total, model.config.token_dim)
-    keep = [False] * total
-    if known is not None:
-        keep = known.keep.tolist()
-        known.fill(tokens)
+    keep = [False] * total if known is None else known.keep.tolist()
     to_draw = keep.count(False)
     codes = position_codes(model, grid, embeds)
     schedule = SCHEDULES[settings.cfg_schedule]

@@ -24,6 +24,7 @@ from .model.positions import generation_codes
 from .prompt import Caption, EncodedImage, Grid, PromptRows, build_rows
 from .sampling.noise import NoiseStream
 from .settings import GenerationSettings, is_1_1, recommended_settings
+from .sizes import check_size
 from .tokenizer import NextStepTokenizer
 
 VAE_DOWNSCALE = 8
@@ -128,12 +129,7 @@ class NextStepEngine:
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of tokens for a picture; NextStepError offers the nearest size where a side does not fit."""
         unit = self.pixels_per_token
-        if height < unit or width < unit or height % unit or width % unit:
-            near = [max(unit, round(side / unit) * unit) for side in (width, height)]
-            raise NextStepError(
-                f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
-                f"The nearest size is {near[0]}x{near[1]}."
-            )
+        check_size(width, height, unit)
         grid = height // unit, width // unit
         if self.config.use_gen_pos_embed:
             generation_codes(self.config, grid, self.model.gen_pos_embed[0])
@@ -208,14 +204,14 @@ class NextStepEngine:
         """
         total = job.grid[0] * job.grid[1]
         tokens = torch.zeros(job.pictures, total, self.config.token_dim, device=device, dtype=dtype)
-        if job.known is not None:
-            job.known.fill(tokens)
         start, size = 0, min(at_once or job.pictures, job.pictures)
         while start < job.pictures:
             stop = min(start + size, job.pictures)
+            tokens[start:] = 0  # also what a part left that ran out of memory
+            if job.known is not None:
+                job.known.fill(tokens)
             try:
-                for step in self._decode_part(job.part(start, stop), device, dtype):
-                    tokens[start:stop] = step.tokens
+                for step in self._decode_part(job.part(start, stop), tokens[start:stop]):
                     yield Progress(step, start, stop, tokens)
             except RuntimeError as error:
                 if size == 1 or not _is_out_of_memory(error):
@@ -224,18 +220,19 @@ class NextStepEngine:
             else:
                 start = stop
 
-    def _decode_part(self, job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[TokenStep]:
+    def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
         return decode_tokens(
             self.model,
-            self.embed(job.rows, device, dtype),
-            job.rows.valid.to(device),
+            self.embed(job.rows, tokens.device, tokens.dtype),
+            job.rows.valid.to(tokens.device),
+            tokens,
             job.grid,
             job.rows.branches,
             job.settings,
             job.noise,
             job.known,
             self.prefilled,
-            job.prompt_key(dtype),
+            job.prompt_key(tokens.dtype),
         )
 
 

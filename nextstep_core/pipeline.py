@@ -78,15 +78,14 @@ class NextStepPipeline:
         """
         device = torch.device(device)
         path = resolve_source(path_or_hub_id)
-        folder = path if path.is_dir() else path.parent
         plan = plan_model(path)
-        tokenizer = NextStepTokenizer.from_folder(folder, plan.config)
+        tokenizer = NextStepTokenizer.from_folder(plan.folder, plan.config)
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
         check_vae_fits(plan.config, autoencoder.config.z_channels, autoencoder.config.downscale)
         model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
         name = Path(str(path_or_hub_id)).name
-        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, folder, name)
+        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.folder, name)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
@@ -152,7 +151,7 @@ class NextStepPipeline:
         spread = self.vae.spread(logvar)
         patch, scale = self.engine.config.latent_patch_size, self.vae.config.scaling_factor
         return EncodedImage(
-            patchify(self.vae.to_model(mean), patch)[0],
+            patchify(self.vae.config.to_model(mean), patch)[0],
             grid,
             None if spread is None else patchify(spread * scale, patch)[0],
         )
@@ -168,7 +167,7 @@ class NextStepPipeline:
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 
     def _finish(self, tokens: Tensor, grid: Grid) -> GenerationOutput:
-        latents = self.vae.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
+        latents = self.vae.config.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
         pixels = self.vae.decode(latents.to(self.dtype)).float()
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import check_choice
+from .errors import NextStepError, check_choice
 
 UNIT = 16
 BASES = (256, 512, 768, 1024)
@@ -11,6 +11,16 @@ GRIDS = (
     (32, 8), (28, 9), (25, 10), (23, 11), (21, 12), (19, 13), (18, 14), (17, 15), (16, 16),
     (15, 17), (14, 18), (13, 19), (12, 21), (11, 23), (10, 25), (9, 28), (8, 32),
 )  # fmt: skip
+
+
+def check_size(width: int, height: int, unit: int = UNIT) -> None:
+    """NextStepError, offering the nearest possible size, when a side is not a multiple of `unit` pixels."""
+    if width < unit or height < unit or width % unit or height % unit:
+        near = [max(unit, round(side / unit) * unit) for side in (width, height)]
+        raise NextStepError(
+            f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
+            f"The nearest size is {near[0]}x{near[1]}."
+        )
 
 
 def ratio_name(grid: tuple[int, int]) -> str:

@@ -77,7 +77,7 @@ def vaes() -> dict[str, Path]:
     """VAEs by name: folders that hold one, in the model folders, and files in the VAE folders beside their config."""
     found = {}
     for root, folder in _config_folders([*host.model_roots(), *host.vae_roots()]):
-        if any((folder / name).is_file() for name in VAE_WEIGHT_NAMES[:1]):
+        if (folder / VAE_WEIGHT_NAMES[0]).is_file():
             found.setdefault(folder.relative_to(root).as_posix() if folder != root else root.name, folder)
         elif root in host.vae_roots():
             files = sorted(path for path in folder.iterdir() if path.suffix in VAE_SUFFIXES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -27,7 +26,6 @@ from ..nextstep_core.loading.build import fill
 from ..nextstep_core.model.vae import channel_norm
 
 Interrupted = mm.InterruptProcessingException
-log = logging.getLogger(__name__)
 
 MODEL_FOLDER = "nextstep"
 WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -8,23 +8,12 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.sizes import BASES, RATIOS, ratio_size
+from ..nextstep_core.sizes import BASES, RATIOS, UNIT, check_size, ratio_size
 from . import host
 from .types import CATEGORY
 
 CHANNELS = 16
 DOWNSCALE = 8
-UNIT = 16
-
-
-def check_size(width: int, height: int) -> None:
-    """NextStepError with the nearest possible size when a side is not a multiple of 16."""
-    if width < UNIT or height < UNIT or width % UNIT or height % UNIT:
-        near = [max(UNIT, round(side / UNIT) * UNIT) for side in (width, height)]
-        raise NextStepError(
-            f"{width}x{height} is not possible: NextStep draws in squares of {UNIT} pixels. "
-            f"The nearest size is {near[0]}x{near[1]}."
-        )
 
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:

@@ -38,11 +38,10 @@ def load_model(name: str, dtype_choice: str) -> HostModel:
 
 
 def _load(path: Path, dtype_choice: str) -> HostModel:
-    folder = path if path.is_dir() else path.parent
-    config = NextStepConfig.from_file(folder / "config.json")
+    plan = plan_model(path)
+    config, folder = plan.config, plan.folder
     tokenizer = NextStepTokenizer.from_folder(folder, config)
     vae, vae_config = _load_own_vae(path, config)
-    plan = plan_model(path)
     storage, compute = host.pick_dtypes(dtype_choice, plan.parameters)
     model = NextStepModel(config, device="meta", operations=host.operations(storage, compute)).eval()
     state = plan.read_model("cpu", storage, on_shard=lambda _: host.check_interrupt())

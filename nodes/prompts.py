@@ -11,9 +11,9 @@ from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images import cover, to_rgb
 from ..nextstep_core.model.nextstep import patchify
 from ..nextstep_core.prompt import IMAGE_SLOT, Caption, EncodedImage
-from ..nextstep_core.sizes import BASES, nearest_ratio, ratio_size, whole_size
+from ..nextstep_core.sizes import BASES, check_size, nearest_ratio, ratio_size, whole_size
 from . import host
-from .latents import check_size, empty_latent, side_inputs
+from .latents import empty_latent, side_inputs
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
 
 FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
@@ -71,7 +71,7 @@ def encode_edit(
             "the vae output of Load NextStep Model."
         )
     grid = model.engine.grid(new_height, new_width)
-    tokens = patchify(model.to_model(latents.float()), model.engine.config.latent_patch_size)
+    tokens = patchify(model.vae_config.to_model(latents.float()), model.engine.config.latent_patch_size)
     encoded = [EncodedImage(picture, grid) for picture in tokens]
     captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
     return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))

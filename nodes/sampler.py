@@ -30,29 +30,18 @@ PREVIEW_SECONDS = 0.2
 PARTIAL = "nextstep_partial"
 
 
-def settings_for(
-    model: HostModel,
-    editing: bool,
-    *,
-    cfg: float,
-    cfg_schedule: str,
-    steps: int,
-    shift: float,
-    sampler: str,
-    use_norm: str,
-    cfg_img: float = 1.0,
+def with_widgets(
+    settings: GenerationSettings, *, sampler: str | None = None, use_norm: str = AUTO, **widgets: Any
 ) -> GenerationSettings:
-    """The node's widgets over the checkpoint's recommendation; "auto" leaves it."""
+    """Settings under a node's widgets; "auto" and None leave what is there. NextStepError when they make no sense."""
     check_choice("use_norm", use_norm, USE_NORM)
-    return model.engine.recommended(editing).override(
-        cfg=cfg,
-        cfg_img=cfg_img,
-        cfg_schedule=cfg_schedule,
-        steps=steps,
-        shift=shift,
-        sampler=None if sampler == AUTO else sampler,
-        use_norm=USE_NORM[use_norm],
-    )
+    sampler = None if sampler == AUTO else sampler
+    return settings.override(sampler=sampler, use_norm=USE_NORM[use_norm], **widgets)
+
+
+def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
+    """The node's widgets over the checkpoint's recommendation."""
+    return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
 def grid_of(model: HostModel, latent: dict[str, Any]) -> Grid:
@@ -77,7 +66,7 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
         raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
     if not latent["samples"].isfinite().all():
         raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
-    tokens = patchify(model.to_model(latent["samples"].float()), model.engine.config.latent_patch_size)
+    tokens = patchify(model.vae_config.to_model(latent["samples"].float()), model.engine.config.latent_patch_size)
     return KnownTokens(tokens, kept_tokens(masks[0], grid), one_by_one=PARTIAL in latent)
 
 
@@ -141,9 +130,11 @@ def sample(
         for progress in model.engine.decode(job, device, model.dtype, at_once):
             reporter.update(progress.done, *preview.of(progress), rate_text(progress))
     except host.Interrupted:
-        if on_interrupt == DISCARD or progress is None or not unfinished(job, progress).any():
+        if on_interrupt == DISCARD or progress is None:
             raise
         mask = unfinished(job, progress).reshape(1, 1, *job.grid)
+        if not mask.any():
+            raise
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
@@ -168,7 +159,7 @@ def rate_text(progress: Progress) -> str:
 def to_latents(model: HostModel, job: Job, tokens: Tensor) -> Tensor:
     """Tokens (B, N, token_dim) to what the VAE decoder takes, (B, 16, h, w) float32."""
     latents = unpatchify(tokens.float(), job.grid, model.engine.config.latent_patch_size)
-    return model.from_model(latents).to(host.intermediate_device())
+    return model.vae_config.from_model(latents).to(host.intermediate_device())
 
 
 class Preview:
@@ -212,13 +203,9 @@ class DrawingNode(io.ComfyNode):
     ) -> bool | str:
         """True, or what is wrong. None is a widget that is linked and so not known yet, or one the node lacks."""
         try:
-            GenerationSettings(sampler="flow-ode").override(
-                steps=steps,
-                cfg=cfg,
-                cfg_img=cfg_img,
-                shift=shift,
-                cfg_schedule=cfg_schedule,
-                sampler=None if sampler == AUTO else sampler,
+            base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
+            with_widgets(
+                base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
             )
         except NextStepError as error:
             return str(error)

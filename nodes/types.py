@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,15 +37,7 @@ class HostModel:
     dtype: torch.dtype
     vae: Any
     vae_config: VAEConfig
-    rgb_map: Tensor | None = field(default=None)
-
-    def to_model(self, latents: Tensor) -> Tensor:
-        """What the VAE encoder gives, to the space of the model's tokens."""
-        return (latents - self.vae_config.shift_factor) * self.vae_config.scaling_factor
-
-    def from_model(self, latents: Tensor) -> Tensor:
-        """Inverse of `to_model`: what the VAE decoder takes."""
-        return latents / self.vae_config.scaling_factor + self.vae_config.shift_factor
+    rgb_map: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_mod
 class ModelPlan:
     """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet."""
 
+    folder: Path
     config: NextStepConfig
     files: TensorFiles
     model_names: tuple[str, ...]
@@ -75,7 +76,7 @@ def plan_model(path: Path) -> ModelPlan:
     model = shapes_of(NextStepModel(config, device="meta"))
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
     check_complete(files, model | text_embedding, optional=OPTIONAL)
-    return ModelPlan(config, files, tuple(model), tuple(text_embedding))
+    return ModelPlan(folder, config, files, tuple(model), tuple(text_embedding))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:

@@ -64,11 +64,12 @@ class Download:
     @property
     def fetched(self) -> int:
         """Bytes on disk, unfinished files included."""
-        whole = sum(file.size for file in self.files if self._is_whole(file))
+        whole = sum(file.size for file in self.files if self.is_whole(file))
         parts = (self.folder / ".cache" / "huggingface").rglob("*.incomplete")
         return min(self.size, whole + sum(part.stat().st_size for part in parts))
 
-    def _is_whole(self, file: RemoteFile) -> bool:
+    def is_whole(self, file: RemoteFile) -> bool:
+        """Whether a file is on disk in its full size."""
         path = self.folder / file.path
         return path.is_file() and path.stat().st_size == file.size
 
@@ -144,7 +145,7 @@ def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
     """NextStepError, after removing the file, for one whose size or checksum is not the hub's."""
     for file in plan.files:
         path = plan.folder / file.path
-        right = plan._is_whole(file) and (file.sha256 is None or _sha256(path, plan, on_progress) == file.sha256)
+        right = plan.is_whole(file) and (file.sha256 is None or _sha256(path, plan, on_progress) == file.sha256)
         if not right:
             path.unlink(missing_ok=True)
             raise NextStepError(f"{path} arrived damaged and was removed. Start the download again to fetch it anew.")

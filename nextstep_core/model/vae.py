@@ -1,7 +1,7 @@
 """The f8 autoencoder (LDM/FLUX shape, no quant convolutions): pixels to latents and back.
 
-Latents at this module's border are what its decoder takes; `to_model` and `from_model` apply the scale and shift that
-the transformer's tokens live in.
+Latents at this module's border are what its decoder takes; its config's `to_model` and `from_model` apply the scale and
+shift that the transformer's tokens live in.
 """
 
 from __future__ import annotations
@@ -189,11 +189,3 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped."""
         return self.decoder(latents)
-
-    def to_model(self, latents: Tensor) -> Tensor:
-        """VAE latents to the space of the transformer's tokens."""
-        return (latents - self.config.shift_factor) * self.config.scaling_factor
-
-    def from_model(self, latents: Tensor) -> Tensor:
-        """Inverse of `to_model`."""
-        return latents / self.config.scaling_factor + self.config.shift_factor

@@ -51,7 +51,7 @@ def seen(kit: SimpleNamespace, latent: dict) -> list:
 def tokens_of(kit: SimpleNamespace, latent: dict) -> torch.Tensor:
     from nextstep_core.model.nextstep import patchify
 
-    return patchify(kit.model.to_model(latent["samples"]), 2)
+    return patchify(kit.model.vae_config.to_model(latent["samples"]), 2)
 
 
 @torch.inference_mode()
