@@ -7,24 +7,19 @@ caller shows progress, previews and stops between two tokens by what it does wit
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .model.kv_cache import KVCache
+from .graphs import StepGraphs
 from .model.nextstep import NextStepModel
-from .model.positions import generation_codes, rotary_table
-from .model.transformer import attention_mask
-from .sampling.guidance import SCHEDULES, guide
+from .model.positions import generation_codes
+from .sampling.guidance import SCHEDULES
 from .sampling.noise import NoiseStream
-from .sampling.solvers import ETA, SAMPLERS, normalize_token
 from .settings import GenerationSettings
-
-# Long stretches run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
-CHUNK = 1024
+from .steps import CHUNK, PrefillCache, make_steps
 
 
 @dataclass(frozen=True)
@@ -73,80 +68,6 @@ class KnownTokens:
         buffer[:, keep] = self.tokens.to(buffer)[:, keep]
 
 
-class PrefillCache:
-    """Keys, values and last hidden states of recent prompts, in host memory, by the content of the prompt."""
-
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
-        self.max_bytes = max_bytes
-        self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-
-    def restore(self, key: str, cache: KVCache) -> Tensor | None:
-        """Fill the front of `cache` and return the last hidden state (B, hidden), or None when `key` is not here."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        kv, hidden = self._entries[key]
-        cache.data[..., : kv.shape[-2], :] = kv.to(cache.data.device)
-        return hidden.to(cache.data.device)
-
-    def store(self, key: str, cache: KVCache, length: int, hidden: Tensor) -> None:
-        """Keep the first `length` positions of `cache`; the oldest entries go when the room is spent."""
-        self._entries[key] = (cache.data[..., :length, :].to("cpu", copy=True), hidden.to("cpu", copy=True))
-        while sum(kv.nbytes for kv, _ in self._entries.values()) > self.max_bytes:
-            self._entries.popitem(last=False)
-
-
-class TokenSequence:
-    """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache."""
-
-    def __init__(self, model: NextStepModel, embeds: Tensor, valid: Tensor, total: int) -> None:
-        batch, prompt_length, _ = embeds.shape
-        length = prompt_length + total - 1  # the last token is never fed
-        self.model, self.prompt_length = model, prompt_length
-        self.cache = KVCache(model.config, batch, length, embeds.device, embeds.dtype)
-        self.rotary = rotary_table(model.config, length, embeds.device, embeds.dtype)
-        self.padded = not bool(valid.all())
-        self.valid = torch.cat([valid, valid.new_ones(batch, total - 1)], dim=1)
-
-    def feed(self, embeds: Tensor, start: int) -> Tensor:
-        """Run embeds (B, T, hidden) at positions start..start+T-1; the hidden state (B, hidden) of the last."""
-        length = embeds.shape[1]
-        mask = None if length == 1 and not self.padded else attention_mask(self.valid, start, length)
-        return self.model(embeds, self.rotary[:, start : start + length], mask, self.cache, start)[:, -1]
-
-    def prefill(self, embeds: Tensor, prefilled: PrefillCache | None, key: str) -> Tensor:
-        """Run the prompt, or take it from `prefilled`; the hidden state (B, hidden) of its last position."""
-        hidden = prefilled.restore(key, self.cache) if prefilled is not None else None
-        if hidden is None:
-            for start in range(0, self.prompt_length, CHUNK):
-                hidden = self.feed(embeds[:, start : start + CHUNK], start)
-            if prefilled is not None:
-                prefilled.store(key, self.cache, self.prompt_length, hidden)
-        return hidden
-
-
-class TokenSampler:
-    """Draws one token per image from the flow head, with the settings of a run."""
-
-    def __init__(self, model: NextStepModel, settings: GenerationSettings, branches: int, like: Tensor) -> None:
-        self.head, self.settings, self.branches, self.dtype = model.head, settings, branches, like.dtype
-        self.sampler = SAMPLERS[settings.sampler]
-        self.times = self.sampler.grid(settings.steps, settings.shift)
-        self.draws = self.sampler.draws(settings.steps)
-        self.time_codes = self.head.time_embed(torch.tensor(self.times, device=like.device), like.dtype)[:, None]
-
-    def __call__(self, condition: Tensor, noise: Tensor, cfg: float, cfg_img: float) -> Tensor:
-        """Tokens (M, token_dim) for condition (branches * M, hidden) and noise (draws, M, token_dim)."""
-        modulations = self.head.modulations(self.time_codes, condition)
-
-        def velocity(x: Tensor, i: int) -> Tensor:
-            rows = x.to(self.dtype).repeat(self.branches, 1)
-            return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.branches, cfg, cfg_img)
-
-        token = self.sampler.integrate(velocity, self.times, noise, ETA).to(self.dtype)
-        return normalize_token(token) if self.settings.use_norm else token
-
-
 def decode_tokens(
     model: NextStepModel,
     embeds: Tensor,
@@ -159,35 +80,45 @@ def decode_tokens(
     known: KnownTokens | None = None,
     prefilled: PrefillCache | None = None,
     prompt_key: str = "",
+    graphs: StepGraphs | None = None,
 ) -> Iterator[TokenStep]:
     """Draw the rows * columns tokens of `grid` for every image of the batch, yielding after each.
 
     embeds (B, L, hidden) and valid (B, L) are the prompts of all branches, stacked as guidance expects them; there are
     M = B / branches images, whose tokens are written into the buffer `tokens` (M, rows * columns, token_dim), on the
     device and in the dtype of `embeds`. Tokens of `known` lie in the buffer already and are kept; their noise is drawn
-    all the same, so that every other token sees the noise of its place.
+    all the same, so that every other token sees the noise of its place. `graphs` replays the work of a token instead of
+    launching it anew.
     """
     started, total = time.monotonic(), grid[0] * grid[1]
     keep = [False] * total if known is None else known.keep.tolist()
     to_draw = keep.count(False)
     codes = position_codes(model, grid, embeds)
-    schedule = SCHEDULES[settings.cfg_schedule]
-    draw = TokenSampler(model, settings, branches, like=embeds)
-    sequence = TokenSequence(model, embeds, valid, total)
+    guidance = guidance_scales(settings, total, embeds.device)
+    length = embeds.shape[1] + total - 1  # the last token is never fed
+    sequence, draw = make_steps(model, len(embeds), length, settings, branches, embeds, graphs)
     chunk = 1 if known is not None and known.one_by_one else CHUNK
+    pace = Pace(embeds.device)
 
-    hidden, fed, drawn = sequence.prefill(embeds, prefilled, prompt_key), 0, 0
+    hidden, fed, drawn = sequence.prefill(embeds, valid, prefilled, prompt_key), 0, 0
     for n in range(total):
         token_noise = noise.token(draw.draws)
         if not keep[n]:
             while fed < n:
-                new = model.image_in_projector(tokens[:, fed : min(fed + chunk, n)]).repeat(branches, 1, 1)
-                hidden, fed = sequence.feed(new, sequence.prompt_length + fed), fed + new.shape[1]
-            condition = model.image_out_projector(hidden if codes is None else hidden + codes[n])
-            cfg, cfg_img = (schedule(value, n, total) for value in (settings.cfg, settings.cfg_img))
-            tokens[:, n] = draw(condition, token_noise.to(embeds.device), cfg, cfg_img)
+                stretch = tokens[:, fed : min(fed + chunk, n)]
+                hidden, fed = sequence.feed(stretch, fed), fed + stretch.shape[1]
+            at_place = hidden if codes is None else hidden + codes[n]
+            tokens[:, n] = draw(at_place, to_device(token_noise, embeds.device), guidance[n])
             drawn += 1
+        pace.keep()
         yield TokenStep(n + 1, total, tokens, drawn, to_draw - drawn, time.monotonic() - started)
+
+
+def guidance_scales(settings: GenerationSettings, total: int, device: torch.device) -> Tensor:
+    """cfg and cfg_img of every token, (total, 2) float32."""
+    schedule = SCHEDULES[settings.cfg_schedule]
+    scales = [[schedule(value, n, total) for value in (settings.cfg, settings.cfg_img)] for n in range(total)]
+    return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
 def position_codes(model: NextStepModel, grid: tuple[int, int], like: Tensor) -> Tensor | None:
@@ -195,3 +126,27 @@ def position_codes(model: NextStepModel, grid: tuple[int, int], like: Tensor) ->
     if not model.config.use_gen_pos_embed:
         return None
     return generation_codes(model.config, grid, model.gen_pos_embed[0]).to(like)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on `device`; a CUDA device takes them while it works on something else."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+class Pace:
+    """Lets the host run at most one token ahead of a CUDA device.
+
+    The device is never idle, and yet progress, preview and a stop between two tokens tell of work that is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._before = torch.cuda.Event() if device.type == "cuda" else None
+
+    def keep(self) -> None:
+        """Wait for what was queued up to the call before this one."""
+        if self._before is not None:
+            self._before.synchronize()
+            self._before = torch.cuda.Event()
+            self._before.record()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .config import NextStepConfig
-from .decode import CHUNK, KnownTokens, PrefillCache, TokenStep, decode_tokens
+from .decode import KnownTokens, TokenStep, decode_tokens
 from .errors import NextStepError
+from .graphs import StepGraphs
 from .model.kv_cache import KVCache
 from .model.nextstep import NextStepModel, TextEmbedding, patchify
 from .model.positions import generation_codes
@@ -25,6 +26,7 @@ from .prompt import Caption, EncodedImage, Grid, PromptRows, build_rows
 from .sampling.noise import NoiseStream
 from .settings import GenerationSettings, is_1_1, recommended_settings
 from .sizes import check_size
+from .steps import CHUNK, PrefillCache
 from .tokenizer import NextStepTokenizer
 
 VAE_DOWNSCALE = 8
@@ -116,6 +118,7 @@ class NextStepEngine:
     folder: Path
     name: str
     prefilled: PrefillCache = field(default_factory=PrefillCache)
+    graphs: StepGraphs | None = None  # None runs every step as it is
 
     @property
     def pixels_per_token(self) -> int:
@@ -221,6 +224,7 @@ class NextStepEngine:
                 start = stop
 
     def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
+        graphs = self.graphs if self.graphs is not None and self.graphs.fit(tokens.device) else None
         return decode_tokens(
             self.model,
             self.embed(job.rows, tokens.device, tokens.dtype),
@@ -233,6 +237,7 @@ class NextStepEngine:
             job.known,
             self.prefilled,
             job.prompt_key(tokens.dtype),
+            graphs,
         )
 
 

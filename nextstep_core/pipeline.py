@@ -15,6 +15,7 @@ from torch import Tensor
 from .config import NextStepConfig
 from .engine import NextStepEngine, Progress
 from .errors import NextStepError
+from .graphs import StepGraphs
 from .images import to_rgb
 from .loading.build import load_vae, plan_model
 from .loading.sources import resolve_source, vae_beside
@@ -70,11 +71,13 @@ class NextStepPipeline:
         vae: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        cuda_graphs: bool = True,
     ) -> NextStepPipeline:
         """Load from a checkpoint folder, a `.safetensors` file with its config beside it, a hub id, or "tiny".
 
-        `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own. Raises
-        NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
+        `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
+        `cuda_graphs` captures the work of a token on a CUDA device and replays it. Raises NextStepError, before any
+        weight is read, for whatever is missing, damaged or does not fit.
         """
         device = torch.device(device)
         path = resolve_source(path_or_hub_id)
@@ -85,7 +88,8 @@ class NextStepPipeline:
         check_vae_fits(plan.config, autoencoder.config.z_channels, autoencoder.config.downscale)
         model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
         name = Path(str(path_or_hub_id)).name
-        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.folder, name)
+        graphs = StepGraphs(model) if cuda_graphs else None
+        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.folder, name, graphs=graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()

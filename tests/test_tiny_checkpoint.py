@@ -14,7 +14,7 @@ import pytest
 import torch
 from scene_reader import read_scene, shows
 
-from nextstep_core import decode, engine
+from nextstep_core import engine, steps
 from nextstep_core.pipeline import NextStepPipeline, to_pixels
 from scripts.eval_tiny import Score, measure_edits, measure_pairs, measure_singles
 from scripts.train_tiny.scenes import CANVASES, COLORS, SHAPES, place_single, render, sample_pair
@@ -76,14 +76,14 @@ def break_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branches change places: guidance pushes away from the caption."""
-    guide = decode.guide
-    monkeypatch.setattr(decode, "guide", lambda v, branches, *cfg: guide(v.roll(len(v) // branches, 0), branches, *cfg))
+    guide = steps.guide
+    monkeypatch.setattr(steps, "guide", lambda v, branches, *cfg: guide(v.roll(len(v) // branches, 0), branches, *cfg))
 
 
 def break_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions run backwards."""
-    table = decode.rotary_table
-    monkeypatch.setattr(decode, "rotary_table", lambda *args: table(*args).flip(1))
+    table = steps.rotary_table
+    monkeypatch.setattr(steps, "rotary_table", lambda *args: table(*args).flip(1))
 
 
 def break_edits(monkeypatch: pytest.MonkeyPatch) -> None:

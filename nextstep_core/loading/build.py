@@ -21,6 +21,7 @@ from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
+from .fusion import fuse_locations, published_shapes
 
 GRID_CODES = "gen_pos_embed"
 OPTIONAL = ("lm_head.weight", GRID_CODES)  # not needed for images; computable
@@ -47,7 +48,7 @@ class ModelPlan:
     ) -> dict[str, Tensor]:
         """State dict of the image model on its device; what the checkpoint may leave out is computed."""
         present = [name for name in self.model_names if name in self.files.locations]
-        tensors = read_tensors(self.files, present, device, dtype, on_shard)
+        tensors = dict(read_tensors(self.files, present, device, dtype, on_shard))
         if GRID_CODES in self.model_names and GRID_CODES not in tensors:
             tensors[GRID_CODES] = grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
         return tensors
@@ -61,7 +62,7 @@ class ModelPlan:
     def load_text_embedding(self) -> TextEmbedding:
         """The text embedding on the host, in the checkpoint's own dtype."""
         text_embedding = TextEmbedding(self.config, device="meta").eval()
-        fill(text_embedding, read_tensors(self.files, self.text_embedding_names))
+        fill(text_embedding, dict(read_tensors(self.files, self.text_embedding_names)))
         return text_embedding
 
 
@@ -75,8 +76,8 @@ def plan_model(path: Path) -> ModelPlan:
     files = find_model_files(path)
     model = shapes_of(NextStepModel(config, device="meta"))
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
-    check_complete(files, model | text_embedding, optional=OPTIONAL)
-    return ModelPlan(folder, config, files, tuple(model), tuple(text_embedding))
+    check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
+    return ModelPlan(folder, config, fuse_locations(files, model, config), tuple(model), tuple(text_embedding))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -105,7 +106,7 @@ def load_vae_state(path: Path, dtype: torch.dtype | None = None) -> tuple[VAECon
     files = find_vae_files(weights)
     expected = shapes_of(AutoencoderKL(config, device="meta"))
     check_complete(files, expected, optional=())
-    return config, read_tensors(files, expected, "cpu", dtype)
+    return config, dict(read_tensors(files, expected, "cpu", dtype))
 
 
 def load_vae(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> AutoencoderKL:

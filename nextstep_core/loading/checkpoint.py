@@ -9,9 +9,10 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,17 +23,22 @@ from ..errors import NextStepError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SAFETENSORS = (".safetensors", ".sft")
 MAX_NAMES_SHOWN = 8
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
+Place: TypeAlias = tuple[Path, str]  # a file, and the name in it
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Where each tensor lies and which shape it has, by the name that the modules use."""
+    """Where each tensor lies and which shape it has, by the name that the modules use.
+
+    A tensor that lies in several places is their concatenation along the first axis.
+    """
 
     where: str
-    locations: dict[str, tuple[Path, str]]  # our name -> (file, name in the file)
+    locations: dict[str, tuple[Place, ...]]
     shapes: dict[str, Shape]
 
 
@@ -105,14 +111,14 @@ def find_model_files(path: Path) -> TensorFiles:
 
 
 def _from_shapes(where: Path, shards: Mapping[Path, Mapping[str, Shape]]) -> TensorFiles:
-    locations = {_strip_prefix(n): (file, n) for file, shapes in shards.items() for n in shapes}
+    locations = {_strip_prefix(n): ((file, n),) for file, shapes in shards.items() for n in shapes}
     shapes = {_strip_prefix(n): shape for held in shards.values() for n, shape in held.items()}
     return TensorFiles(str(where), locations, shapes)
 
 
 def find_vae_files(path: Path) -> TensorFiles:
     """Tensor locations of one VAE file, `.pt` or `.safetensors`."""
-    if path.suffix in (".safetensors", ".sft"):
+    if path.suffix in SAFETENSORS:
         return _from_shapes(path, {path: _safetensors_shapes(path)})
     return _from_shapes(path, {path: {name: tuple(t.shape) for name, t in _read_torch_archive(path).items()}})
 
@@ -123,11 +129,11 @@ def check_complete(files: TensorFiles, expected: Mapping[str, Shape], optional: 
     missing = [n for n in expected if n not in files.shapes and n not in optional]
     unexpected = [n for n in files.shapes if n not in expected and n not in optional]
     misshapen = [
-        f"{n} is {list(files.shapes[n])} in {files.locations[n][0].name}, the config asks for {list(shape)}"
+        f"{n} is {list(files.shapes[n])} in {files.locations[n][0][0].name}, the config asks for {list(shape)}"
         for n, shape in expected.items()
         if n in files.shapes and files.shapes[n] != tuple(shape)
     ]
-    unexpected = [f"{n} in {files.locations[n][0].name}" for n in unexpected]
+    unexpected = [f"{n} in {files.locations[n][0][0].name}" for n in unexpected]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES_SHOWN])}{' ...' if len(names) > MAX_NAMES_SHOWN else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
@@ -146,33 +152,58 @@ def read_tensors(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     on_shard: Callable[[Path], None] | None = None,
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Read tensors by name, each moved to its device and dtype before the next is touched.
 
-    On the CPU in the file's own dtype they stay views of the memory-mapped file. `on_shard` is called before each file
-    and may raise to stop.
+    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file. `on_shard` is
+    called before each file and may raise to stop.
     """
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        by_file.setdefault(files.locations[name][0], []).append(name)
-    tensors = {}
-    for path, held in by_file.items():
-        if on_shard is not None:
-            on_shard(path)
+    order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
+    names = sorted(names, key=lambda n: max(order[path] for path, _ in files.locations[n]))
+    last_use = {path: name for name in names for path, _ in files.locations[name]}
+    with _OpenFiles(on_shard) as opened:
+        for name in names:
+            parts = [opened.read(*place).to(device) for place in files.locations[name]]
+            parts = [part.to(dtype) if part.is_floating_point() and dtype is not None else part for part in parts]
+            yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
+            del parts
+            opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
+
+
+class _OpenFiles:
+    """Weights files, opened when the first tensor is read and closed when they are told to."""
+
+    def __init__(self, on_open: Callable[[Path], None] | None) -> None:
+        self._on_open = on_open
+        self._stacks: dict[Path, ExitStack] = {}
+        self._readers: dict[Path, Callable[[str], Tensor]] = {}
+
+    def read(self, path: Path, name: str) -> Tensor:
+        if path not in self._readers:
+            if self._on_open is not None:
+                self._on_open(path)
+            with _readable(path):
+                self._readers[path] = self._open(path)
         with _readable(path):
-            for name, tensor in _stream(path, [(name, files.locations[name][1]) for name in held]):
-                tensors[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-    return tensors
+            return self._readers[path](name)
 
+    def _open(self, path: Path) -> Callable[[str], Tensor]:
+        if path.suffix not in SAFETENSORS:
+            return _read_torch_archive(path).__getitem__
+        stack = self._stacks[path] = ExitStack()
+        return stack.enter_context(safe_open(path, framework="pt")).get_tensor
 
-def _stream(path: Path, pairs: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
-    if path.suffix not in (".safetensors", ".sft"):
-        state = _read_torch_archive(path)
-        yield from ((ours, state[theirs]) for ours, theirs in pairs)
-        return
-    with safe_open(path, framework="pt") as file:
-        for ours, theirs in pairs:
-            yield ours, file.get_tensor(theirs)
+    def close(self, paths: Iterable[Path]) -> None:
+        for path in set(paths):
+            self._readers.pop(path, None)
+            if path in self._stacks:
+                self._stacks.pop(path).close()
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(list(self._readers))
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:

@@ -6,6 +6,8 @@ in one call; where they stand and what they may see are arguments.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,74 +15,98 @@ from torch import Tensor, nn
 from ..config import NextStepConfig
 from . import operations as ops
 from .kv_cache import KVCache
-from .positions import apply_rotary
+from .positions import apply_rotary, rotary_table
 
 
-def attention_mask(key_valid: Tensor, start: int, length: int) -> Tensor:
-    """Which keys 0..start+length-1 the queries start..start+length-1 may see: (B, 1, length, start + length) bool.
+@dataclass(frozen=True)
+class Span:
+    """Where the positions of one call stand and what they see.
 
-    key_valid (B, >= start + length) is False at left padding. A padded query sees itself, so that its softmax is
-    defined; nothing ever reads its result.
+    positions (T,) are their indices in the sequence, `rotary` (2, T, head_dim) their rows of a `rotary_table`, and mask
+    (B, 1, T, visible) is True where a query may look among the first `visible` keys.
     """
-    end = start + length
-    keys = torch.arange(end, device=key_valid.device)
-    queries = torch.arange(start, end, device=key_valid.device)[:, None]
-    mask = (keys <= queries) & key_valid[:, None, :end] | (keys == queries)
-    return mask[:, None]
+
+    positions: Tensor
+    rotary: Tensor
+    mask: Tensor
+    visible: int
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def span_at(positions: Tensor, table: Tensor, key_valid: Tensor, visible: int) -> Span:
+    """The span of positions (T,) in a sequence whose left padding key_valid (B, >= visible) marks False.
+
+    A padded query sees itself, so that its softmax is defined; nothing ever reads its result.
+    """
+    keys = torch.arange(visible, device=positions.device)
+    queries = positions[:, None]
+    mask = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)
+    return Span(positions, table.index_select(1, positions), mask[:, None], visible)
+
+
+def whole_span(config: NextStepConfig, valid: Tensor, dtype: torch.dtype) -> Span:
+    """The span of rows that go through in one call, without a cache; valid (B, T) is False at left padding."""
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    return span_at(positions, rotary_table(config, len(positions), valid.device, dtype), valid, len(positions))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of (B, H, T, D) queries over (B, Hkv, S, D) keys and values without repeating the shared heads.
 
     Query heads of one group are laid side by side along the query axis, so the kernel sees Hkv heads. `mask`
-    (B or 1, 1, T, S) is True where a query may look; None lets every query see every key.
+    (B or 1, 1, T, S) is True where a query may look.
     """
     batch, heads, length, dim = q.shape
     groups = heads // k.shape[1]
     q = q.reshape(batch, k.shape[1], groups * length, dim)
-    if mask is not None and length > 1:
+    if length > 1:
         mask = mask.repeat(1, 1, groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, length, dim)
 
 
+def fused_rows(config: NextStepConfig) -> dict[str, dict[str, int]]:
+    """Which projections are one matrix here, and the rows of each part by the name that it has in checkpoints."""
+    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "self_attn.qkv_proj": {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
+        "mlp.gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }
+
+
 class Attention(nn.Module):
-    """Grouped-query attention of one layer."""
+    """Grouped-query attention of one layer; the projections of queries, keys and values are one matrix."""
 
     def __init__(self, config: NextStepConfig, layer: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
         super().__init__()
         hidden, dim, kwargs = config.hidden_size, config.head_dim, {"dtype": dtype, "device": device}
         self.layer, self.head_dim = layer, dim
-        q_size, kv_size = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        self.q_proj = operations.Linear(hidden, q_size, bias=config.attention_bias, **kwargs)
-        self.k_proj = operations.Linear(hidden, kv_size, bias=config.attention_bias, **kwargs)
-        self.v_proj = operations.Linear(hidden, kv_size, bias=config.attention_bias, **kwargs)
-        self.o_proj = operations.Linear(q_size, hidden, bias=config.o_attention_bias, **kwargs)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        rows = sum(fused_rows(config)["self_attn.qkv_proj"].values())
+        self.qkv_proj = operations.Linear(hidden, rows, bias=config.attention_bias, **kwargs)
+        self.o_proj = operations.Linear(self.heads * dim, hidden, bias=config.o_attention_bias, **kwargs)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, span: Span, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (
-            proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q, k = apply_rotary(qk, span.rotary).split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
-            k, v = cache.write(self.layer, start, k, v)
-        out = grouped_attention(q, k, v, mask)
+            k, v = cache.write(self.layer, span.positions, k, v, span.visible)
+        out = grouped_attention(q, k, v, span.mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
 
     def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
         super().__init__()
         hidden, inner, kwargs = config.hidden_size, config.intermediate_size, {"dtype": dtype, "device": device}
-        self.gate_proj = operations.Linear(hidden, inner, bias=config.mlp_bias, **kwargs)
-        self.up_proj = operations.Linear(hidden, inner, bias=config.mlp_bias, **kwargs)
+        self.gate_up_proj = operations.Linear(hidden, 2 * inner, bias=config.mlp_bias, **kwargs)
         self.down_proj = operations.Linear(inner, hidden, bias=config.mlp_bias, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -94,13 +120,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
         self.mlp = GatedMLP(config, operations=operations, **kwargs)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None, start: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, start)
+    def forward(self, x: Tensor, span: Span, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Transformer(nn.Module):
-    """The decoder stack. Its parameter names are the checkpoint's."""
+    """The decoder stack. Its parameter names are the checkpoint's, but for the projections of `fused_rows`."""
 
     def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
         super().__init__()
@@ -109,14 +135,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, **kwargs) for i in range(config.num_hidden_layers))
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, device=device)
 
-    def forward(
-        self, embeds: Tensor, rotary: Tensor, mask: Tensor | None, cache: KVCache | None = None, start: int = 0
-    ) -> Tensor:
-        """Hidden states (B, T, hidden) after the final norm, of embeds (B, T, hidden) at positions start..start+T-1.
+    def forward(self, embeds: Tensor, span: Span, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, hidden) after the final norm, of embeds (B, T, hidden) at the positions of `span`.
 
-        rotary is these positions' slice (2, T, head_dim) of a `rotary_table`; mask as in `grouped_attention`. With a
-        cache, keys and values are stored at these positions and everything filled before is seen as well.
+        With a cache, keys and values are stored at these positions and everything filled before is seen as well.
         """
         for layer in self.layers:
-            embeds = layer(embeds, rotary, mask, cache, start)
+            embeds = layer(embeds, span, cache)
         return self.norm(embeds)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextstep_core.config import NextStepConfig
+from nextstep_core.loading.fusion import split
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
-from nextstep_core.model.positions import rotary_table
-from nextstep_core.model.transformer import attention_mask
+from nextstep_core.model.transformer import Span, whole_span
 from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.pipeline import NextStepPipeline
 from scripts.eval_tiny import measure_edits, measure_pairs, measure_singles
@@ -69,7 +69,7 @@ class Trainee(nn.Module):
         nn.init.zeros_(self.model.head.final_layer.linear.weight)
         nn.init.zeros_(self.model.head.final_layer.linear.bias)
 
-    def forward(self, batch: Batch, rotary: Tensor, mask: Tensor, fed: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, batch: Batch, span: Span, fed: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """The weighted loss; fed (B, T - 1, 64) are the tokens fed back, times (K, B, T) and noise (K, B, T, 64)."""
         length = batch.ids.shape[1]
         embeds = self.text(batch.ids)
@@ -77,7 +77,7 @@ class Trainee(nn.Module):
             slots = (batch.ids == self.config.image_placeholder_id)[..., None]
             embeds = embeds.masked_scatter(slots, self.model.image_in_projector(batch.source).to(embeds.dtype))
         embeds = torch.cat([embeds, self.model.image_in_projector(fed).to(embeds.dtype)], dim=1)
-        hidden = self.model(embeds, rotary, mask)
+        hidden = self.model(embeds, span)
         flow = self._flow_loss(self.model.image_out_projector(hidden[:, length - 1 :]), batch.target, times, noise)
         return flow + LANGUAGE_WEIGHT * self._language_loss(hidden[:, : length - 1], batch)
 
@@ -110,12 +110,10 @@ def loss_of(trainee: nn.Module, batch: Batch, config: NextStepConfig) -> Tensor:
         batch = replace(batch, source=with_noise(batch.source, SOURCE_NOISE))
     times = torch.sigmoid(torch.randn(TIMES_PER_TOKEN, *target.shape[:2], device=device))
     noise = torch.randn(TIMES_PER_TOKEN, *target.shape, device=device)
-    total = batch.ids.shape[1] + fed.shape[1]
     valid = F.pad(batch.valid, (0, fed.shape[1]), value=True)
-    rotary = rotary_table(config, total, device, torch.float32)
     # rows are far too short for the fused attention kernels, whose backward pass would take a sixth of the time
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        return trainee(batch, rotary, attention_mask(valid, 0, total), fed, times, noise)
+        return trainee(batch, whole_span(config, valid, torch.float32), fed, times, noise)
 
 
 def latent_pool(folder: Path, vae: AutoencoderKL, device: torch.device) -> LatentPool:
@@ -139,7 +137,8 @@ def newest_vae(folder: Path) -> AutoencoderKL:
 
 def checkpoint_tensors(trainee: Trainee) -> dict[str, Tensor]:
     """The trained tensors under a NextStep checkpoint's names."""
-    parts = (trainee.model.state_dict(), trainee.text.state_dict(), {"lm_head.weight": trainee.lm_head.weight})
+    model = split(trainee.model.state_dict(), trainee.config)
+    parts = (model, trainee.text.state_dict(), {"lm_head.weight": trainee.lm_head.weight})
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.decode import KnownTokens, PrefillCache, TokenSequence
+from nextstep_core.decode import KnownTokens
 from nextstep_core.masking import kept_tokens
 from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.model.nextstep import patchify, unpatchify
-from nextstep_core.model.positions import rotary_table
-from nextstep_core.model.transformer import attention_mask
+from nextstep_core.model.transformer import span_at, whole_span
 from nextstep_core.prompt import Caption
+from nextstep_core.steps import PrefillCache, TokenSequence
 
 PROMPTS = ["A red apple lies on a wooden table.", "Two birds."]
 FAST = {"steps": 4, "sampler": "score-sde-1.1", "cfg": 3.0, "height": 64, "width": 48, "use_norm": True}
@@ -43,11 +43,8 @@ def test_cached_steps_equal_one_uncached_forward(pipeline) -> None:
     fed = engine.model.image_in_projector(progress.tokens[:, :-1]).repeat(job.rows.branches, 1, 1)
     sequence = torch.cat([embeds, fed], dim=1)
     valid = torch.cat([job.rows.valid, torch.ones(len(sequence), fed.shape[1], dtype=torch.bool)], dim=1)
-    length = sequence.shape[1]
-    assert length == job.length, "no forward after the last token"
-    hidden = engine.model(
-        sequence, rotary_table(engine.config, length, sequence.device, sequence.dtype), attention_mask(valid, 0, length)
-    )
+    assert sequence.shape[1] == job.length, "no forward after the last token"
+    hidden = engine.model(sequence, whole_span(engine.config, valid, sequence.dtype))
     plain = hidden[:, embeds.shape[1] - 1 :].transpose(0, 1)
     assert (plain - torch.stack(conditions)).abs().max() <= FLOAT_NOISE
 
@@ -58,10 +55,11 @@ def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
 
     def run() -> torch.Tensor:
-        return TokenSequence(engine.model, embeds, job.rows.valid, 12).prefill(embeds, None, "")
+        sequence = TokenSequence(engine.model, len(embeds), embeds.shape[1], embeds.device, embeds.dtype)
+        return sequence.prefill(embeds, job.rows.valid, None, "")
 
     whole = run()
-    monkeypatch.setattr("nextstep_core.decode.CHUNK", 5)
+    monkeypatch.setattr("nextstep_core.steps.CHUNK", 5)
     assert (run() - whole).abs().max() <= FLOAT_NOISE
 
 
@@ -264,15 +262,15 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatc
     whole = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
     feed, sizes = TokenSequence.feed, []
 
-    def small_device(self, embeds, start):
-        sizes.append(len(embeds))
-        if len(embeds) > 3 and start > 0:
+    def small_device(self, tokens, place):
+        sizes.append(len(tokens))
+        if len(tokens) > 1 and place > 0:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return feed(self, embeds, start)
+        return feed(self, tokens, place)
 
     monkeypatch.setattr(TokenSequence, "feed", small_device)
     halves = decode(pipeline, job_for(pipeline, PROMPTS, images_per_caption=2))
-    assert max(sizes) == 8 and sizes[-1] == 2
+    assert max(sizes) == 4 and sizes[-1] == 1
     assert (halves - whole).abs().max() <= FLOAT_NOISE
 
 
@@ -340,7 +338,8 @@ def test_progress_tells_rate_and_time_left(pipeline) -> None:
 
 def test_every_attention_row_sees_something() -> None:
     """A padded query with nothing to see would be NaN in some kernels, and poison what it is multiplied with."""
-    mask = attention_mask(torch.tensor([[False, False, True, True]]), 0, 4)[0, 0]
+    valid = torch.tensor([[False, False, True, True]])
+    mask = span_at(torch.arange(4), torch.zeros(2, 4, 8), valid, visible=4).mask[0, 0]
     assert mask.any(dim=-1).all()
     assert mask.tolist()[3] == [False, False, True, True]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.config import NextStepConfig
+from nextstep_core.loading.checkpoint import shapes_of
+from nextstep_core.loading.fusion import published_shapes
+from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.positions import grid_codes
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -235,15 +239,10 @@ def test_peak_memory_stays_below_model_plus_one_shard(checkpoint: Path, golden: 
 def make_wide(folder: Path) -> tuple[int, int]:
     """Random float32 weights of the folder's config in shards of one layer each; (bytes of the largest shard, bytes
     of the model in bf16)."""
-    from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
-
     config = NextStepConfig.from_file(folder / "config.json")
-    shapes = {
-        name: tensor.shape
-        for module in (NextStepModel(config, device="meta"), TextEmbedding(config, device="meta"))
-        for name, tensor in module.state_dict().items()
-    }
-    shards: dict[str, dict[str, torch.Size]] = {}
+    modules = (NextStepModel(config, device="meta"), TextEmbedding(config, device="meta"))
+    shapes = published_shapes(shapes_of(modules[0]) | shapes_of(modules[1]), held=(), config=config)
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         key = name.split(".")[1] if name.startswith("layers.") else "rest"
         shards.setdefault(f"model-{key}.safetensors", {})[name] = shape
@@ -252,4 +251,4 @@ def make_wide(folder: Path) -> tuple[int, int]:
     weight_map = {name: file for file, held in shards.items() for name in held}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     largest = max((folder / file).stat().st_size for file in shards)
-    return largest, sum(shape.numel() for shape in shapes.values()) * 2
+    return largest, sum(math.prod(shape) for shape in shapes.values()) * 2

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.model.nextstep import unpatchify
-from nextstep_core.model.positions import rotary_table
-from nextstep_core.model.transformer import attention_mask
+from nextstep_core.model.transformer import whole_span
 from nextstep_core.prompt import Caption
 from nextstep_core.sampling.guidance import guide
 from nextstep_core.sampling.noise import NoiseStream
@@ -84,12 +83,7 @@ def test_prefill_follows_the_reference(pipeline, case: dict) -> None:
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
     real = job.rows.valid  # the reference leaves rubbish at padded placeholders, which nothing reads
     assert off_by(embeds[real], recorded["prefill_inputs_embeds"][real]) <= LIMITS["prefill_inputs_embeds"]
-    length = embeds.shape[1]
-    hidden = engine.model(
-        embeds,
-        rotary_table(engine.config, length, embeds.device, embeds.dtype),
-        attention_mask(job.rows.valid, 0, length),
-    )[:, -1]
+    hidden = engine.model(embeds, whole_span(engine.config, real, embeds.dtype))[:, -1]
     assert off_by(hidden, recorded["hidden_prefill"]) <= LIMITS["hidden_prefill"]
     assert off_by(engine.model.image_out_projector(hidden), recorded["head_cond_all"][0]) <= LIMITS["hidden_prefill"]
     if images:
