@@ -163,11 +163,24 @@ def read_tensors(
     last_use = {path: name for name in names for path, _ in files.locations[name]}
     with _OpenFiles(on_shard) as opened:
         for name in names:
-            parts = [opened.read(*place).to(device) for place in files.locations[name]]
-            parts = [part.to(dtype) if part.is_floating_point() and dtype is not None else part for part in parts]
-            yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
-            del parts
+            yield name, _assemble(opened, files.locations[name], files.shapes[name], device, dtype)
             opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
+
+
+def _assemble(
+    opened: _OpenFiles, places: tuple[Place, ...], shape: Shape, device: torch.device | str, dtype: torch.dtype | None
+) -> Tensor:
+    whole, row = None, 0
+    for place in places:
+        part = opened.read(*place)
+        to = dtype if part.is_floating_point() else None
+        if len(places) == 1:
+            return part.to(device=device, dtype=to)
+        if whole is None:
+            whole = torch.empty(shape, device=device, dtype=to or part.dtype)
+        whole[row : row + len(part)] = part
+        row += len(part)
+    return whole
 
 
 class _OpenFiles:
