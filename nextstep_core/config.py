@@ -6,27 +6,12 @@ names the key and the file.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from .errors import NextStepError
 
 MODEL_TYPES = ("nextstep", "stepx_llama")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; NextStepError when the file is absent, is not JSON or is not an object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NextStepError(f"{path} does not exist. A NextStep checkpoint folder needs it.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise NextStepError(f"{path} is not readable JSON ({error}). Download the file again.") from None
-    if not isinstance(data, dict):
-        raise NextStepError(f"{path} holds a JSON {type(data).__name__}, not an object. Download the file again.")
-    return data
 
 
 def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
@@ -89,13 +74,11 @@ class NextStepConfig:
         return self.latent_channels * self.latent_patch_size**2
 
     @classmethod
-    def from_file(cls, path: Path) -> NextStepConfig:
-        """Read `config.json`. NextStepError names the key that is missing, of a wrong type or contradictory."""
-        return cls.from_dict(read_json(path), source=str(path))
-
-    @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "config.json") -> NextStepConfig:
-        """Like `from_file`, from a parsed object; unknown keys are ignored."""
+        """From the parsed `config.json`; unknown keys are ignored.
+
+        NextStepError names `source` and the key that is missing, of a wrong type or contradictory.
+        """
         model_type = data.get("model_type")
         if model_type not in MODEL_TYPES:
             raise NextStepError(
@@ -199,13 +182,8 @@ class VAEConfig:
         return latents / self.scaling_factor + self.shift_factor
 
     @classmethod
-    def from_file(cls, path: Path) -> VAEConfig:
-        """Read the VAE's `config.json`; NextStepError names a missing or wrong key."""
-        return cls.from_dict(read_json(path), source=str(path))
-
-    @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "vae/config.json") -> VAEConfig:
-        """Like `from_file`, from a parsed object; unknown keys are ignored."""
+        """From the VAE's parsed `config.json`; NextStepError names a missing or wrong key."""
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         _require(values, ("ch", "ch_mult", "num_res_blocks", "z_channels"), source)
         _check_types(cls, values, source)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .config import NextStepConfig
 from .decode import KnownTokens, TokenStep, decode_tokens
 from .errors import NextStepError
 from .graphs import StepGraphs
+from .loading.documents import Documents
 from .model.kv_cache import KVCache
 from .model.nextstep import NextStepModel, TextEmbedding, patchify
 from .model.positions import generation_codes
@@ -109,14 +109,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class NextStepEngine:
-    """A loaded checkpoint without its VAE. `name` is its folder or hub id, which tells the published settings."""
+    """A loaded checkpoint without its VAE."""
 
     config: NextStepConfig
     model: NextStepModel
     text_embedding: TextEmbedding
     tokenizer: NextStepTokenizer
-    folder: Path
-    name: str
+    documents: Documents
     prefilled: PrefillCache = field(default_factory=PrefillCache)
     graphs: StepGraphs | None = None  # None runs every step as it is
 
@@ -127,7 +126,7 @@ class NextStepEngine:
 
     def recommended(self, editing: bool = False) -> GenerationSettings:
         """The checkpoint's own settings, for making or for editing an image."""
-        return recommended_settings(self.folder, self.config, self.name, editing)
+        return recommended_settings(self.documents, self.config, self.documents.name, editing)
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of tokens for a picture; NextStepError offers the nearest size where a side does not fit."""
@@ -161,7 +160,7 @@ class NextStepEngine:
             grid=grid,
             cfg=settings.cfg,
             cfg_img=settings.cfg_img,
-            bos_before_caption=is_1_1(self.config, self.name),
+            bos_before_caption=is_1_1(self.config, self.documents.name),
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
         images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)

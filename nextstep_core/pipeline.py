@@ -71,25 +71,27 @@ class NextStepPipeline:
         vae: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        quantization: str | None = None,
         cuda_graphs: bool = True,
     ) -> NextStepPipeline:
-        """Load from a checkpoint folder, a `.safetensors` file with its config beside it, a hub id, or "tiny".
+        """Load from a checkpoint folder, a `.safetensors` file that carries its config or lies beside it, a hub id, or
+        "tiny".
 
         `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
-        `cuda_graphs` captures the work of a token on a CUDA device and replays it. Raises NextStepError, before any
+        `quantization` stores the weights as "int8", "int4", "int4-g128" or "fp8" while they are loaded. `cuda_graphs`
+        captures the work of a token on a CUDA device and replays it. Raises NextStepError, before any
         weight is read, for whatever is missing, damaged or does not fit.
         """
         device = torch.device(device)
         path = resolve_source(path_or_hub_id)
-        plan = plan_model(path)
-        tokenizer = NextStepTokenizer.from_folder(plan.folder, plan.config)
+        plan = plan_model(path, quantization, device)
+        tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
         check_vae_fits(plan.config, autoencoder.config.z_channels, autoencoder.config.downscale)
         model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
-        name = Path(str(path_or_hub_id)).name
         graphs = StepGraphs(model) if cuda_graphs else None
-        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.folder, name, graphs=graphs)
+        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.documents, graphs=graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
-from .config import NextStepConfig, read_json
+from .config import NextStepConfig
 from .errors import NextStepError, check_choice
+from .loading.documents import GENERATION_CONFIG, Documents
 from .sampling.guidance import SCHEDULES
 from .sampling.solvers import SAMPLERS
 
@@ -71,19 +71,18 @@ def published_settings(config: NextStepConfig, name: str, editing: bool) -> Gene
     return TEXT_TO_IMAGE_PRETRAIN if name.lower().endswith("pretrain") else TEXT_TO_IMAGE_1_0
 
 
-def recommended_settings(folder: Path, config: NextStepConfig, name: str, editing: bool) -> GenerationSettings:
+def recommended_settings(documents: Documents, config: NextStepConfig, name: str, editing: bool) -> GenerationSettings:
     """What `generation_config.json` beside the config states, over the published settings of the family."""
     published = published_settings(config, name, editing)
-    path = folder / "generation_config.json"
-    if not path.is_file():
+    if not documents.has(GENERATION_CONFIG):
         return published
-    stated = read_json(path)
-    values = {f.name: stated.get(FILE_KEYS.get(f.name, f.name)) for f in fields(GenerationSettings)}
-    for field in fields(GenerationSettings):
-        value, default = values[field.name], getattr(published, field.name)
+    stated = documents.read(GENERATION_CONFIG)
+    keys = {f.name: FILE_KEYS.get(f.name, f.name) for f in fields(GenerationSettings)}
+    for name, key in keys.items():
+        value, default = stated.get(key), getattr(published, name)
         fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
         if value is not None and not fits:
             raise NextStepError(
-                f"{path}: `{FILE_KEYS.get(field.name, field.name)}` is {value!r}, which is of a wrong type."
+                f"{documents.where(GENERATION_CONFIG)}: `{key}` is {value!r}, which is of a wrong type."
             )
-    return published.override(**values)
+    return published.override(**{name: stated.get(key) for name, key in keys.items()})

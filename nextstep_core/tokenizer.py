@@ -6,11 +6,11 @@ transformers gives the same ids.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from .config import NextStepConfig, read_json
+from .config import NextStepConfig
 from .errors import NextStepError
+from .loading.documents import TOKENIZER, TOKENIZER_CONFIG, Documents
 
 IMAGE_AREA = "<|image_area|>"
 
@@ -27,41 +27,42 @@ class NextStepTokenizer:
         self.bos_token = bos_token
 
     @classmethod
-    def from_folder(cls, folder: Path, config: NextStepConfig) -> NextStepTokenizer:
-        """Load from a checkpoint folder; NextStepError when a file is absent, damaged or of another model."""
+    def load(cls, documents: Documents, config: NextStepConfig) -> NextStepTokenizer:
+        """From a checkpoint's documents; NextStepError when one is absent, damaged or of another model."""
         from transformers import AddedToken, PreTrainedTokenizerFast  # slow to import, so not at module level
 
-        path = folder / "tokenizer.json"
-        read_json(path)
-        settings = read_json(folder / "tokenizer_config.json")
+        where = documents.where(TOKENIZER)
+        documents.read(TOKENIZER)
+        settings = documents.read(TOKENIZER_CONFIG)
         bos_token = _content(settings.get("bos_token"))
         try:
-            backend = PreTrainedTokenizerFast(
-                tokenizer_file=str(path),
-                bos_token=bos_token,
-                eos_token=_content(settings.get("eos_token")),
-                pad_token=_content(settings.get("pad_token")),
-                padding_side="left",
-                clean_up_tokenization_spaces=False,
-            )
+            with documents.as_file(TOKENIZER) as path:
+                backend = PreTrainedTokenizerFast(
+                    tokenizer_file=str(path),
+                    bos_token=bos_token,
+                    eos_token=_content(settings.get("eos_token")),
+                    pad_token=_content(settings.get("pad_token")),
+                    padding_side="left",
+                    clean_up_tokenization_spaces=False,
+                )
         except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
-            raise NextStepError(f"{path} is not a usable tokenizer ({error}). Download the file again.") from None
+            raise NextStepError(f"{where} is not a usable tokenizer ({error}). Download the file again.") from None
         flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
         declared = settings.get("added_tokens_decoder") or {}
         for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
             backend.add_tokens([AddedToken(token["content"], **{f: bool(token.get(f)) for f in flags})])
         tokenizer = cls(backend, bos_token)
-        tokenizer._check_special_tokens(config, path)
+        tokenizer._check_special_tokens(config, where)
         return tokenizer
 
-    def _check_special_tokens(self, config: NextStepConfig, path: Path) -> None:
+    def _check_special_tokens(self, config: NextStepConfig, where: str) -> None:
         ids = [self._backend.convert_tokens_to_ids(IMAGE_AREA), config.boi, config.eoi, config.image_placeholder_id]
         texts = [IMAGE_AREA, *map(self.decode, ([i] for i in ids[1:]))]
         for token_id, text in zip(ids, texts):
             if token_id is None or not text or self.encode(text, special=False) != [token_id]:
                 raise NextStepError(
-                    f"{path} does not know the special token {text or token_id!r} as the id {token_id} of config.json: "
-                    "the two belong to different checkpoints."
+                    f"{where} does not know the special token {text or token_id!r} as the id {token_id} of "
+                    "config.json: the two belong to different checkpoints."
                 )
 
     def encode(self, text: str, special: bool = True) -> list[int]:

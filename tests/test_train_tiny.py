@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nextstep_core.config import NextStepConfig
+from nextstep_core.loading.documents import Documents
 from nextstep_core.prompt import Caption, EncodedImage, build_rows
 from nextstep_core.tokenizer import NextStepTokenizer
 from scripts.train_tiny.data import Example, grid_of, prompt_text
@@ -26,7 +27,7 @@ def tokenizers(tmp_path_factory):
     built = build_tokenizer()
     save_tokenizer(built, folder)
     config = NextStepConfig.from_dict(model_config(built))
-    return built, NextStepTokenizer.from_folder(folder, config), config
+    return built, NextStepTokenizer.load(Documents(folder), config), config
 
 
 def some_examples() -> list[Example]:

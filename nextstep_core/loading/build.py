@@ -8,8 +8,8 @@ views of the mapped file).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from ..config import NextStepConfig, VAEConfig
 from ..errors import NextStepError
 from ..model.nextstep import NextStepModel, TextEmbedding
+from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
+from ..quantization import Recipe, find_recipe, prepare, quantized_linears, replace_linears
+from ..quantization.formats import quantize_in_pieces
+from . import gguf_file
 from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
+from .documents import CONFIG, Documents, find_documents
 from .fusion import fuse_locations, published_shapes
 
 GRID_CODES = "gen_pos_embed"
@@ -30,33 +35,65 @@ VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_mod
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet."""
+    """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet.
 
-    folder: Path
+    `recipe` is how the weights will be stored once loaded; where `stored` they lie so in the files already.
+    """
+
+    documents: Documents
     config: NextStepConfig
     files: TensorFiles
     model_names: tuple[str, ...]
     text_embedding_names: tuple[str, ...]
+    recipe: Recipe | None = None
+    stored: bool = False
 
     @property
     def parameters(self) -> int:
         """How many numbers the image model has."""
         return sum(math.prod(self.files.shapes[name]) for name in self.model_names if name in self.files.shapes)
 
+    def empty_model(self, operations: Operations = DEFAULT) -> NextStepModel:
+        """The image model without memory, on the meta device."""
+        model = NextStepModel(self.config, device="meta", operations=operations).eval()
+        if self.recipe is not None:
+            replace_linears(model, self.recipe)
+        return model
+
     def read_model(
-        self, device: torch.device | str, dtype: torch.dtype | None, on_shard: Callable[[Path], None] | None = None
-    ) -> dict[str, Tensor]:
-        """State dict of the image model on its device; what the checkpoint may leave out is computed."""
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        on_tensor: Callable[[int, int], None] | None = None,
+        work_on: torch.device | str | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The image model's tensors on `device`, one at a time; what the checkpoint may leave out is computed.
+
+        Quantizing happens on `work_on` (default `device`), so that a GPU can do it for weights that stay on the host.
+        `on_tensor` gets (done, of how many) before each tensor and may raise to stop.
+        """
+        quantized = dict(quantized_linears(self.empty_model()))
+        stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
         present = [name for name in self.model_names if name in self.files.locations]
-        tensors = dict(read_tensors(self.files, present, device, dtype, on_shard))
-        if GRID_CODES in self.model_names and GRID_CODES not in tensors:
-            tensors[GRID_CODES] = grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
-        return tensors
+        read = read_tensors(self.files, present, work_on or device, dtype, keep=stored if self.stored else ())
+        for done, (name, tensor) in enumerate(read):
+            if on_tensor is not None:
+                on_tensor(done, len(present))
+            layer = None if self.stored else quantized.get(name.removesuffix(".weight"))
+            if layer is None:
+                yield name, tensor.to(device)
+            else:
+                weight, scale = quantize_in_pieces(layer.format, tensor)
+                yield name, weight.to(device)
+                yield f"{name}_scale", scale.to(device)
+        if GRID_CODES in self.model_names and GRID_CODES not in present:
+            yield GRID_CODES, grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
 
     def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
-        """The image model on `device` in `dtype` (None keeps the file's)."""
-        model = NextStepModel(self.config, device="meta").eval()
-        fill(model, self.read_model(device, dtype))
+        """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""
+        model = self.empty_model()
+        fill(model, dict(self.read_model(device, dtype)))
+        prepare(model, torch.device(device), model.norm.weight.dtype)
         return model
 
     def load_text_embedding(self) -> TextEmbedding:
@@ -66,18 +103,33 @@ class ModelPlan:
         return text_embedding
 
 
-def plan_model(path: Path) -> ModelPlan:
+def plan_model(path: Path, quantization: str | None = None, device: torch.device | str = "cpu") -> ModelPlan:
     """Read the config, find the files and check every tensor, before any weight is loaded.
 
-    `path` is a checkpoint folder or a `.safetensors` file with its `config.json` beside it.
+    `path` is a checkpoint folder, a single file that carries its config, or a `.safetensors` or `.gguf` file with its
+    config beside it. `quantization` names a recipe to store the weights in for computing on `device` (a GGUF file picks
+    one by itself); NextStepError when they lie in another one already.
     """
-    folder = path if path.is_dir() else path.parent
-    config = NextStepConfig.from_file(folder / "config.json")
+    documents = find_documents(path)
+    if quantization is None and path.suffix == gguf_file.SUFFIX:
+        quantization = gguf_file.nearest_recipe(path)
+    recipe = None if quantization is None else find_recipe(quantization, torch.device(device))
+    if documents.quantization is not None:
+        stored = find_recipe(documents.quantization, torch.device(device))
+        if recipe not in (None, stored):
+            raise NextStepError(
+                f"{path} is quantized to {stored.name} already. Choose no quantization, or quantize the original."
+            )
+        recipe = stored
+    config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
-    model = shapes_of(NextStepModel(config, device="meta"))
+    plain = shapes_of(NextStepModel(config, device="meta"))
+    plan = ModelPlan(documents, config, files, (), (), recipe, stored=documents.quantization is not None)
+    model = shapes_of(plan.empty_model()) if plan.stored else plain
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
     check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
-    return ModelPlan(folder, config, fuse_locations(files, model, config), tuple(model), tuple(text_embedding))
+    files = fuse_locations(files, model, config)
+    return replace(plan, files=files, model_names=tuple(model), text_embedding_names=tuple(text_embedding))
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -86,13 +138,13 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.requires_grad_(False)
 
 
-def find_vae(path: Path) -> tuple[Path, Path]:
-    """(weights file, config file) of a VAE given as a folder, a `.pt` or a `.safetensors` file."""
+def find_vae(path: Path) -> tuple[Path, Documents]:
+    """(weights file, documents) of a VAE given as a folder, a `.pt` or a `.safetensors` file."""
     if path.is_file():
-        return path, path.parent / "config.json"
+        return path, find_documents(path)
     for name in VAE_WEIGHT_NAMES:
         if (path / name).is_file():
-            return path / name, path / "config.json"
+            return path / name, Documents(path)
     raise NextStepError(
         f"{path} holds no VAE: expected config.json and checkpoint.pt there. "
         "The published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
@@ -101,8 +153,8 @@ def find_vae(path: Path) -> tuple[Path, Path]:
 
 def load_vae_state(path: Path, dtype: torch.dtype | None = None) -> tuple[VAEConfig, dict[str, Tensor]]:
     """Config and complete, checked state dict (on the CPU) of a VAE folder or file."""
-    weights, config_path = find_vae(path)
-    config = VAEConfig.from_file(config_path)
+    weights, documents = find_vae(path)
+    config = VAEConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_vae_files(weights)
     expected = shapes_of(AutoencoderKL(config, device="meta"))
     check_complete(files, expected, optional=())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import read_json
 from ..errors import NextStepError
+from . import gguf_file
+from .documents import Documents
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -87,8 +88,11 @@ def _strip_prefix(name: str) -> str:
 def find_model_files(path: Path) -> TensorFiles:
     """Tensor locations of a checkpoint: a folder (index with shards, or one `model.safetensors`) or one file.
 
-    NextStepError names an absent or unreadable shard, and a tensor that the index promises and its shard lacks.
+    A GGUF file is completed from the folder it lies in. NextStepError names an absent or unreadable shard, and a tensor
+    that the index promises and its shard lacks.
     """
+    if path.suffix == gguf_file.SUFFIX:
+        return _with_gguf(path)
     if path.is_file():
         return _from_shapes(path, {path: _safetensors_shapes(path)})
     index = path / INDEX_NAME
@@ -96,7 +100,7 @@ def find_model_files(path: Path) -> TensorFiles:
         if (path / SINGLE_NAME).is_file():
             return find_model_files(path / SINGLE_NAME)
         raise NextStepError(f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: the weights are missing.")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = Documents(path).read(INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise NextStepError(f"{index} has no `weight_map` from tensor to file. Download the file again.")
     shards: dict[Path, dict[str, Shape]] = {}
@@ -108,6 +112,15 @@ def find_model_files(path: Path) -> TensorFiles:
         if tensor not in shards[path / name]:
             raise NextStepError(f"{path / name} lacks `{tensor}`, which {INDEX_NAME} says it holds.")
     return _from_shapes(path, shards)
+
+
+def _with_gguf(path: Path) -> TensorFiles:
+    has_weights = any((path.parent / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
+    beside = find_model_files(path.parent) if has_weights else TensorFiles("", {}, {})
+    held = gguf_file.shapes(path)
+    locations = {gguf_file.our_name(name): ((path, name),) for name in held}
+    shapes = {gguf_file.our_name(name): shape for name, shape in held.items()}
+    return TensorFiles(str(path), beside.locations | locations, beside.shapes | shapes)
 
 
 def _from_shapes(where: Path, shards: Mapping[Path, Mapping[str, Shape]]) -> TensorFiles:
@@ -151,19 +164,19 @@ def read_tensors(
     names: Iterable[str],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    on_shard: Callable[[Path], None] | None = None,
+    keep: Container[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors by name, each moved to its device and dtype before the next is touched.
+    """Read tensors by name, each moved to its device and dtype before the next is touched; those of `keep` keep theirs.
 
-    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file. `on_shard` is
-    called before each file and may raise to stop.
+    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file.
     """
     order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
     names = sorted(names, key=lambda n: max(order[path] for path, _ in files.locations[n]))
     last_use = {path: name for name in names for path, _ in files.locations[name]}
-    with _OpenFiles(on_shard) as opened:
+    with _OpenFiles() as opened:
         for name in names:
-            yield name, _assemble(opened, files.locations[name], files.shapes[name], device, dtype)
+            to = None if name in keep else dtype
+            yield name, _assemble(opened, files.locations[name], files.shapes[name], device, to)
             opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
 
 
@@ -186,21 +199,20 @@ def _assemble(
 class _OpenFiles:
     """Weights files, opened when the first tensor is read and closed when they are told to."""
 
-    def __init__(self, on_open: Callable[[Path], None] | None) -> None:
-        self._on_open = on_open
+    def __init__(self) -> None:
         self._stacks: dict[Path, ExitStack] = {}
         self._readers: dict[Path, Callable[[str], Tensor]] = {}
 
     def read(self, path: Path, name: str) -> Tensor:
         if path not in self._readers:
-            if self._on_open is not None:
-                self._on_open(path)
             with _readable(path):
                 self._readers[path] = self._open(path)
         with _readable(path):
             return self._readers[path](name)
 
     def _open(self, path: Path) -> Callable[[str], Tensor]:
+        if path.suffix == gguf_file.SUFFIX:
+            return gguf_file.open_tensors(path)
         if path.suffix not in SAFETENSORS:
             return _read_torch_archive(path).__getitem__
         stack = self._stacks[path] = ExitStack()

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import INDEX, edit_json, make_wide
 from safetensors.torch import load_file, save_file
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.config import NextStepConfig
-from nextstep_core.loading.checkpoint import shapes_of
-from nextstep_core.loading.fusion import published_shapes
-from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.positions import grid_codes
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def load(path: Path, **options) -> NextStepPipeline:
     return NextStepPipeline.from_pretrained(path, dtype=torch.float32, **options)
-
-
-def edit_json(path: Path, **changes) -> None:
-    data = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in data.items() if v != "<remove>"}))
 
 
 def draw(pipe: NextStepPipeline) -> torch.Tensor:
@@ -170,10 +161,12 @@ def test_a_name_that_is_nothing_says_what_to_give() -> None:
 
 def test_a_hub_id_is_taken_from_the_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    snapshot = checkpoint.parent / "models--someone--NextStep-1.1" / "snapshots" / "0a1b2c"
+    shutil.copytree(checkpoint, snapshot)
 
     def snapshot_download(hub_id: str, **options) -> str:
         calls.append((hub_id, options.get("local_files_only", False)))
-        return str(checkpoint)
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert load("someone/NextStep-1.1").engine.recommended().sampler == "score-sde-1.1"
@@ -234,21 +227,3 @@ def test_peak_memory_stays_below_model_plus_one_shard(checkpoint: Path, golden: 
         check=True,
     )
     assert model_bytes / 2 < int(out.stdout) < model_bytes + shard_bytes
-
-
-def make_wide(folder: Path) -> tuple[int, int]:
-    """Random float32 weights of the folder's config in shards of one layer each; (bytes of the largest shard, bytes
-    of the model in bf16)."""
-    config = NextStepConfig.from_file(folder / "config.json")
-    modules = (NextStepModel(config, device="meta"), TextEmbedding(config, device="meta"))
-    shapes = published_shapes(shapes_of(modules[0]) | shapes_of(modules[1]), held=(), config=config)
-    shards: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        key = name.split(".")[1] if name.startswith("layers.") else "rest"
-        shards.setdefault(f"model-{key}.safetensors", {})[name] = shape
-    for file, held in shards.items():
-        save_file({name: torch.zeros(shape) for name, shape in held.items()}, folder / file)
-    weight_map = {name: file for file, held in shards.items() for name in held}
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    largest = max((folder / file).stat().st_size for file in shards)
-    return largest, sum(math.prod(shape) for shape in shapes.values()) * 2

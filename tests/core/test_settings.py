@@ -11,6 +11,7 @@ import torch
 
 from nextstep_core import GenerationSettings, NextStepError, NextStepPipeline
 from nextstep_core.config import NextStepConfig
+from nextstep_core.loading.documents import Documents
 from nextstep_core.settings import published_settings, recommended_settings
 from nextstep_core.sizes import nearest_ratio, ratio_size
 
@@ -25,7 +26,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def config(golden: Path) -> NextStepConfig:
-    return NextStepConfig.from_file(golden / "tiny-a" / "config.json")
+    return NextStepConfig.from_dict(json.loads((golden / "tiny-a" / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -42,7 +43,7 @@ def test_a_config_of_the_1_1_kind_needs_no_name(config: NextStepConfig) -> None:
 def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextStepConfig) -> None:
     stated = {"cfg": 4, "num_sampling_steps": 12, "timesteps_shift": 1.5, "sampler": "flow-ode", "use_norm": False}
     (checkpoint / "generation_config.json").write_text(json.dumps({**stated, "eos_token_id": 600}))
-    settings = recommended_settings(checkpoint, config, "NextStep-1-Large", editing=False)
+    settings = recommended_settings(Documents(checkpoint), config, "NextStep-1-Large", editing=False)
     assert settings == GenerationSettings(4, 1.0, "constant", 12, 1.5, "flow-ode", False)
     pipe = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     stated_all = pipe.generate("A red apple.", height=32, width=32)
@@ -63,7 +64,7 @@ def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextSte
 def test_a_wrong_generation_config_is_one_sentence(checkpoint: Path, config, stated: dict, sentence: str) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps(stated))
     with pytest.raises(NextStepError) as caught:
-        recommended_settings(checkpoint, config, "any", editing=False)
+        recommended_settings(Documents(checkpoint), config, "any", editing=False)
     assert sentence in str(caught.value)
 
 

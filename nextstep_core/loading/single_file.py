@@ -1,0 +1,165 @@
+"""One `.safetensors` file that holds a checkpoint whole: weights in any format, config and tokenizer in its metadata.
+
+    python -m nextstep_core.loading.single_file NextStep-1.1 --to nextstep-1.1-int8.safetensors --quantization int8
+    python -m nextstep_core.loading.single_file NextStep-1.1 --vae --to nextstep-vae.safetensors
+
+Tensors are converted and written one at a time, so a checkpoint of any size needs the memory of its largest matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import NextStepError
+from ..quantization import RECIPES
+from .build import ModelPlan, find_vae, load_vae_state, plan_model
+from .checkpoint import read_tensors
+from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
+from .sources import resolve_source, vae_beside
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+ALIGNMENT = 8
+
+Report = Callable[[int, int], None]
+
+
+class StreamedFile:
+    """A safetensors file whose tensors are written one at a time; safetensors' own writer wants all of them at once.
+
+    `like` gives each tensor's shape and dtype (its values are not read). The file appears under its name when whole.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.path, self._part = path, path.with_name(path.name + ".part")
+        self._places: dict[str, tuple[int, int]] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, tensor in sorted(like.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+            start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+            self._places[name] = start, end
+            shape = list(tensor.shape)
+            header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        self._data_start = 8 + len(text)
+        self.size = self._data_start + end
+        self._file = self._part.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor to its place."""
+        start, end = self._places.pop(name)
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        if data.nbytes != end - start:
+            raise ValueError(f"{name} has {data.nbytes} bytes, {end - start} were announced")
+        self._file.seek(self._data_start + start)
+        data.tofile(self._file)
+
+    def __enter__(self) -> StreamedFile:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if failed is not None:
+            self._part.unlink(missing_ok=True)
+            return
+        if self._places:
+            raise ValueError(f"never written: {', '.join(self._places)}")
+        os.replace(self._part, self.path)
+
+
+def save_model(
+    plan: ModelPlan, path: Path, dtype: torch.dtype, work_on: torch.device | str = "cpu", report: Report | None = None
+) -> int:
+    """Write the planned checkpoint, in the plan's format, to one file at `path`; its size in bytes.
+
+    What is not quantized is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop.
+    """
+    if plan.stored:
+        raise NextStepError(f"{plan.files.where} is a single file of this kind already. Copy it.")
+    documents = plan.documents
+    carried = {name: documents.text(name) for name in CARRIED if documents.has(name)}
+    marks = {MARK: VERSION, "format": "pt", NAME: documents.name}
+    if plan.recipe is not None:
+        marks[QUANTIZATION] = plan.recipe.name
+    embedding = ((name, _to(t, dtype)) for name, t in read_tensors(plan.files, plan.text_embedding_names))
+    tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on))
+    return _save(path, _empty_like(plan, dtype), marks | carried, tensors)
+
+
+def save_vae(vae: Path, path: Path, dtype: torch.dtype) -> int:
+    """Write a VAE folder or file to one `.safetensors` with its config in the metadata; its size in bytes."""
+    _, documents = find_vae(vae)
+    _, state = load_vae_state(vae, dtype)
+    return _save(path, state, {MARK: VERSION, "format": "pt", CONFIG: documents.text(CONFIG)}, state.items())
+
+
+def _save(
+    path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with StreamedFile(path, like, metadata) as file:
+        for name, tensor in tensors:
+            file.write(name, tensor)
+    return file.size
+
+
+def _empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Meta tensors of everything that the file will hold."""
+    state = plan.empty_model().state_dict()
+    stored = {name for name, t in state.items() if t.dtype not in DTYPES.values() or name.endswith(".weight_scale")}
+    shapes = {name: plan.files.shapes[name] for name in plan.text_embedding_names}
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    return empty | {name: t if name in stored else t.to(dtype) for name, t in state.items()}
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="a checkpoint folder, a hub id that is in the cache, or its VAE with --vae")
+    parser.add_argument("--to", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--quantization", choices=RECIPES, help="default: none")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of everything that is not quantized")
+    parser.add_argument("--vae", action="store_true", help="write the checkpoint's VAE instead")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to quantize")
+    options = parser.parse_args()
+    report = lambda done, total: print(f"\r{done + 1} of {total} tensors", end="", flush=True)  # noqa: E731
+    try:
+        if options.to.suffix != ".safetensors":
+            raise NextStepError(f"--to is {options.to}; give it a name that ends in .safetensors.")
+        source = resolve_source(options.source)
+        with torch.inference_mode():
+            if options.vae:
+                is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
+                size = save_vae(source if is_vae else vae_beside(source, None), options.to, DTYPES[options.dtype])
+            else:
+                plan = plan_model(source, options.quantization, options.device)
+                size = save_model(plan, options.to, DTYPES[options.dtype], options.device, report)
+    except NextStepError as error:
+        sys.exit(str(error))
+    print(f"\n{options.to}: {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

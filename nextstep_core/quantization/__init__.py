@@ -1,0 +1,27 @@
+"""Weight-only quantization: an option that replaces linear layers and can be deleted without touching the model.
+
+`formats` says how a matrix is stored, `kernels` how it is multiplied on which device, `layers` which matrices of the
+model are stored in which format.
+"""
+
+from .layers import (
+    RECIPES,
+    QuantizedLinear,
+    Recipe,
+    find_recipe,
+    prepare,
+    quantize_model,
+    quantized_linears,
+    replace_linears,
+)
+
+__all__ = [
+    "RECIPES",
+    "QuantizedLinear",
+    "Recipe",
+    "find_recipe",
+    "prepare",
+    "quantize_model",
+    "quantized_linears",
+    "replace_linears",
+]

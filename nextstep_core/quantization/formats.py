@@ -1,0 +1,109 @@
+"""How a matrix is stored in fewer bits: integers or small floats, with scales that are chosen for the least error.
+
+Scales are rounded to bfloat16 before the integers are fitted to them, so that rounding them costs nothing. The layout
+of int4 (value = (q - 8) * scale + zero, per group of columns) is that of PyTorch's packed int4 products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.bfloat16
+PIECE = 512  # rows
+TINY = 1e-8  # stands in for the scale of rows that are all zero
+
+
+class Format(Protocol):
+    """A way to store a matrix (rows, columns) as `weight` and `scale`."""
+
+    name: str
+
+    def fits(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of this shape can be stored so."""
+
+    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Uninitialized weight and scale of the right shapes and dtypes."""
+
+    def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and scale of a floating-point matrix, on its device; rows do not depend on each other."""
+
+    def dequantize(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrix (rows, columns) that weight and scale stand for."""
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One scale for every row: weight (rows, columns), scale (rows,). `top` is the largest magnitude of the dtype."""
+
+    name: str
+    dtype: torch.dtype
+    top: float
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return True
+
+    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        weight = torch.empty(rows, columns, dtype=self.dtype, device=device)
+        return weight, torch.empty(rows, dtype=SCALE_DTYPE, device=device)
+
+    def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        matrix = matrix.float()
+        scale = (matrix.abs().amax(dim=1) / self.top).clamp_min(TINY).to(SCALE_DTYPE)
+        scaled = (matrix / scale.float()[:, None]).clamp_(-self.top, self.top)
+        return (scaled if self.dtype.is_floating_point else scaled.round_()).to(self.dtype), scale
+
+    def dequantize(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype) * scale.to(dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Groups of `group` columns share a scale and a zero: weight (rows, columns / 2) uint8 holds two values in a byte,
+    the even column's in the high half; scale (columns / group, rows, 2) holds [scale, zero]."""
+
+    name: str
+    group: int
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return columns % self.group == 0 and rows % 16 == 0
+
+    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        weight = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        return weight, torch.empty(columns // self.group, rows, 2, dtype=SCALE_DTYPE, device=device)
+
+    def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        groups = matrix.float().view(len(matrix), -1, self.group)
+        low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(TINY).to(SCALE_DTYPE)
+        zero = (low + 8 * scale.float()).to(SCALE_DTYPE)
+        values = ((groups - zero.float()) / scale.float()).round_().add_(8).clamp_(0, 15).to(torch.uint8)
+        values = values.view(len(matrix), -1)
+        return values[:, ::2] << 4 | values[:, 1::2], torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous()
+
+    def dequantize(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        factor, zero = scale.to(dtype).transpose(0, 1)[..., None].unbind(2)
+        values = (self.values(weight).to(dtype) - 8).view(len(weight), -1, self.group)
+        return (values * factor + zero).view(len(weight), -1)
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The integers 0..15 in their own columns, (rows, columns) uint8."""
+        return torch.stack([weight >> 4, weight & 15], dim=2).view(len(weight), -1)
+
+
+def quantize_in_pieces(format: Format, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """What `format.quantize` gives, a few rows at a time: the floats in between never need much memory."""
+    weight, scale = format.empty(*matrix.shape, matrix.device)
+    for start in range(0, len(matrix), PIECE):
+        rows = slice(start, start + PIECE)
+        weight[rows], scale[rows if scale.ndim == 1 else (slice(None), rows)] = format.quantize(matrix[rows])
+    return weight, scale
+
+
+INT8 = PerRow("int8", torch.int8, 127.0)
+FP8 = PerRow("fp8", torch.float8_e4m3fn, 448.0)
+INT4 = Int4("int4", 64)
+INT4_128 = Int4("int4-g128", 128)

@@ -1,0 +1,137 @@
+"""How a quantized matrix is multiplied: PyTorch's packed products where a device has them, else a plain product.
+
+Candidates stand in the order of preference; a candidate that a device or a version of PyTorch lacks, or that gives
+wrong numbers there, is passed over. On CUDA, where their order differs from card to card, the fastest is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import FP8, INT8, Format, Int4
+
+log = logging.getLogger(__name__)
+
+FEW_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
+TOLERANCE = 0.02
+TIMED_CALLS = 20
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """The layout of the formats themselves."""
+    return weight
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """run(x, weight, scale): rows x (M, columns) times the matrix, (M, rows), in the dtype of x.
+
+    `pack` brings a format's weight into the layout that `run` reads, on the device where it runs.
+    """
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pack: Callable[[Tensor], Tensor] = unpacked
+
+
+def _dequantized(format: Format) -> Kernel:
+    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, format.dequantize(weight, scale, x.dtype))
+
+    return Kernel("product with dequantized weights", run)
+
+
+def _packed_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if len(x) > FEW_ROWS:
+        return F.linear(x, INT8.dequantize(weight, scale, x.dtype))
+    # The product is fast in bfloat16 only; it adds up in float32.
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16()).to(x.dtype)
+
+
+def _row_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """A product for few rows that a compiler makes into one pass over the weights."""
+    return torch.stack([(weight.to(x.dtype) * row).sum(dim=1, dtype=torch.float32) for row in x]).to(x.dtype) * scale
+
+
+@cache
+def _compiled_row_sums() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(_row_sums, dynamic=False)
+
+
+def _compiled(format: Format) -> Kernel:
+    plain = _dequantized(format)
+
+    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        if len(x) > FEW_ROWS:
+            return plain.run(x, weight, scale)
+        return _compiled_row_sums()(x, weight, scale.to(x.dtype))
+
+    return Kernel("compiled row sums", run)
+
+
+def _packed_int4(format: Int4, on_cpu: bool) -> Kernel:
+    product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
+
+    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return product(x.bfloat16(), weight, format.group, scale.bfloat16()).to(x.dtype)
+
+    def pack(weight: Tensor) -> Tensor:
+        if on_cpu:
+            return torch._convert_weight_to_int4pack_for_cpu(format.values(weight).int(), 1)
+        columns = 2 * weight.shape[1]
+        tiles = next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
+        return torch._convert_weight_to_int4pack(weight, tiles)
+
+    return Kernel("packed int4 product", run, pack)
+
+
+def candidates(format: Format, device_type: str) -> list[Kernel]:
+    """What can multiply a matrix of `format` on a device, best first; the last one works everywhere."""
+    found = []
+    if isinstance(format, Int4):
+        found.append(_packed_int4(format, device_type == "cpu"))
+    if format == INT8:
+        found.append(Kernel("packed int8 product", _packed_int8))
+    if format in (INT8, FP8) and device_type == "cuda":
+        found.append(_compiled(format))
+    return [*found, _dequantized(format)]
+
+
+def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Kernel:
+    """The kernel for a weight and scale on their device, for few rows of `dtype`."""
+    x = torch.randn(2, weight.shape[1] * (2 if isinstance(format, Int4) else 1)).to(weight.device, dtype)
+    plain = _dequantized(format).run(x, weight, scale).float()
+    working: dict[Kernel, float] = {}
+    for kernel in candidates(format, weight.device.type):
+        try:
+            packed = kernel.pack(weight)
+            error = (kernel.run(x, packed, scale).float() - plain).norm() / plain.norm().clamp_min(1e-6)
+            if not error <= TOLERANCE:
+                raise RuntimeError(f"it is off by {error:.1%}")
+        except Exception as reason:  # a compiler's or a device's own kinds of failure
+            log.info("%s: no %s here (%s)", format.name, kernel.name, str(reason).splitlines()[:1])
+            continue
+        if weight.device.type != "cuda":
+            return kernel
+        working[kernel] = _seconds(lambda run=kernel.run, packed=packed: run(x, packed, scale), weight.device)
+    fastest = min(working, key=working.__getitem__)
+    log.info("%s: %s", format.name, ", ".join(f"{k.name} {1e6 * s:.0f} us" for k, s in working.items()))
+    return fastest
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    call()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(TIMED_CALLS):
+        call()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / TIMED_CALLS
