@@ -19,6 +19,7 @@ from .decode import KnownTokens, TokenStep, decode_tokens
 from .errors import NextStepError
 from .graphs import StepGraphs
 from .loading.documents import Documents
+from .memory import is_out_of_memory
 from .model.kv_cache import KVCache
 from .model.nextstep import NextStepModel, TextEmbedding, patchify
 from .model.positions import generation_codes
@@ -216,7 +217,7 @@ class NextStepEngine:
                 for step in self._decode_part(job.part(start, stop), tokens[start:stop]):
                     yield Progress(step, start, stop, tokens)
             except RuntimeError as error:
-                if size == 1 or not _is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 size = -(-size // 2)
             else:
@@ -238,7 +239,3 @@ class NextStepEngine:
             job.prompt_key(tokens.dtype),
             graphs,
         )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()

@@ -22,6 +22,7 @@ from .loading.sources import resolve_source, vae_beside
 from .model.nextstep import patchify, unpatchify
 from .model.vae import AutoencoderKL
 from .prompt import IMAGE_SLOT, Caption, EncodedImage, Grid
+from .tiling import check_tile
 from .tokenizer import NextStepTokenizer
 
 if TYPE_CHECKING:
@@ -113,13 +114,15 @@ class NextStepPipeline:
         sampler: str | None = None,
         use_norm: bool | None = None,
         seed: int = 0,
+        vae_tile: int | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> GenerationOutput:
         """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
 
-        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `callback`
-        gets a Progress after every token and stops the run by raising. Raises NextStepError for impossible requests
-        before any long work.
+        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `vae_tile`
+        makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. `callback` gets a
+        Progress after every token and stops the run by raising. Raises NextStepError for impossible requests before any
+        long work.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_images_per_prompt < 1:
@@ -134,9 +137,11 @@ class NextStepPipeline:
             sampler=sampler,
             use_norm=use_norm,
         )
+        if vae_tile is not None:
+            check_tile(vae_tile, self.vae.config.downscale)
         grid = self.engine.grid(height, width)
         job = self.engine.prepare(
-            self._captions(prompts, pictures),
+            self._captions(prompts, pictures, vae_tile),
             grid,
             settings,
             seed=seed,
@@ -147,13 +152,13 @@ class NextStepPipeline:
         for progress in self.engine.decode(job, self.device, self.dtype):
             if callback is not None:
                 callback(progress)
-        return self._finish(progress.tokens, grid)
+        return self._finish(progress.tokens, grid, vae_tile)
 
-    def encode_image(self, image: ImageInput) -> EncodedImage:
-        """One input picture, whose sides must be multiples of 16, as the transformer sees it."""
+    def encode_image(self, image: ImageInput, vae_tile: int | None = None) -> EncodedImage:
+        """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
         pixels = to_pixels(image)
         grid = self.engine.grid(*pixels.shape[-2:])
-        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype))
+        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), vae_tile)
         spread = self.vae.spread(logvar)
         patch, scale = self.engine.config.latent_patch_size, self.vae.config.scaling_factor
         return EncodedImage(
@@ -162,19 +167,19 @@ class NextStepPipeline:
             None if spread is None else patchify(spread * scale, patch)[0],
         )
 
-    def _captions(self, prompts: list[str], pictures: list[ImageInput]) -> list[Caption]:
+    def _captions(self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None) -> list[Caption]:
         slots = [prompt.count(IMAGE_SLOT) for prompt in prompts]
         if sum(slots) != len(pictures):
             raise NextStepError(
                 f"The prompts have {sum(slots)} {IMAGE_SLOT} slot(s) for {len(pictures)} input image(s). Write "
                 f"{IMAGE_SLOT} once for each image, where it belongs in the text."
             )
-        encoded = iter([self.encode_image(picture) for picture in pictures])
+        encoded = iter([self.encode_image(picture, vae_tile) for picture in pictures])
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 
-    def _finish(self, tokens: Tensor, grid: Grid) -> GenerationOutput:
+    def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None) -> GenerationOutput:
         latents = self.vae.config.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
-        pixels = self.vae.decode(latents.to(self.dtype)).float()
+        pixels = self.vae.decode(latents.to(self.dtype), vae_tile).float()
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import VAEConfig
+from ..tiling import check_tile, in_tiles, within_memory
 from . import operations as ops
 
 NORM_GROUPS = 32
@@ -175,9 +176,12 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config, kwargs, operations)
         self.decoder = Decoder(config, kwargs, operations)
 
-    def encode_moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (normalized where the config says so) and log-variance, (B, z, h, w), of pixels in [-1, 1]."""
-        mean, logvar = self.encoder(pixels).chunk(2, dim=1)
+    def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean (normalized where the config says so) and log-variance, (B, z, h, w), of pixels in [-1, 1].
+
+        `tile` as in `decode`.
+        """
+        mean, logvar = self._run(self.encoder, pixels, (1, self.config.downscale), tile).chunk(2, dim=1)
         if self.config.encoder_norm:
             mean = channel_norm(mean, self.config.psz)
         return mean, logvar
@@ -186,6 +190,16 @@ class AutoencoderKL(nn.Module):
         """Standard deviation of the posterior, or None for a deterministic checkpoint."""
         return None if self.config.deterministic else torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped."""
-        return self.decoder(latents)
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped.
+
+        Each picture is decoded whole, and in overlapping tiles only where memory runs out; `tile` is the side of tiles
+        in pixels for those who know beforehand that it will. NextStepError for a side that cannot be.
+        """
+        return self._run(self.decoder, latents, (self.config.downscale, 1), tile)
+
+    def _run(self, network: nn.Module, x: Tensor, pixels: tuple[int, int], tile: int | None) -> Tensor:
+        if tile is None:
+            return within_memory(network, x, *pixels)
+        check_tile(tile, self.config.downscale)
+        return in_tiles(network, x, *pixels, tile)

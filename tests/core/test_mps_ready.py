@@ -31,6 +31,7 @@ Load = Callable[..., NextStepPipeline]
 REFERENCE = Path(__file__).resolve().parent.parent / "data" / "golden" / "tiny-a"
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # the two lay some tensors out differently in memory
 SMALL = {"height": 32, "width": 48, "steps": 3, "cfg": 2.0, "seed": 1}
+WIDE = torch.rand(32, 160, 3, generator=torch.Generator().manual_seed(0))
 PICTURE = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -56,14 +57,14 @@ def masked(pipe: NextStepPipeline) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def vae(pipe: NextStepPipeline) -> list[Tensor]:
+def vae(pipe: NextStepPipeline, tile: int | None = None) -> list[Tensor]:
     def encode(images: Tensor) -> Tensor:
         pixels = images.movedim(-1, 1).to(pipe.device, pipe.dtype) * 2 - 1
-        mean, logvar = pipe.vae.encode_moments(pixels)
+        mean, logvar = pipe.vae.encode_moments(pixels, tile)
         pipe.vae.spread(logvar)
         return mean
 
-    return [pipe.vae.decode(encode(PICTURE[None])).cpu(), fit_latent_to_rgb(encode)]
+    return [pipe.vae.decode(encode(WIDE[None]), tile).cpu(), fit_latent_to_rgb(encode)]
 
 
 def like_published(load: Load) -> NextStepPipeline:
@@ -83,6 +84,7 @@ RUNS: dict[str, Callable[[Load], list[Tensor]]] = {
     "edit like a published checkpoint": lambda load: edit(like_published(load)),
     "masked": lambda load: masked(load("tiny")),
     "vae": lambda load: vae(load("tiny")),
+    "vae in tiles": lambda load: vae(load("tiny"), tile=128),
 }
 
 
