@@ -58,7 +58,8 @@ class SimulatedTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device = MPS) -> SimulatedTensor:
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, device=device, requires_grad=False, **layout)
+        with torch.inference_mode(inner.is_inference()):  # a view of a weight is none, also in inference mode
+            made = Tensor._make_wrapper_subclass(cls, inner.shape, device=device, requires_grad=False, **layout)
         made.inner = inner
         return made
 
