@@ -6,13 +6,17 @@ The host's executor changes between versions; everything that depends on it is h
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import sys
 import uuid
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from comfy_server import ROOT, make_base, stub_path
+
+PROMPT = "A red apple lies on a wooden table."
 
 
 class FakeServer:
@@ -27,14 +31,61 @@ class FakeServer:
         self.events.append((event, data))
 
 
+class KeepValue:
+    """Test node: keeps the value that a link carries, exactly as the next node would get it."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "keep", "tests", True
+    kept: ClassVar[list[Any]] = []
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"value": ("*",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: dict) -> bool:
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        return float("nan")
+
+    def keep(self, value: Any) -> tuple:
+        self.kept.append(value)
+        return ()
+
+
+def node(class_type: str, **inputs: Any) -> dict:
+    """One node of a prompt in API form; a link is [node id, output index]."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def text_to_image(seed: int = 1, decode: str = "NextStepVAEDecode", **sampler: Any) -> dict:
+    """The text-to-image graph in API form, small and quick."""
+    settings = {"steps": 4, "cfg": 3.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
+    return {
+        "model": node("NextStepModelLoader", model_name="tiny-a", dtype="fp32"),
+        "positive": node("NextStepTextEncode", model=["model", 0], prompt=PROMPT),
+        "latent": node("NextStepEmptyLatent", width=48, height=64, batch_size=1),
+        "sampler": node(
+            "NextStepSampler",
+            model=["model", 0], positive=["positive", 0], latent=["latent", 0], seed=seed, **(settings | sampler),
+        ),
+        "decode": node(decode, samples=["sampler", 0], vae=["model", 1]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
+    }  # fmt: skip
+
+
 class ComfyGraph:
     """One host with the pack loaded. There can be only one per process."""
 
     def __init__(self, comfyui: Path, base: Path) -> None:
+        self.base = base
         sys.path[:0] = [str(comfyui), *stub_path()]
         from comfy.cli_args import args
 
         args.cpu, args.base_directory = True, str(base)
+        importlib.import_module("utils.extra_config")  # nodes.py makes the name `utils` mean another module
+
         import execution
         import folder_paths
         import torch
@@ -47,7 +98,9 @@ class ComfyGraph:
         folder_paths.set_output_directory(str(base / "output"))
         folder_paths.set_temp_directory(str(base / "temp"))
         folder_paths.set_input_directory(str(base / "input"))
+        asyncio.run(nodes.init_builtin_extra_nodes())
         assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+        nodes.NODE_CLASS_MAPPINGS["KeepValue"] = KeepValue
         self.nodes, self._execution = nodes, execution
         self.server = FakeServer()
         self._executor = execution.PromptExecutor(self.server)
@@ -57,15 +110,35 @@ class ComfyGraph:
         prefix = self.nodes.NODE_CLASS_MAPPINGS["NextStepSampler"].__module__.removesuffix(".nodes.sampler")
         return sys.modules[f"{prefix}.{module}"]
 
-    def run(self, prompt: dict) -> dict[str, Any]:
-        """Validate and execute; the outputs by node id. Raises AssertionError with the host's messages on failure."""
+    def run(self, prompt: dict, only: list[str] | None = None) -> dict[str, Any]:
+        """Validate and execute (`only`: ids of the output nodes to run); the outputs by node id. Raises AssertionError
+        with the host's messages on failure."""
         prompt_id = uuid.uuid4().hex
-        ok, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt(prompt_id, prompt, None))
+        ok, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt(prompt_id, prompt, only))
         assert ok, (error, node_errors)
         self._executor.execute(prompt, prompt_id, {"client_id": "tests"}, outputs)
         failures = [data for name, data in self._executor.status_messages if name == "execution_error"]
         assert self._executor.success, failures[-1]["exception_message"] if failures else "failed"
         return self._executor.history_result["outputs"]
+
+    def value(self, prompt: dict, source: str, output: int = 0) -> Any:
+        """What a node's output carries when the prompt runs that far."""
+        self.run(prompt | {"kept": node("KeepValue", value=[source, output])}, only=["kept"])
+        return KeepValue.kept.pop()
+
+    def saved(self, outputs: dict[str, Any], source: str = "save") -> list[Path]:
+        """The files that an output node wrote."""
+        folders = {"output": self.base / "output", "temp": self.base / "temp"}
+        return [folders[f["type"]] / f["subfolder"] / f["filename"] for f in next(iter(outputs[source].values()))]
+
+    def free(self) -> None:
+        """What the server's worker does after `POST /free`: every model unloaded, every cached output dropped."""
+        import comfy.model_management as mm
+
+        mm.unload_all_models()
+        self._executor.reset()
+        gc.collect()
+        mm.soft_empty_cache()
 
 
 def make_graph_host(comfyui: Path, folder: Path) -> ComfyGraph:

@@ -11,38 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfy_graph import ComfyGraph
+from comfy_graph import PROMPT, ComfyGraph, text_to_image
 from comfy_server import ROOT
 from PIL import Image
 
-PROMPT = "A red apple lies on a wooden table."
-
-
-def text_to_image(seed: int = 1, decode: str = "NextStepVAEDecode", **sampler) -> dict:
-    """The text-to-image graph in API form, small and quick."""
-
-    def node(class_type: str, **inputs) -> dict:
-        return {"class_type": class_type, "inputs": inputs}
-
-    settings = {"steps": 4, "cfg": 3.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
-    return {
-        "model": node("NextStepModelLoader", model_name="tiny-a", dtype="fp32"),
-        "positive": node("NextStepTextEncode", model=["model", 0], prompt=PROMPT),
-        "latent": node("NextStepEmptyLatent", width=48, height=64, batch_size=1),
-        "sampler": node(
-            "NextStepSampler",
-            model=["model", 0], positive=["positive", 0], latent=["latent", 0], seed=seed, **(settings | sampler),
-        ),
-        "decode": node(decode, samples=["sampler", 0], vae=["model", 1]),
-        "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
-    }  # fmt: skip
-
 
 def picture(graph: ComfyGraph, prompt: dict) -> np.ndarray:
-    import folder_paths
-
-    (image,) = graph.run(prompt)["save"]["images"]
-    return np.asarray(Image.open(Path(folder_paths.get_output_directory()) / image["filename"]), dtype=np.float32)
+    (path,) = graph.saved(graph.run(prompt))
+    return np.asarray(Image.open(path), dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +76,6 @@ def test_the_vae_alone_is_the_checkpoints(graph: ComfyGraph) -> None:
 def test_a_core_empty_latent_of_16_channels_will_do(graph: ComfyGraph) -> None:
     prompt = text_to_image()
     prompt["latent"]["class_type"] = "EmptySD3LatentImage"
-    if "EmptySD3LatentImage" not in graph.nodes.NODE_CLASS_MAPPINGS:
-        prompt["latent"] = {"class_type": "NextStepEmptyLatent", "inputs": prompt["latent"]["inputs"]}
     assert picture(graph, prompt).shape == (64, 48, 3)
 
 

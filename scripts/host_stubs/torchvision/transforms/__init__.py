@@ -1,0 +1,3 @@
+"""See the package's docstring."""
+
+from . import functional as functional
