@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image
+from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
 from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 EMBEDDED = "tiny (embedded)"
@@ -153,6 +154,55 @@ def test_extra_model_paths_are_listed_and_load(server, workflow, object_info) ->
     assert options[-1] == EMBEDDED, "the embedded one is last"
     run = server.run(to_prompt(workflow, object_info, **{**SMALL, "model_name": "NextStep-1-Large-Edit"}))
     assert run.ended == "execution_success"
+
+
+def picture_of(server: ComfyServer, workflow: dict, object_info: dict) -> np.ndarray:
+    """The picture that a saved workflow makes, run as the frontend runs it."""
+    run = server.run(to_prompt(workflow, object_info), workflow)
+    assert run.ended == "execution_success", run.events[-1]
+    return np.asarray(Image.open(server.images(run)[0]))
+
+
+def test_a_saved_workflow_is_fed_by_primitive_nodes(server, object_info) -> None:
+    plain = small_workflow("tiny-a")
+    set_widget(plain, "NextStepSampler", "seed", 21)
+    set_widget(plain, "NextStepSampler", "steps", 5)
+    set_widget(plain, "Positive prompt", "prompt", "A blue boat.")
+    set_widget(plain, "Negative prompt", "prompt", "blurry")
+    assert np.array_equal(
+        picture_of(server, with_primitives(small_workflow("tiny-a")), object_info),
+        picture_of(server, plain, object_info),
+    )
+
+
+def test_a_muted_negative_prompt_is_none(server, object_info) -> None:
+    muted, unlinked, empty = (small_workflow("tiny-a") for _ in range(3))
+    node_in(muted, "Negative prompt")["mode"] = MUTE
+    socket = next(i for i in node_in(unlinked, "NextStepSampler")["inputs"] if i["name"] == "negative")
+    unlinked["links"] = [link for link in unlinked["links"] if link[0] != socket["link"]]
+    socket["link"] = None
+    set_widget(empty, "Negative prompt", "prompt", "")
+    pictures = [picture_of(server, workflow, object_info) for workflow in (muted, unlinked, empty)]
+    assert np.array_equal(pictures[0], pictures[1]) and np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[0], picture_of(server, small_workflow("tiny-a"), object_info))
+
+
+def test_a_bypassed_sampler_hands_its_latent_on(server, object_info) -> None:
+    """As every core sampler: what comes in goes out, and the decoder shows it."""
+    bypassed = small_workflow("tiny-a")
+    node_in(bypassed, "NextStepSampler")["mode"] = BYPASS
+    prompt = to_prompt(small_workflow("tiny-a"), object_info)
+    prompt[node_of(prompt, "NextStepVAEDecode")]["inputs"]["samples"] = [node_of(prompt, "NextStepEmptyLatent"), 0]
+    empty = np.asarray(Image.open(server.images(server.run(prompt))[0]))
+    assert np.array_equal(picture_of(server, bypassed, object_info), empty)
+
+
+def test_a_muted_sampler_is_named_before_anything_runs(server, object_info) -> None:
+    workflow = small_workflow("tiny-a")
+    node_in(workflow, "NextStepSampler")["mode"] = MUTE
+    answer = server.queue(to_prompt(workflow, object_info), "tests")
+    (decode,) = (node["id"] for node in workflow["nodes"] if node["type"] == "NextStepVAEDecode")
+    assert [e["type"] for e in answer["node_errors"][str(decode)]["errors"]] == ["required_input_missing"], answer
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
