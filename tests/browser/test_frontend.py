@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from comfy_server import PACK_NAME, ComfyServer
-from workflows import ALL, FIRST_RUN, read_workflow
+from PIL import Image, ImageChops
+from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
+from workflows import ALL, FIRST_RUN, read_workflow, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),
@@ -29,6 +31,22 @@ DROP = """async data => {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
     await app.handleFile(new File([bytes], 'shared.png', {type: 'image/png'}));
 }"""
+
+OPEN = "workflow => app.loadGraphData(workflow, true, true, 'test')"
+PROMPT = """async () => Object.fromEntries(Object.entries((await app.graphToPrompt()).output).map(
+    ([id, node]) => [id, [node.class_type, node.inputs]]))"""
+SUBGRAPH = """() => {
+    const inside = ['NextStepTextEncode', 'NextStepEmptyLatent', 'NextStepSampler', 'NextStepVAEDecode'];
+    const chosen = app.graph._nodes.filter(node => inside.includes(node.type));
+    const {subgraph} = app.graph.convertToSubgraph(new Set(chosen));
+    for (const [type, name] of [['NextStepSampler', 'seed'], ['NextStepTextEncode', 'prompt']]) {
+        const node = subgraph.nodes.find(node => node.type === type);
+        const input = node.inputs.find(input => input.name === name);
+        subgraph.addInput(name, input.type).connect(input, node);
+    }
+}"""
+SET_OUTSIDE = """values => app.graph._nodes.find(node => node.subgraph).widgets.forEach(
+    widget => { widget.value = values[widget.name]; })"""
 
 
 def open_template(page, name: str) -> None:
@@ -52,6 +70,14 @@ def screenshot(page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png", clip={"x": 65, "y": 80, "width": 1420, "height": 700})
 
 
+def run_here(page, host: ComfyServer) -> tuple[dict, Path]:
+    """Press Run; (what the frontend heard, the picture that was saved)."""
+    before = set((host.base / "output").rglob("*.png"))
+    seen = page.evaluate(RUN)
+    (new,) = set((host.base / "output").rglob("*.png")) - before
+    return seen, new
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_template_opens_whole(page, path: Path) -> None:
     open_template(page, path.stem)
@@ -70,14 +96,13 @@ def test_the_first_run_shows_progress_preview_and_picture_and_comes_back_from_it
 
     open_template(page, FIRST_RUN.stem)
     before = page.evaluate("JSON.stringify(app.graph.serialize().nodes.map(n => [n.type, n.widgets_values]))")
-    seen = page.evaluate(RUN)
+    seen, saved = run_here(page, host)
     assert seen["ended"] == "success"
     assert seen["progress"] >= 16, "one event per token"
     assert seen["previews"] >= 1
     page.wait_for_timeout(1500)
     assert page.evaluate("app.graph._nodes.find(n => n.type === 'SaveImage').imgs?.length") == 1
     screenshot(page, "first-run")
-    (saved,) = (host.base / "output").rglob("*.png")
     page.evaluate("app.graph.clear()")
     page.evaluate(DROP, base64.b64encode(saved.read_bytes()).decode())
     page.wait_for_function("app.graph._nodes.length > 0")
@@ -90,3 +115,61 @@ def without_seed(graph: str) -> list:
     """The seed moves on after a run, in the frontend."""
     nodes = json.loads(graph)
     return sorted([kind, values[1:] if kind == "NextStepSampler" else values] for kind, values in nodes)
+
+
+def described(prompt: dict) -> dict:
+    """A prompt without titles."""
+    return {key: [node["class_type"], node["inputs"]] for key, node in prompt.items()}
+
+
+def muted(title: str, mode: int) -> dict:
+    workflow = small_workflow("tiny (embedded)")
+    node_in(workflow, title)["mode"] = mode
+    return workflow
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [
+        with_primitives(small_workflow("tiny (embedded)")),
+        muted("Negative prompt", MUTE),
+        muted("NextStepSampler", BYPASS),
+        muted("NextStepSampler", MUTE),
+    ],
+    ids=["primitives", "muted prompt", "bypassed sampler", "muted sampler"],
+)
+def test_the_frontend_queues_what_the_host_tests_run(page, host: ComfyServer, workflow: dict) -> None:
+    page.evaluate(OPEN, workflow)
+    assert page.evaluate(PROMPT) == described(to_prompt(workflow, host.call("/object_info")))
+
+
+def test_primitive_nodes_reach_the_run(page, host: ComfyServer) -> None:
+    page.evaluate(OPEN, with_primitives(small_workflow("tiny (embedded)")))
+    page.evaluate("app.graph._nodes.find(node => node.type === 'PrimitiveNode').widgets[0].value = 22")
+    seen, saved = run_here(page, host)
+    assert seen["ended"] == "success"
+    sampler = next(
+        n for n in json.loads(Image.open(saved).text["prompt"]).values() if n["class_type"] == "NextStepSampler"
+    )
+    assert sampler["inputs"]["seed"] == 22
+
+
+def test_our_nodes_work_inside_a_subgraph(page, host: ComfyServer) -> None:
+    """With two of their widgets shown outside, as a user makes it; the workflow comes back from its file."""
+    flat = small_workflow("tiny (embedded)")
+    page.evaluate(OPEN, flat)
+    page.evaluate(SUBGRAPH)
+    page.evaluate(SET_OUTSIDE, {"seed": 77, "prompt": "a red circle"})
+    saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))")
+    assert [node["type"] for node in saved["definitions"]["subgraphs"][0]["nodes"]].count("NextStepSampler") == 1
+    page.evaluate("app.graph.clear()")
+    page.evaluate(OPEN, saved)
+    assert page.evaluate(PROMPT) == described(to_prompt(saved, host.call("/object_info")))
+    screenshot(page, "subgraph")
+    seen, inside = run_here(page, host)
+    assert seen["ended"] == "success"
+    assert seen["progress"] >= 24, "one event per token"
+    set_widget(flat, "NextStepSampler", "seed", 77)
+    set_widget(flat, "Positive prompt", "prompt", "a red circle")
+    (outside,) = host.images(host.run(to_prompt(flat, host.call("/object_info"))))
+    assert ImageChops.difference(Image.open(inside), Image.open(outside)).getbbox() is None
