@@ -1,0 +1,207 @@
+"""Our model under the host's memory management where memory is short, and next to a diffusion model.
+
+Nothing here has an accelerator. "cpu:0" stands in for one: to the host it is another device than "cpu", with as much
+memory as the test says, and everything that the host does about that (evict, unload in part, stream) really happens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from comfy_graph import ComfyGraph, node, text_to_image
+
+DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
+PLENTY = 1 << 40
+CONTEXT, POOLED = 48, 32  # widths of the small diffusion model's conditioning
+
+
+class Conditioning:
+    """Test node: what a text encoder would give for the small diffusion model."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "encode", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"strength": ("FLOAT", {"default": 0.0})}}
+
+    def encode(self, strength: float) -> tuple:
+        return ([[torch.full((1, 7, CONTEXT), strength), {"pooled_output": torch.full((1, POOLED), strength)}]],)
+
+
+@pytest.fixture(scope="module")
+def diffusion(graph: ComfyGraph) -> Iterator[str]:
+    """File name of an SD3 of one block with random weights, which the host recognizes by its keys like any other."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    context = {"target": "torch.nn.Linear", "params": {"in_features": CONTEXT, "out_features": 64}}
+    model = MMDiT(
+        None, in_channels=16, depth=1, adm_in_channels=POOLED, context_embedder_config=context,
+        dtype=torch.float32, device="cpu", operations=torch.nn,
+    )  # fmt: skip
+    folder = graph.base / "models" / "diffusion_models"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "tiny-sd3.safetensors")
+    graph.nodes.NODE_CLASS_MAPPINGS["Conditioning"] = Conditioning
+    yield "tiny-sd3.safetensors"
+    del graph.nodes.NODE_CLASS_MAPPINGS["Conditioning"]
+
+
+class Accelerator:
+    """The stand-in: how much memory it has, and which models came to it and left it."""
+
+    def __init__(self) -> None:
+        self.memory = PLENTY
+        self.fits = 1.0  # share of a model's weights that the host may put here
+        self.log: list[tuple[str, str]] = []
+
+    def of(self, *kinds: str) -> list[tuple[str, str]]:
+        return [(what, kind) for what, kind in self.log if kind in kinds]
+
+
+@pytest.fixture
+def accelerator(graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
+    import comfy.model_management as mm
+
+    graph.free()
+    stand_in = Accelerator()
+    load, unload = mm.LoadedModel.model_load, mm.LoadedModel.model_unload
+    free_of, total_of = mm.get_free_memory, mm.get_total_memory
+
+    def total(device: torch.device = DEVICE) -> int:
+        return total_of(device) if device == HOST else stand_in.memory
+
+    def free(device: torch.device = DEVICE, torch_free_too: bool = False) -> Any:
+        if device == HOST:
+            return free_of(device, torch_free_too)
+        used = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == DEVICE)
+        return (stand_in.memory - used, 0) if torch_free_too else stand_in.memory - used
+
+    def loading(self: Any, lowvram_model_memory: float = 0, **options: Any) -> Any:
+        stand_in.log.append(("load", type(self.model.model).__name__))
+        # The host keeps no model as small as ours out for want of memory, so the share is set where it is handed on.
+        return load(self, min(lowvram_model_memory, max(0.1, stand_in.fits * self.model_memory())), **options)
+
+    def unloading(self: Any, *arguments: Any, **options: Any) -> bool:
+        whole = unload(self, *arguments, **options)
+        stand_in.log.append(("unload" if whole else "unload in part", type(self.model.model).__name__))
+        return whole
+
+    changes = {
+        "get_torch_device": lambda: DEVICE,
+        "is_device_cpu": lambda device: device == HOST,
+        "get_total_memory": total,
+        "get_free_memory": free,
+        "minimum_inference_memory": lambda: 0,
+        "EXTRA_RESERVED_VRAM": 0,
+        "vram_state": mm.VRAMState.NORMAL_VRAM,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(mm, name, value)
+    monkeypatch.setattr(mm.LoadedModel, "model_load", loading)
+    monkeypatch.setattr(mm.LoadedModel, "model_unload", unloading)
+    yield stand_in
+    graph.free()
+
+
+def side_by_side(diffusion: str) -> dict:
+    """Four samplers in a row, ours and the core's in turn: each needs the memory that the one before it has."""
+    ours = text_to_image()["sampler"]
+    prompt = text_to_image() | {
+        "unet": node("UNETLoader", unet_name=diffusion, weight_dtype="default"),
+        "words": node("Conditioning", strength=0.5),
+        "no words": node("Conditioning", strength=0.0),
+        "clear": node("SolidMask", value=0.0, width=48, height=64),
+        "painted": node("SolidMask", value=1.0, width=48, height=32),
+        "mask": node("MaskComposite", destination=["clear", 0], source=["painted", 0], x=0, y=32, operation="add"),
+        "masked": node("SetLatentNoiseMask", samples=["theirs", 0], mask=["mask", 0]),
+        "ours again": ours | {"inputs": ours["inputs"] | {"latent": ["masked", 0], "seed": 8}},
+    }
+    for name, latent in (("theirs", "sampler"), ("theirs again", "ours again")):
+        prompt[name] = node(
+            "KSampler",
+            model=["unet", 0], positive=["words", 0], negative=["no words", 0], latent_image=[latent, 0], seed=4,
+            steps=3, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=0.7,
+        )  # fmt: skip
+    prompt["decode"]["inputs"]["samples"] = ["theirs again", 0]
+    return prompt
+
+
+def test_each_model_evicts_the_other_and_both_draw_the_same(
+    graph: ComfyGraph, accelerator: Accelerator, diffusion: str
+) -> None:
+    import comfy.model_management as mm
+
+    prompt = side_by_side(diffusion)
+    wanted = graph.value(prompt, "decode")
+    assert {kind for what, kind in accelerator.log if what.startswith("unload")} == set(), "there was room for all"
+    graph.free()
+    accelerator.log.clear()
+    accelerator.memory = 1
+    assert torch.equal(graph.value(prompt, "decode"), wanted)
+    ours, theirs = "NextStepModel", "SD3"
+    came = [("load", ours), ("unload", ours), ("load", theirs), ("unload", theirs)]
+    assert accelerator.of(ours, theirs) == came + came
+    assert len(mm.current_loaded_models) == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("state", "fits"), [("LOW_VRAM", 0.5), ("NO_VRAM", 0.0)], ids=["lowvram", "novram"])
+def test_a_partly_loaded_model_draws_the_same(
+    graph: ComfyGraph, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, state: str, fits: float, dtype: str
+) -> None:
+    """What does not fit stays with the host and is streamed at use: the same numbers, to the last bit."""
+    import comfy.model_management as mm
+
+    prompt = text_to_image()
+    prompt["model"]["inputs"]["dtype"] = dtype
+    wanted = graph.value(prompt, "sampler")["samples"]
+    graph.free()
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState[state])
+    accelerator.fits = fits
+    samples = graph.value(prompt, "sampler")["samples"]
+
+    model = graph.value(prompt, "model")
+    (loaded,) = (entry for entry in mm.current_loaded_models if entry.model is model.patcher)
+    assert fits - 0.2 < loaded.model_loaded_memory() / loaded.model_memory() <= fits + 0.02
+    leaves = [leaf for leaf in model.engine.model.modules() if list(leaf.parameters(recurse=False))]
+    streamed = [hasattr(leaf, "prev_comfy_cast_weights") for leaf in leaves]
+    assert any(streamed) and all(streamed) == (state == "NO_VRAM")
+    assert torch.equal(samples, wanted)
+
+
+def test_a_model_that_is_partly_pushed_out_comes_back(graph: ComfyGraph, accelerator: Accelerator) -> None:
+    """The host takes a part of the weights away for something else, and the next picture is the same."""
+    import comfy.model_management as mm
+
+    model = graph.value(text_to_image(), "model")
+    model.engine.prefilled.max_bytes = 0  # every run reads the prompt itself
+    wanted = graph.value(text_to_image(seed=1), "sampler")["samples"]
+    graph.value(text_to_image(seed=2), "sampler")
+    others = [entry for entry in mm.current_loaded_models if entry.model is not model.patcher]
+    size = model.patcher.model_size()
+    mm.free_memory(mm.get_free_memory(DEVICE) + size // 2, DEVICE, keep_loaded=others)
+    assert accelerator.log[-1] == ("unload in part", "NextStepModel")
+    assert 0 < model.patcher.loaded_size() <= size // 2
+    assert torch.equal(graph.value(text_to_image(seed=1), "sampler")["samples"], wanted)
+    assert model.patcher.loaded_size() == size
+
+
+def test_free_leaves_nothing_of_ours_alive(graph: ComfyGraph, accelerator: Accelerator, diffusion: str) -> None:
+    prompt = side_by_side(diffusion)
+    graph.value(prompt, "decode")
+    model, unet = graph.value(prompt, "model"), graph.value(prompt, "unet")
+    watched = [
+        weakref.ref(value)
+        for value in (model, model.patcher, model.engine, model.engine.model, model.vae.first_stage_model, unet.model)
+    ]
+    weights = [weakref.ref(parameter) for parameter in model.engine.model.parameters()]
+    del model, unet
+    assert all(watch() is not None for watch in (*watched, *weights)), "the graph's cache keeps them until then"
+    graph.free()
+    assert [type(watch()).__name__ for watch in (*watched, *weights) if watch() is not None] == []
