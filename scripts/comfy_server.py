@@ -138,12 +138,12 @@ def _free_port() -> int:
 
 
 @contextmanager
-def running_server(comfyui: Path, base: Path, *options: str) -> Iterator[ComfyServer]:
-    """Start the ComfyUI at `comfyui` on `base` and stop it at the end."""
+def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cpu") -> Iterator[ComfyServer]:
+    """Start the ComfyUI at `comfyui` on `base` and stop it at the end. `memory` is one of its flags for that."""
     port, log = _free_port(), base / "server.log"
     search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
-        sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
+        sys.executable, "main.py", memory, "--listen", "127.0.0.1", "--port", str(port),
         "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
     ]  # fmt: skip
     # One thread: the models here are tiny, and threads that wait for each other on a busy machine cost minutes.

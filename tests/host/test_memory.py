@@ -6,13 +6,18 @@ memory as the test says, and everything that the host does about that (evict, un
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfy_graph import ComfyGraph, node, text_to_image
+from comfy_server import find_comfyui, make_base, running_server
+from PIL import Image
 
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
 PLENTY = 1 << 40
@@ -205,3 +210,44 @@ def test_free_leaves_nothing_of_ours_alive(graph: ComfyGraph, accelerator: Accel
     assert all(watch() is not None for watch in (*watched, *weights)), "the graph's cache keeps them until then"
     graph.free()
     assert [type(watch()).__name__ for watch in (*watched, *weights) if watch() is not None] == []
+
+
+# A pack that makes the stand-in in a server of its own. cpu_state is set after the flag has been read: with it the host
+# asks no driver about the device.
+STAND_IN = {
+    "prestartup_script.py": "import torch\ntorch.cuda.current_device = lambda: torch.device('cpu:0')\n",
+    "__init__.py": """
+import comfy.model_management as mm
+import torch
+
+mm.cpu_state = mm.CPUState.CPU
+mm.get_torch_device = lambda: torch.device("cpu:0")
+mm.is_device_cpu = lambda device: device == torch.device("cpu")
+NODE_CLASS_MAPPINGS = {}
+""",
+}
+FLAGS = {  # the memory flag and others, and what the server's log then says
+    "lowvram": (("--lowvram",), "Set vram state to: LOW_VRAM"),
+    "novram": (("--novram",), "Requested to load NextStepModel\nloaded partially"),
+    "gpu-only": (("--gpu-only",), "Set vram state to: HIGH_VRAM"),
+    "careful": (("--cpu", "--disable-smart-memory", "--cache-none", "--deterministic"), "Disabling smart memory"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: Path, tmp_path: Path, name: str) -> None:
+    """A real server with the flag. ComfyUI takes --cpu or one of the others, and has the stand-in for those."""
+    (memory, *options), said = FLAGS[name]
+    wanted = (graph.value(text_to_image(), "decode")[0].numpy() * 255).clip(0, 255).astype(np.uint8)
+    base = make_base(tmp_path / "base")
+    shutil.copytree(golden / "tiny-a", base / "models" / "nextstep" / "tiny-a")
+    if memory != "--cpu":
+        (base / "custom_nodes" / "stand_in").mkdir()
+        for file, text in STAND_IN.items():
+            (base / "custom_nodes" / "stand_in" / file).write_text(text)
+    with running_server(find_comfyui(), base, *options, memory=memory) as server:
+        run = server.run(text_to_image())
+        assert run.ended == "execution_success", run.events[-1]
+        (path,) = server.images(run)
+    assert np.array_equal(np.asarray(Image.open(path)), wanted)
+    assert said in server.log.read_text()

@@ -205,6 +205,19 @@ def test_a_muted_sampler_is_named_before_anything_runs(server, object_info) -> N
     assert [e["type"] for e in answer["node_errors"][str(decode)]["errors"]] == ["required_input_missing"], answer
 
 
+def test_free_lets_the_model_go_and_the_next_run_loads_it_again(server, object_info) -> None:
+    def loaded() -> int:
+        return server.log.read_text().count("NextStep model tiny-a:")
+
+    pictures = [picture_of(server, small_workflow("tiny-a"), object_info)]
+    before = loaded()
+    server.call("/free", {"unload_models": True, "free_memory": True})
+    # The server frees between two runs: before the first of these or after it.
+    pictures += [picture_of(server, small_workflow("tiny-a"), object_info) for _ in range(2)]
+    assert loaded() == before + 1, "what is still alive somewhere would be used again"
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
     """With the embedded model in place of the one that the user is asked to get, and few steps."""
