@@ -118,9 +118,8 @@ def with_article(words: str) -> str:
 
 def caption(scene: Scene, name_size: bool = False) -> str:
     """The exact sentence for a scene of one or two objects."""
-    names = [
-        with_article(f"{o.size} {o.color} {o.shape}" if name_size else f"{o.color} {o.shape}") for o in scene.objects
-    ]
+    names = [with_article(f"{o.size} {o.color} {o.shape}" if name_size else f"{o.color} {o.shape}")
+             for o in scene.objects]
     ground = f"on {with_article(scene.background)} background"
     if not names:
         return f"{with_article(scene.background)} background"

@@ -153,6 +153,9 @@ def test_each_model_evicts_the_other_and_both_draw_the_same(
     came = [("load", ours), ("unload", ours), ("load", theirs), ("unload", theirs)]
     assert accelerator.of(ours, theirs) == came + came
     assert len(mm.current_loaded_models) == 1
+    before, after = (graph.value(prompt, name)["samples"] for name in ("ours again", "theirs again"))
+    assert torch.allclose(after[:, :, :4], before[:, :, :4], atol=1e-5), "the mask travels on: the core keeps it too"
+    assert (after[:, :, 4:] - before[:, :, 4:]).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
