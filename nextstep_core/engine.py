@@ -1,7 +1,7 @@
 """Prompts to image tokens: tokenizer, text embedding and transformer behind one call.
 
-The engine moves no weights. Whoever owns the model (the pipeline, or a host's memory management) puts it on a device;
-the engine is told which device and dtype to compute in.
+Whoever owns the model (the pipeline, or a host's memory management) decides where its weights lie; the engine is told
+which device and dtype to compute in.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .sampling.noise import NoiseStream
 from .settings import GenerationSettings, is_1_1, recommended_settings
 from .sizes import check_size
 from .steps import CHUNK, PrefillCache
+from .streaming import weights_on
 from .tokenizer import NextStepTokenizer
 
 VAE_DOWNSCALE = 8
@@ -200,28 +201,29 @@ class NextStepEngine:
     def decode(
         self, job: Job, device: torch.device, dtype: torch.dtype, at_once: int | None = None
     ) -> Iterator[Progress]:
-        """Draw the pictures' tokens on `device` in `dtype`, yielding after each; the model must be there already.
+        """Draw the pictures' tokens on `device` in `dtype`, yielding after each.
 
-        At most `at_once` pictures are drawn together (None: all). Where memory runs out, the rest goes in halves; each
-        picture comes out as it would have in one batch.
+        Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
+        all). Where memory runs out, the rest goes in halves; each picture comes out as it would have in one batch.
         """
         total = job.grid[0] * job.grid[1]
         tokens = torch.zeros(job.pictures, total, self.config.token_dim, device=device, dtype=dtype)
         start, size = 0, min(at_once or job.pictures, job.pictures)
-        while start < job.pictures:
-            stop = min(start + size, job.pictures)
-            tokens[start:] = 0  # also what a part left that ran out of memory
-            if job.known is not None:
-                job.known.fill(tokens)
-            try:
-                for step in self._decode_part(job.part(start, stop), tokens[start:stop]):
-                    yield Progress(step, start, stop, tokens)
-            except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = -(-size // 2)
-            else:
-                start = stop
+        with weights_on(self.model, tokens.device):
+            while start < job.pictures:
+                stop = min(start + size, job.pictures)
+                tokens[start:] = 0  # also what a part left that ran out of memory
+                if job.known is not None:
+                    job.known.fill(tokens)
+                try:
+                    for step in self._decode_part(job.part(start, stop), tokens[start:stop]):
+                        yield Progress(step, start, stop, tokens)
+                except RuntimeError as error:
+                    if size == 1 or not is_out_of_memory(error):
+                        raise
+                    size = -(-size // 2)
+                else:
+                    start = stop
 
     def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
         graphs = self.graphs if self.graphs is not None and self.graphs.fit(tokens.device) else None

@@ -45,9 +45,12 @@ class StepGraphs:
         self.broken = False
 
     def fit(self, device: torch.device) -> bool:
-        """Whether steps on `device` can be captured: on CUDA, with every weight there."""
+        """Whether steps on `device` can be captured: on CUDA, with every weight there. If not, nothing is kept."""
         tensors = self._model.state_dict().values()
-        return not self.broken and device.type == "cuda" and all(tensor.device == device for tensor in tensors)
+        fit = not self.broken and device.type == "cuda" and all(tensor.device == device for tensor in tensors)
+        if not fit:
+            self.clear()
+        return fit
 
     def steps(self, key: Hashable, make: Callable[[Callable[[Step], Step]], Any]) -> Any:
         """What `make` returned for an equal `key` before, else anew; `make` gets the wrap for its steps."""

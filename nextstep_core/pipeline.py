@@ -83,7 +83,7 @@ class NextStepPipeline:
         captures the work of a token on a CUDA device and replays it. Raises NextStepError, before any
         weight is read, for whatever is missing, damaged or does not fit.
         """
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
         plan = plan_model(path, quantization, device)
         tokenizer = NextStepTokenizer.load(plan.documents, plan.config)

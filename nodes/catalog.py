@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ..nextstep_core.config import MODEL_TYPES
 from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.loading.build import VAE_WEIGHT_NAMES
 from ..nextstep_core.loading.checkpoint import INDEX_NAME, SINGLE_NAME
+from ..nextstep_core.loading.documents import CONFIG, find_documents, is_marked
+from ..nextstep_core.loading.gguf_file import SUFFIX as GGUF
 from ..nextstep_core.loading.sources import ASSETS, EMBEDDED
 from . import host
 
@@ -57,17 +60,37 @@ def _has_weights(folder: Path) -> bool:
     return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
 
 
+def _single_files(roots: list[Path], holds: str) -> dict[str, Path]:
+    """Files that carry a config of their own, a few levels down, whose config has the key `holds`."""
+    found = {}
+    for root in roots:
+        for depth in range(DEPTH + 1):
+            for path in sorted(root.glob("/".join(["*"] * depth + ["*.safetensors"]))):
+                if is_marked(path) and holds in _carried_config(path):
+                    found.setdefault(path.relative_to(root).as_posix(), path)
+    return found
+
+
+def _carried_config(path: Path) -> dict[str, Any]:
+    try:
+        return find_documents(path).read(CONFIG)
+    except NextStepError:
+        return {}
+
+
 def models() -> dict[str, Path]:
-    """Checkpoints by the name that the dropdown shows: folders, single files beside their config, the Hugging Face
-    cache, and the embedded one last."""
+    """Checkpoints by the name that the dropdown shows: folders, weights files beside their config, single files that
+    carry it, the Hugging Face cache, and the embedded one last."""
     found = {}
     for root, folder in _config_folders(host.model_roots()):
         if not _is_nextstep(folder):
             continue
-        paths = [folder] if _has_weights(folder) else sorted(folder.glob("*.safetensors")) or [folder]
-        for path in paths:
+        paths = sorted(folder.glob(f"*{GGUF}"))
+        if _has_weights(folder):
+            paths.insert(0, folder)
+        for path in paths or sorted(folder.glob("*.safetensors")) or [folder]:
             found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
-    found |= _cached_models()
+    found = _single_files([*host.model_roots(), *host.single_file_roots()], "model_type") | found | _cached_models()
     if (ASSETS / EMBEDDED).is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
     return found
@@ -82,6 +105,7 @@ def vaes() -> dict[str, Path]:
         elif root in host.vae_roots():
             files = sorted(path for path in folder.iterdir() if path.suffix in VAE_SUFFIXES)
             found |= {path.relative_to(root).as_posix(): path for path in files}
+    found = _single_files([*host.model_roots(), *host.vae_roots()], "z_channels") | found
     if (ASSETS / EMBEDDED / "vae").is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED / "vae"
     return found
@@ -115,6 +139,6 @@ def find_vae(name: str) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Changes when the files behind a dropdown name change; reads no file."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path, path.parent / "config.json"]
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.parent / CONFIG]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return json.dumps([str(path), stats])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,18 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
 from ..nextstep_core.config import VAEConfig
-from ..nextstep_core.errors import check_choice
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.loading.build import fill
 from ..nextstep_core.model.vae import channel_norm
+from ..nextstep_core.processor import fastest_dtype
+from ..nextstep_core.quantization import prepare, quantized_linears
 
 Interrupted = mm.InterruptProcessingException
 
@@ -32,7 +38,9 @@ WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.fl
 DTYPE_CHOICES = ("auto", *WEIGHT_DTYPES)
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
+SMALL_MODEL = 10**8  # parameters; below, no dtype makes a CPU noticeably faster
 TEXT_SECONDS = 0.5
+log = logging.getLogger(__name__)
 NATIVE_SHAPE = (128, (1, 2, 4, 4), 2)  # the one width, multiplier list and depth that the host infers from keys
 
 
@@ -49,6 +57,11 @@ def register_model_folder() -> None:
 def model_roots() -> list[Path]:
     """The folders in which NextStep checkpoints are looked for."""
     return [Path(root) for root in folder_paths.get_folder_paths(MODEL_FOLDER)]
+
+
+def single_file_roots() -> list[Path]:
+    """The folders in which single files are looked for beside the NextStep folders."""
+    return [Path(root) for root in folder_paths.get_folder_paths("diffusion_models")]
 
 
 def vae_roots() -> list[Path]:
@@ -89,24 +102,19 @@ def _send_text(text: str) -> None:
         server.instance.send_progress_text(text, context.node_id)
 
 
-def fitting(patcher: Any, pictures: int, bytes_each: int) -> int:
-    """How many of `pictures` to draw together, each needing so many bytes beside the weights: at least one."""
-    device = patcher.load_device
-    on_host = mm.is_device_cpu(device)
-    room = mm.get_free_memory(device) if on_host else mm.get_total_memory(device) - patcher.model_size()
-    return max(1, min(pictures, int(room // max(1, bytes_each))))
-
-
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
     """(storage, compute) dtypes for a model of so many parameters on the host's device; choice "auto" or a name."""
     check_choice("dtype", choice, DTYPE_CHOICES)
     device = mm.get_torch_device()
     if choice in WEIGHT_DTYPES:
         storage = WEIGHT_DTYPES[choice]
+    elif mm.is_device_cpu(device):
+        fits = parameters * torch.float32.itemsize <= mm.get_free_memory(device)
+        storage = fastest_dtype() if parameters > SMALL_MODEL else torch.float32
+        storage = storage if fits else torch.bfloat16
+        return storage, storage
     else:
         storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=PREFERRED_DTYPES)
-        if mm.is_device_cpu(device) and parameters * storage.itemsize > mm.get_free_memory(device):
-            storage = torch.bfloat16
     compute = mm.unet_manual_cast(storage, device, supported_dtypes=PREFERRED_DTYPES)
     return storage, compute or storage
 
@@ -116,8 +124,10 @@ def operations(storage: torch.dtype, compute: torch.dtype) -> Any:
     return comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
 
 
-def adopt(model: nn.Module, state: dict[str, Tensor]) -> Any:
+def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> Any:
     """Put a meta-device module under the host's memory management and give it its weights; returns the patcher."""
+    for _, layer in quantized_linears(model):  # how the host knows that a layer may stay behind and still be used
+        layer.comfy_cast_weights, layer.weight_function, layer.bias_function = False, [], []
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     if hasattr(mm, "archive_model_dtypes"):
         mm.archive_model_dtypes(model)
@@ -126,13 +136,72 @@ def adopt(model: nn.Module, state: dict[str, Tensor]) -> Any:
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
+    prepare(model, patcher.load_device, compute)
     return patcher
 
 
-def bring_to_device(patcher: Any, working_memory: int) -> torch.device:
-    """Load a model's weights (in part, where memory is short), leaving so many bytes free; the device to compute on."""
-    mm.load_models_gpu([patcher], memory_required=working_memory)
+def on_unload(patcher: Any, forget: Callable[[], None]) -> None:
+    """Call `forget` whenever the host takes a model off its device."""
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda *_: forget())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures."""
+
+    weights: int
+    resident: int
+    working: int
+    at_once: int
+
+    def __str__(self) -> str:
+        streamed = self.weights - self.resident
+        where = f" ({_gb(self.resident)} on the device, {_gb(streamed)} streamed from the host)" if streamed else ""
+        return f"weights {_gb(self.weights)}{where}, KV cache and activations {_gb(self.working)}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> MemoryPlan:
+    """How many of `pictures` to draw together, each needing so many bytes beside the weights, and what stays where.
+
+    `streamed` is the room that weights pass through when not all of them stay on the device. NextStepError when not
+    even one picture fits beside it.
+    """
+    device, weights = patcher.load_device, patcher.model_size()
+    if mm.is_device_cpu(device):
+        at_once = int(mm.get_free_memory(device) // max(1, bytes_each))
+        at_once = max(1, min(pictures, at_once))
+        return MemoryPlan(weights, weights, at_once * bytes_each, at_once)
+    room = mm.get_total_memory(device) - mm.extra_reserved_memory()
+    if bytes_each + streamed > room:
+        raise NextStepError(
+            f"One picture needs {_gb(bytes_each)} of working memory and {_gb(streamed)} for weights on their way; the "
+            f"device has {_gb(room)}. Choose a smaller size, or load the model with quantization int4."
+        )
+    at_once = max(1, min(pictures, int((room - weights) // max(1, bytes_each))))
+    working = at_once * bytes_each
+    if weights + working <= room:
+        return MemoryPlan(weights, weights, working, at_once)
+    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once)
+
+
+def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:
+    """Load a model's weights (in part, where memory is short), leaving the plan's working memory free; the device."""
+    mm.load_models_gpu([patcher], memory_required=plan.working)
     return patcher.load_device
+
+
+def compute_device() -> torch.device:
+    """Where models compute."""
+    return mm.get_torch_device()
+
+
+def vae_bytes(vae: Any, latents: tuple[int, ...]) -> int:
+    """What decoding latents of this shape (B, C, h, w) with a native VAE will take at once, by the host's own rule."""
+    return int(vae.memory_used_decode(latents, vae.vae_dtype)) if vae is not None else 0
 
 
 def intermediate_device() -> torch.device:

@@ -13,41 +13,49 @@ from comfy_execution.graph import ExecutionBlocker
 from ..nextstep_core.config import NextStepConfig
 from ..nextstep_core.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.graphs import StepGraphs
 from ..nextstep_core.loading.build import load_vae_state, plan_model
 from ..nextstep_core.loading.sources import vae_beside
-from ..nextstep_core.model.nextstep import NextStepModel
 from ..nextstep_core.pipeline import check_vae_fits
+from ..nextstep_core.quantization import RECIPES
 from ..nextstep_core.tokenizer import NextStepTokenizer
 from . import catalog, host
 from .types import CATEGORY, PUBLISHED_VAE, HostModel, ModelSocket
 
 log = logging.getLogger(__name__)
 
+AS_IT_IS = "none"
+
 # Two loader nodes with the same choice, or a loader whose cached output the host dropped, share one model.
 _loaded: WeakValueDictionary[tuple[str, str], HostModel] = WeakValueDictionary()
 
 
-def load_model(name: str, dtype_choice: str) -> HostModel:
+def load_model(name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
     path = catalog.find_model(name)
-    key = (catalog.fingerprint(path), dtype_choice)
+    key = (catalog.fingerprint(path), dtype, quantization, cuda_graphs)
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, dtype_choice)
+        model = _loaded[key] = _load(path, dtype, quantization, cuda_graphs)
     return model
 
 
-def _load(path: Path, dtype_choice: str) -> HostModel:
-    plan = plan_model(path)
-    config, folder = plan.config, plan.folder
-    tokenizer = NextStepTokenizer.from_folder(folder, config)
-    vae, vae_config = _load_own_vae(path, config)
-    storage, compute = host.pick_dtypes(dtype_choice, plan.parameters)
-    model = NextStepModel(config, device="meta", operations=host.operations(storage, compute)).eval()
-    state = plan.read_model("cpu", storage, on_shard=lambda _: host.check_interrupt())
-    patcher = host.adopt(model, state)
-    log.info("NextStep model %s: stored as %s, computing in %s", folder.name, storage, compute)
-    engine = NextStepEngine(config, model, plan.load_text_embedding(), tokenizer, folder, folder.name)
+def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostModel:
+    device = host.compute_device()
+    plan = plan_model(path, None if quantization == AS_IT_IS else quantization, device)
+    tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
+    vae, vae_config = _load_own_vae(path, plan.config)
+    storage, compute = host.pick_dtypes(dtype, plan.parameters)
+    model = plan.empty_model(host.operations(storage, compute))
+    reporter = host.ProgressReporter(len(plan.model_names))
+    read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+    patcher = host.adopt(model, dict(read), compute)
+    stored = plan.recipe.name if plan.recipe is not None else storage
+    log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
+    graphs = StepGraphs(model) if cuda_graphs else None
+    if graphs is not None:
+        host.on_unload(patcher, graphs.clear)
+    engine = NextStepEngine(plan.config, model, plan.load_text_embedding(), tokenizer, plan.documents, graphs=graphs)
     return HostModel(engine, patcher, compute, vae, vae_config)
 
 
@@ -76,14 +84,30 @@ class NextStepModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=list(catalog.models()) or [catalog.NOTHING_FOUND],
-                    tooltip="A checkpoint folder (or single .safetensors with its config.json) in models/nextstep.",
+                    tooltip="A checkpoint folder in models/nextstep, or a single NextStep file in models/nextstep or "
+                    "models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(host.DTYPE_CHOICES),
                     default="auto",
                     tooltip="How weights are stored. auto picks what the device computes fastest (bf16 on most GPUs, "
-                    "fp32 on a CPU as long as it fits in memory).",
+                    "fp32 or bf16 on a CPU).",
+                ),
+                io.Combo.Input(
+                    "quantization",
+                    options=[AS_IT_IS, *RECIPES],
+                    default=AS_IT_IS,
+                    optional=True,
+                    tooltip="Store the weights in fewer bits while loading. The 14B model takes 27 GB as it is, 14 GB "
+                    "as int8 or fp8, 8 GB as int4. none keeps what the file has.",
+                ),
+                io.Boolean.Input(
+                    "cuda_graphs",
+                    default=True,
+                    optional=True,
+                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if a driver "
+                    "makes trouble; the pictures are the same.",
                 ),
             ],
             outputs=[
@@ -104,12 +128,14 @@ class NextStepModelLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, dtype: str) -> str:
+    def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
         return catalog.fingerprint(catalog.find_model(model_name))
 
     @classmethod
-    def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
-        model = load_model(model_name, dtype)
+    def execute(
+        cls, model_name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True
+    ) -> io.NodeOutput:
+        model = load_model(model_name, dtype, quantization, cuda_graphs)
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
         return io.NodeOutput(model, model.vae or ExecutionBlocker(missing))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -19,8 +20,11 @@ from ..nextstep_core.prompt import Grid
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.solvers import SAMPLERS
 from ..nextstep_core.settings import GenerationSettings
+from ..nextstep_core.streaming import streamed_bytes
 from . import host
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+
+log = logging.getLogger(__name__)
 
 AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
@@ -122,12 +126,14 @@ def sample(
     job = prepare(model, positive, negative, latent, seed, settings)
     preview = Preview(model, job)
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
-    at_once = host.fitting(model.patcher, job.pictures, each)
-    device = host.bring_to_device(model.patcher, at_once * each)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
+    decoding = host.vae_bytes(model.vae, latent["samples"].shape)
+    log.info("NextStep: %s; the VAE about %.2f GB afterwards; %d at a time", plan, decoding / 1e9, plan.at_once)
+    device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
     progress = None
     try:
-        for progress in model.engine.decode(job, device, model.dtype, at_once):
+        for progress in model.engine.decode(job, device, model.dtype, plan.at_once):
             reporter.update(progress.done, *preview.of(progress), rate_text(progress))
     except host.Interrupted:
         if on_interrupt == DISCARD or progress is None:
