@@ -128,7 +128,8 @@ class ComfyServer:
         while not (history := self.call(f"/history/{run.prompt_id}")) and time.monotonic() < deadline:
             time.sleep(0.05)  # the host announces success a moment before it writes the history
         outputs = history[run.prompt_id]["outputs"]
-        return [self.base / "output" / i["subfolder"] / i["filename"] for o in outputs.values() for i in o["images"]]
+        images = [image for node in outputs.values() for image in node["images"] if image["type"] == "output"]
+        return [self.base / "output" / image["subfolder"] / image["filename"] for image in images]
 
 
 def _free_port() -> int:

@@ -53,21 +53,39 @@ def open_template(page, name: str) -> None:
     """Through ComfyUI's own template browser."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog").first
-    dialog.get_by_text(PACK_NAME, exact=True).click()
+    dialog.get_by_text(PACK_NAME, exact=True).first.click()
     dialog.get_by_role("heading", name=name, exact=True).click()
     page.wait_for_function("count => app.graph._nodes.length === count", arg=len(read_workflow(path_of(name))["nodes"]))
     page.wait_for_timeout(500)
+
+
+THUMBNAILS = """names => {
+    const pictures = [...document.querySelectorAll('[role=dialog] img')];
+    return names.every(name => pictures.some(picture => picture.alt === name && picture.naturalWidth === 400));
+}"""
 
 
 def path_of(name: str) -> Path:
     return next(path for path in ALL if path.stem == name)
 
 
-def screenshot(page, name: str) -> None:
+def screenshot(page, name: str, fit: bool = True) -> None:
     if folder := os.environ.get("NEXTSTEP_SCREENSHOTS"):
-        page.keyboard.press(".")  # fit the graph into the view
+        if fit:
+            page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
+            page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         page.wait_for_timeout(1000)
-        page.screenshot(path=Path(folder) / f"{name}.png", clip={"x": 65, "y": 80, "width": 1420, "height": 700})
+        page.screenshot(path=Path(folder) / f"{name}.png", clip={"x": 0, "y": 0, "width": 1760, "height": 920})
+
+
+def test_the_template_browser_shows_every_thumbnail(page) -> None:
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog").first
+    dialog.get_by_text(PACK_NAME, exact=True).first.click()
+    page.wait_for_function(THUMBNAILS, arg=[path.stem for path in ALL], timeout=20_000)
+    screenshot(page, "templates", fit=False)
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
 
 
 def run_here(page, host: ComfyServer) -> tuple[dict, Path]:

@@ -222,8 +222,18 @@ def test_free_lets_the_model_go_and_the_next_run_loads_it_again(server, object_i
 def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
     """With the embedded model in place of the one that the user is asked to get, and few steps."""
     workflow = read_workflow(path)
-    assert all(node["type"] in object_info or node["type"] == "MarkdownNote" for node in workflow["nodes"])
-    small = {"model_name": EMBEDDED, "steps": 3, "width": 64, "height": 64, "bottom": 32, "size": "width and height"}
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1, "a short note on the canvas"
+    for node in workflow["nodes"]:
+        if node not in notes:
+            pack = "comfyui-nextstep" if node["type"].startswith("NextStep") else "comfy-core"
+            assert node["type"] in object_info
+            assert node["properties"]["Node name for S&R"] == node["type"]
+            assert (node["properties"]["cnr_id"], bool(node["properties"]["ver"])) == (pack, True)
+    small = {
+        "model_name": EMBEDDED, "steps": 3, "width": 64, "height": 64, "base": "256", "bottom": 32,
+        "size": "width and height",
+    }  # fmt: skip
     run = server.run(to_prompt(workflow, object_info, **small), workflow)
     assert run.ended == "execution_success", run.events[-1]
     assert server.images(run)[0].is_file()
