@@ -42,11 +42,12 @@ def stub_path() -> list[str]:
     return [] if HAS_TORCHVISION else [str(STUBS)]
 
 
-def make_base(folder: Path) -> Path:
-    """An empty ComfyUI base directory with the pack linked into it."""
+def make_base(folder: Path, link: bool = True) -> Path:
+    """An empty ComfyUI base directory, with the pack linked into it unless `link` is False."""
     for name in ("custom_nodes", "models/nextstep", "models/vae", "input", "output", "temp", "user"):
         (folder / name).mkdir(parents=True)
-    (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
+    if link:
+        (folder / "custom_nodes" / PACK_NAME).symlink_to(ROOT, target_is_directory=True)
     return folder
 
 
