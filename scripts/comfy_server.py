@@ -133,7 +133,8 @@ class ComfyServer:
         return [self.base / "output" / image["subfolder"] / image["filename"] for image in images]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this computer that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -142,7 +143,7 @@ def _free_port() -> int:
 @contextmanager
 def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cpu") -> Iterator[ComfyServer]:
     """Start the ComfyUI at `comfyui` on `base` and stop it at the end. `memory` is one of its flags for that."""
-    port, log = _free_port(), base / "server.log"
+    port, log = free_port(), base / "server.log"
     search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [
         sys.executable, "main.py", memory, "--listen", "127.0.0.1", "--port", str(port),

@@ -1,4 +1,5 @@
-"""A contact sheet of the embedded model's pictures and one edit, and the first workflow in ComfyUI if one is found.
+"""A contact sheet of the embedded model's pictures and one edit, and the first workflow in ComfyUI if one is found;
+or, with --serve, that ComfyUI itself with the pack in it.
 
 Run it through `scripts/demo.sh`, which makes the environment.
 """
@@ -6,11 +7,17 @@ Run it through `scripts/demo.sh`, which makes the environment.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import quote
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -75,13 +82,71 @@ def run_in_comfyui(comfyui: Path, output: Path) -> Path:
         return Path(shutil.copy(server.images(run)[0], output / "comfyui-first-run.png"))
 
 
+def link_pack(comfyui: Path) -> str:
+    """The pack's folder name in ComfyUI's custom_nodes; makes a link there unless one is there already."""
+    from comfy_server import PACK_NAME
+
+    link = comfyui / "custom_nodes" / PACK_NAME
+    if not link.exists():
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(ROOT, target_is_directory=True)
+    elif link.resolve() != ROOT:
+        print(f"{link} is there already and is what will run, not {ROOT}.")
+    return PACK_NAME
+
+
+def serve(comfyui: Path, port: int) -> int:
+    """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
+    import torch
+    from comfy_server import stub_path
+    from workflows import FIRST_RUN
+
+    pack = link_pack(comfyui)
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    paths = ROOT / "scripts" / "demo_page" / "paths.yaml"
+    command = [sys.executable, "main.py", "--port", str(port), "--extra-model-paths-config", str(paths)]
+    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    process = subprocess.Popen(
+        [*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui, env=os.environ | {"PYTHONPATH": search}
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while process.poll() is None and not answers(address):
+            time.sleep(0.3)
+        if process.poll() is None:
+            first = quote(f"{pack}/{FIRST_RUN.stem}", safe="/")
+            print(f"\nOpen {address}/?open={first} and press Run. Ctrl+C here stops ComfyUI.", flush=True)
+        return process.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(address: str) -> bool:
+    """Whether ComfyUI is ready."""
+    try:
+        with urlopen(f"{address}/system_stats", timeout=5):
+            return True
+    except (URLError, OSError):
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "output", help="folder for the pictures")
-    output = parser.parse_args().output
-    output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--serve", action="store_true", help="start ComfyUI with the pack instead of drawing")
+    parser.add_argument("--port", type=int, default=8188, help="where --serve listens (default %(default)s)")
+    arguments = parser.parse_args()
     from comfy_server import find_comfyui
 
+    if arguments.serve:
+        comfyui = find_comfyui()
+        sys.exit(serve(comfyui, arguments.port) if comfyui else "No ComfyUI found: set COMFYUI_PATH to a checkout.")
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     sheet = output / "contact-sheet.png"
     contact_sheet(draw_pictures()).save(sheet)

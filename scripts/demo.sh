@@ -1,6 +1,25 @@
 #!/usr/bin/env bash
-# Make an environment, draw a contact sheet with the embedded model, run the first workflow in ComfyUI if one is found,
-# and print where the pictures are. Arguments go to scripts/demo.py.
+# bash scripts/demo.sh
+#   Make an environment, draw a contact sheet with the embedded model, run the first workflow in ComfyUI if one is found,
+#   and print where the pictures are. Arguments go to scripts/demo.py.
+# bash scripts/demo.sh --comfyui DIR [--port N]
+#   For those without ComfyUI: clone it into DIR (COMFYUI_SOURCE says from where) unless it is there already, install what
+#   it needs, link this pack into it, start it, and print the address that opens the first workflow.
+set -euo pipefail
+if [ "${1:-}" = --comfyui ]; then
+    [ -n "${2:-}" ] || { echo "Say where ComfyUI is or shall be: bash scripts/demo.sh --comfyui DIR" >&2; exit 2; }
+    if [ ! -f "$2/comfy/model_management.py" ]; then
+        if [ -n "$(ls -A "$2" 2>/dev/null)" ]; then
+            echo "$2 is neither empty nor a ComfyUI. Name an empty folder, or the folder with ComfyUI's main.py." >&2
+            exit 2
+        fi
+        git clone --quiet --depth 1 "${COMFYUI_SOURCE:-https://github.com/Comfy-Org/ComfyUI.git}" "$2"
+    fi
+    COMFYUI_PATH=$(cd "$2" && pwd)
+    export COMFYUI_PATH
+    shift 2
+    set -- --serve "$@"
+fi
 source "$(dirname "$0")/environment.sh"
 make_environment requirements.txt requirements-dev.txt
 exec "$VENV/bin/python" scripts/demo.py "$@"

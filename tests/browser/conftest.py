@@ -52,20 +52,25 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="module")  # not longer: its event loop would be in the way of others
-def page(host: ComfyServer) -> Iterator:
-    """The frontend, ready, with its first dialog closed."""
+def browser() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(viewport={"width": 1760, "height": 1000})
-        page.goto(f"http://127.0.0.1:{host.port}", wait_until="domcontentloaded")
-        ready = "window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 100"
-        page.wait_for_function(ready, timeout=120_000)
-        dialog = page.get_by_role("dialog").first  # a first start greets with the templates, a moment later
-        dialog.wait_for(state="visible", timeout=60_000)
-        page.keyboard.press("Escape")
-        dialog.wait_for(state="hidden")
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(host: ComfyServer, browser):
+    """The frontend, ready, with its first dialog closed."""
+    page = browser.new_page(viewport={"width": 1760, "height": 1000})
+    page.goto(f"http://127.0.0.1:{host.port}", wait_until="domcontentloaded")
+    ready = "window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 100"
+    page.wait_for_function(ready, timeout=120_000)
+    dialog = page.get_by_role("dialog").first  # a first start greets with the templates, a moment later
+    dialog.wait_for(state="visible", timeout=60_000)
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="hidden")
+    return page

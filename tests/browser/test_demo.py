@@ -1,0 +1,58 @@
+"""`scripts/demo.sh --comfyui DIR` from nothing to the first workflow on the screen, without a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comfy_server import ROOT, find_comfyui, free_port
+from workflows import FIRST_RUN, read_workflow
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """The code of the ComfyUI under test as a git repository to clone from."""
+    comfyui = find_comfyui()
+    unneeded = shutil.ignore_patterns(".git", "custom_nodes", "models", "input", "output", "temp", "user", "*venv*")
+
+    def at_the_top(folder: str, names: list[str]) -> set[str]:
+        return unneeded(folder, names) if Path(folder) == comfyui else set()
+
+    folder = shutil.copytree(comfyui, tmp_path / "source", ignore=at_the_top)
+    author = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for command in (["init", "-q"], ["add", "-A", "-f"], [*author, "commit", "-qm", "ComfyUI"]):
+        subprocess.run(["git", "-C", str(folder), *command], check=True)
+    return folder.as_uri()
+
+
+def test_the_demo_clones_comfyui_and_opens_the_first_workflow(source: str, browser, tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "scripts" / "demo.sh"), "--comfyui", str(tmp_path / "ComfyUI")]
+    offline = {"COMFYUI_SOURCE": source, "NEXTSTEP_VENV": sys.prefix, "PIP_NO_INDEX": "1"}
+    demo = subprocess.Popen(
+        [*command, "--port", str(free_port())],
+        env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        output = []
+        for line in demo.stdout:
+            output.append(line)
+            if found := re.match(r"Open (http\S+) and press Run", line):
+                break
+        else:
+            pytest.fail("".join(output))
+        page = browser.new_page()
+        page.goto(found[1], wait_until="domcontentloaded")
+        nodes = [node["type"] for node in read_workflow(FIRST_RUN)["nodes"]]
+        opened = "types => String(window.app?.graph?._nodes?.map(node => node.type)) === String(types)"
+        page.wait_for_function(opened, arg=nodes, timeout=60_000)
+        page.wait_for_timeout(1500)  # nothing comes over it: no other workflow, no greeting
+        assert page.evaluate(opened, nodes)
+        assert page.get_by_role("dialog").count() == 0
+    finally:
+        demo.terminate()
+        demo.communicate(timeout=30)
