@@ -1,0 +1,55 @@
+"""What the README says is what there is: error messages word for word, links, and every workflow and node."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+VALUES = re.compile(r"…(\s…)+")
+
+
+def texts() -> list[str]:
+    """Every string of the code, with … where a value is filled in."""
+    found = []
+    for path in (*ROOT.glob("nextstep_core/**/*.py"), *ROOT.glob("nodes/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.append(VALUES.sub("…", "".join(parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_troubleshooting_quotes_the_code() -> None:
+    section = README[README.index("## Troubleshooting") :]
+    messages = re.findall(r"^\| `(.+?)` \|", section, flags=re.MULTILINE)
+    assert len(messages) == 10
+    spoken = texts()
+    assert not [message for message in messages if not any(message in text for text in spoken)]
+
+
+@pytest.mark.parametrize("document", ["README.md", "BENCHMARKS.md", "CHANGELOG.md", "docs/samplers.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)
+    headings = {re.sub(r"[^a-z0-9]+", "-", line.lower()) for line in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)}
+    for target in (unquote(a or b) for a, b in targets):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
+            assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+def test_every_workflow_and_node_is_named() -> None:
+    assert not [path.stem for path in ROOT.glob("example_workflows/*.json") if f"<b>{path.stem}</b>" not in README]
+    titles = [
+        page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for page in ROOT.glob("web/docs/*.md")
+    ]
+    assert titles and not [title for title in titles if title not in README]
