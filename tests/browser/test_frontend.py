@@ -99,13 +99,13 @@ def run_here(page, host: ComfyServer) -> tuple[dict, Path]:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_template_opens_whole(page, path: Path) -> None:
     open_template(page, path.stem)
-    saved = {node["id"]: node.get("widgets_values", []) for node in read_workflow(path)["nodes"]}
+    saved = {str(node["id"]): node.get("widgets_values", []) for node in read_workflow(path)["nodes"]}
     for node in page.evaluate(GRAPH):
         assert node["known"], f"{node['type']} is missing"
         assert not node["error"]
         if node["type"].startswith("NextStep"):
             values = [value for name, value in node["values"].items() if not name.startswith("$$")]
-            assert values == saved[node["id"]], node
+            assert values == saved[str(node["id"])], node
     screenshot(page, path.stem)
 
 
