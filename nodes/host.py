@@ -155,13 +155,15 @@ class MemoryPlan:
     at_once: int
 
     def __str__(self) -> str:
-        streamed = self.weights - self.resident
-        where = f" ({_gb(self.resident)} on the device, {_gb(streamed)} streamed from the host)" if streamed else ""
-        return f"weights {_gb(self.weights)}{where}, KV cache and activations {_gb(self.working)}"
+        where, streamed = "", self.weights - self.resident
+        if streamed:
+            where = f" ({in_words(self.resident)} on the device, {in_words(streamed)} streamed from the host)"
+        return f"weights {in_words(self.weights)}{where}, KV cache and activations {in_words(self.working)}"
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def in_words(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> MemoryPlan:
@@ -176,10 +178,10 @@ def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> 
         at_once = max(1, min(pictures, at_once))
         return MemoryPlan(weights, weights, at_once * bytes_each, at_once)
     room = mm.get_total_memory(device) - mm.extra_reserved_memory()
-    if bytes_each + streamed > room:
+    if bytes_each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {_gb(bytes_each)} of working memory and {_gb(streamed)} for weights on their way; the "
-            f"device has {_gb(room)}. Choose a smaller size, or load the model with quantization int4."
+            f"One picture needs {in_words(bytes_each)} of working memory and {in_words(streamed)} for weights on their "
+            f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
         )
     at_once = max(1, min(pictures, int((room - weights) // max(1, bytes_each))))
     working = at_once * bytes_each

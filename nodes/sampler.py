@@ -128,7 +128,7 @@ def sample(
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
-    log.info("NextStep: %s; the VAE about %.2f GB afterwards; %d at a time", plan, decoding / 1e9, plan.at_once)
+    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, host.in_words(decoding), plan.at_once)
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
     progress = None

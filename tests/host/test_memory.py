@@ -10,6 +10,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,16 +139,22 @@ def side_by_side(diffusion: str) -> dict:
 
 
 def test_each_model_evicts_the_other_and_both_draw_the_same(
-    graph: ComfyGraph, accelerator: Accelerator, diffusion: str
+    graph: ComfyGraph, accelerator: Accelerator, diffusion: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     import comfy.model_management as mm
 
+    caplog.set_level("INFO")
+    host, plans = graph.pack("nodes.host"), []
+    plan_memory = host.plan_memory
     prompt = side_by_side(diffusion)
-    wanted = graph.value(prompt, "decode")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "plan_memory", lambda *args: plans.append(plan_memory(*args)) or plans[-1])
+        wanted = graph.value(prompt, "decode")
+    assert f"NextStep: {plans[0]}; the VAE about" in caplog.text, "said before the run"
     assert {kind for what, kind in accelerator.log if what.startswith("unload")} == set(), "there was room for all"
     graph.free()
     accelerator.log.clear()
-    accelerator.memory = 1
+    accelerator.memory = plans[0].weights + plans[0].working  # for one model, not for two
     assert torch.equal(graph.value(prompt, "decode"), wanted)
     ours, theirs = "NextStepModel", "SD3"
     came = [("load", ours), ("unload", ours), ("load", theirs), ("unload", theirs)]
@@ -254,3 +261,35 @@ def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: P
         (path,) = server.images(run)
     assert np.array_equal(np.asarray(Image.open(path)), wanted)
     assert said in server.log.read_text()
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("memory", "pictures", "resident", "at_once"),
+    [
+        pytest.param(80, 8, 27, 8, id="all of it"),
+        pytest.param(32, 8, 27, 2, id="fewer at once before weights stay behind"),
+        pytest.param(24, 8, 20, 1, id="some weights stay behind"),
+        pytest.param(4, 1, 0, 1, id="all weights stay behind"),
+    ],
+)
+def test_memory_is_planned_before_a_run(
+    graph: ComfyGraph, accelerator: Accelerator, memory: int, pictures: int, resident: int, at_once: int
+) -> None:
+    """27 GB of weights, 2 GB for every picture, 2 GB for weights on their way."""
+    patcher = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
+    accelerator.memory = memory * GB
+    plan = graph.pack("nodes.host").plan_memory(patcher, pictures, 2 * GB, 2 * GB)
+    assert (plan.resident, plan.at_once) == (resident * GB, at_once)
+    assert plan.resident + plan.working <= memory * GB
+    assert ("streamed from the host" in str(plan)) == (resident < 27)
+
+
+def test_what_cannot_fit_is_said_before_a_run(graph: ComfyGraph, accelerator: Accelerator) -> None:
+    patcher = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
+    accelerator.memory = 3 * GB
+    host = graph.pack("nodes.host")
+    with pytest.raises(host.NextStepError, match="One picture needs 2.00 GB of working memory and 2.00 GB for weights"):
+        host.plan_memory(patcher, 1, 2 * GB, 2 * GB)
