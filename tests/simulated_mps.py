@@ -127,6 +127,8 @@ class SimulatedMPS(TorchDispatchMode):
         """Run an operator on the host; what it made is on the device, what it wrote into is what was given."""
         given = {id(x.inner): x for x in tree_leaves((args, kwargs)) if isinstance(x, SimulatedTensor)}
         args, kwargs = tree_map(_on_host, (args, kwargs))
+        wanted = (argument.type.kind() for argument in func._schema.arguments)
+        args = [torch.tensor(x) if kind == "TensorType" and isinstance(x, int) else x for x, kind in zip(args, wanted)]
         result = func(*args, **kwargs)
         wrap = lambda x: given[id(x)] if id(x) in given else SimulatedTensor(x)  # noqa: E731
         return tree_map(lambda x: wrap(x) if isinstance(x, Tensor) else x, result)

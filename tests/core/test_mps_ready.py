@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  PyTorch loads it for every dispatch mode, and looks at CUDA while it does
-from simulated_mps import MPS, SimulatedMPS
+from simulated_mps import MPS, SimulatedMPS, names_with_mps_kernel
 from torch import Tensor
 
 from nextstep_core import NextStepPipeline
@@ -85,6 +85,8 @@ RUNS: dict[str, Callable[[Load], list[Tensor]]] = {
     "masked": lambda load: masked(load("tiny")),
     "vae": lambda load: vae(load("tiny")),
     "vae in tiles": lambda load: vae(load("tiny"), tile=128),
+    "int8": lambda load: text_to_image(load("tiny", quantization="int8")),
+    "int4": lambda load: text_to_image(load("tiny", quantization="int4")),
 }
 
 
@@ -108,8 +110,10 @@ def one_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_every_operator_has_an_mps_kernel_for_its_tensors(run, dtype: torch.dtype, no_cuda) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_every_operator_has_an_mps_kernel_for_its_tensors(name: str, dtype: torch.dtype, no_cuda) -> None:
+    run = RUNS[name]
+    rounding = ROUNDING[torch.bfloat16 if name == "int4" else dtype]  # the CPU's packed product rounds its input
     load = partial(NextStepPipeline.from_pretrained, dtype=dtype)
     expected = run(load)
     with SimulatedMPS() as mps:
@@ -119,7 +123,12 @@ def test_every_operator_has_an_mps_kernel_for_its_tensors(run, dtype: torch.dtyp
     assert not {"normal_", "randn", "embedding"} & mps.used.keys(), "noise and text stay on the host"
     for ours, theirs in zip(results, expected, strict=True):
         assert type(ours) is Tensor and ours.device.type == "cpu"
-        assert (ours.float() - theirs.float()).abs().mean() <= ROUNDING[dtype], "the same picture as on the CPU"
+        assert (ours.float() - theirs.float()).abs().mean() <= rounding, "the same picture as on the CPU"
+
+
+def test_the_packed_products_are_there_for_mps() -> None:
+    """int4 packs with operators that a CPU lacks, so that the run above multiplies by dequantized weights instead."""
+    assert {"_convert_weight_to_int4pack", "_weight_int4pack_mm", "_weight_int8pack_mm"} <= names_with_mps_kernel()
 
 
 REFUSED = {
