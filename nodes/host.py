@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from ..nextstep_core.config import VAEConfig
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.loading.build import fill
+from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.processor import fastest_dtype
-from ..nextstep_core.quantization import prepare, quantized_linears
+from ..nextstep_core.quantization import quantized_linears
 
 Interrupted = mm.InterruptProcessingException
 
@@ -136,7 +136,7 @@ def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> A
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
-    prepare(model, patcher.load_device, compute)
+    make_ready(model, patcher.load_device, compute)
     return patcher
 
 

@@ -21,6 +21,7 @@ from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
+from ..processor import pack_linears
 from ..quantization import Recipe, find_recipe, prepare, quantized_linears, replace_linears
 from ..quantization.formats import quantize_in_pieces
 from . import gguf_file
@@ -93,7 +94,7 @@ class ModelPlan:
         """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""
         model = self.empty_model()
         fill(model, dict(self.read_model(device, dtype)))
-        prepare(model, torch.device(device), model.norm.weight.dtype)
+        make_ready(model, torch.device(device), model.norm.weight.dtype)
         return model
 
     def load_text_embedding(self) -> TextEmbedding:
@@ -136,6 +137,13 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Give a meta-device module its tensors; they are taken as they are, not copied."""
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
+
+
+def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """What is done to a filled model once, so that it computes fast on `device` in `dtype`."""
+    prepare(model, device, dtype)
+    if device.type == "cpu" and dtype == torch.float32:
+        pack_linears(model)
 
 
 def find_vae(path: Path) -> tuple[Path, Documents]:
