@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nextstep_core.pipeline import NextStepPipeline  # noqa: E402
+from nextstep_core.quantization import RECIPES  # noqa: E402
 from scripts.train_tiny.scenes import (  # noqa: E402
     CANVASES,
     EDIT_KINDS,
@@ -170,9 +171,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="tiny", help='a folder, a hub id or "tiny"')
     parser.add_argument("--count", type=int, default=200, help="single-object prompts; the other rows take half")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quantization", choices=RECIPES, help="store the weights so; default: as they are")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet PNG here")
     args = parser.parse_args()
-    pipeline = NextStepPipeline.from_pretrained(args.checkpoint, dtype=torch.float32)
+    pipeline = NextStepPipeline.from_pretrained(args.checkpoint, dtype=torch.float32, quantization=args.quantization)
     recommended = pipeline.engine.recommended()
     print(f"recommended: {recommended}")
     half = max(1, args.count // 2)

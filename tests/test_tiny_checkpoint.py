@@ -52,6 +52,13 @@ def test_draws_what_it_is_asked(tiny: NextStepPipeline, what: str):
     assert score.share("all") >= LEAST[what], str(score)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int4", "fp8"])
+def test_quantized_weights_draw_what_they_are_asked(recipe: str):
+    quantized = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32, quantization=recipe)
+    score = sample(quantized, "singles")
+    assert score.share("all") >= LEAST["singles"], str(score)
+
+
 def test_vae_keeps_what_the_picture_shows(tiny: NextStepPipeline):
     rng = random.Random("through the VAE")
     scenes = [sample_pair(rng) for _ in range(20)]
