@@ -141,18 +141,22 @@ def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> A
 
 
 def on_unload(patcher: Any, forget: Callable[[], None]) -> None:
-    """Call `forget` whenever the host takes a model off its device."""
-    patcher.add_callback(CallbacksMP.ON_DETACH, lambda *_: forget())
+    """Call `forget` whenever the host takes a model off its device (and not when it merely looks at it again)."""
+    patcher.add_callback(CallbacksMP.ON_DETACH, lambda _, unpatch_all: unpatch_all and forget())
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures."""
+    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures.
+
+    `tight` says that there is no room for what an earlier run has left on the device.
+    """
 
     weights: int
     resident: int
     working: int
     at_once: int
+    tight: bool
 
     def __str__(self) -> str:
         where, streamed = "", self.weights - self.resident
@@ -176,7 +180,7 @@ def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> 
     if mm.is_device_cpu(device):
         at_once = int(mm.get_free_memory(device) // max(1, bytes_each))
         at_once = max(1, min(pictures, at_once))
-        return MemoryPlan(weights, weights, at_once * bytes_each, at_once)
+        return MemoryPlan(weights, weights, at_once * bytes_each, at_once, tight=False)
     room = mm.get_total_memory(device) - mm.extra_reserved_memory()
     if bytes_each + min(streamed, weights) > room:
         raise NextStepError(
@@ -186,8 +190,8 @@ def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> 
     at_once = max(1, min(pictures, int((room - weights) // max(1, bytes_each))))
     working = at_once * bytes_each
     if weights + working <= room:
-        return MemoryPlan(weights, weights, working, at_once)
-    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once)
+        return MemoryPlan(weights, weights, working, at_once, tight=weights + 2 * working > room)
+    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once, tight=True)
 
 
 def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:

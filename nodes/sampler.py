@@ -129,6 +129,8 @@ def sample(
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, host.in_words(decoding), plan.at_once)
+    if plan.tight and model.engine.graphs is not None:
+        model.engine.graphs.clear()
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
     progress = None

@@ -23,7 +23,7 @@ class Span:
     """Where the positions of one call stand and what they see.
 
     positions (T,) are their indices in the sequence, `rotary` (2, T, head_dim) their rows of a `rotary_table`, and mask
-    (B, 1, T, visible) is True where a query may look among the first `visible` keys.
+    (B, 1, T, visible) is 0 where a query may look among the first `visible` keys and -inf elsewhere.
     """
 
     positions: Tensor
@@ -39,7 +39,9 @@ def span_at(positions: Tensor, table: Tensor, key_valid: Tensor, visible: int) -
     """
     keys = torch.arange(visible, device=positions.device)
     queries = positions[:, None]
-    mask = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)
+    seen = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)
+    # What is added to the scores, made here once: given booleans, every layer would make it for itself.
+    mask = torch.zeros(seen.shape, dtype=table.dtype, device=seen.device).masked_fill_(seen.logical_not(), -torch.inf)
     return Span(positions, table.index_select(1, positions), mask[:, None], visible)
 
 
@@ -53,7 +55,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of (B, H, T, D) queries over (B, Hkv, S, D) keys and values without repeating the shared heads.
 
     Query heads of one group are laid side by side along the query axis, so the kernel sees Hkv heads. `mask`
-    (B or 1, 1, T, S) is True where a query may look.
+    (B or 1, 1, T, S) is added to the scores.
     """
     batch, heads, length, dim = q.shape
     groups = heads // k.shape[1]

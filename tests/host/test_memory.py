@@ -284,6 +284,7 @@ def test_memory_is_planned_before_a_run(
     plan = graph.pack("nodes.host").plan_memory(patcher, pictures, 2 * GB, 2 * GB)
     assert (plan.resident, plan.at_once) == (resident * GB, at_once)
     assert plan.resident + plan.working <= memory * GB
+    assert plan.tight == (memory < 80)
     assert ("streamed from the host" in str(plan)) == (resident < 27)
 
 
