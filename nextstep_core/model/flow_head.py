@@ -55,8 +55,8 @@ class ResidualBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(dim, 3 * dim, **kwargs))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        return h + gate * self.mlp(torch.addcmul(shift, self.in_ln(h), 1 + scale))
+        shift, factor, gate = modulation.chunk(3, dim=-1)
+        return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), factor)))
 
 
 class FinalLayer(nn.Module):
@@ -69,8 +69,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(dim, 2 * dim, **kwargs))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=NORM_EPS), 1 + scale))
+        shift, factor = modulation.chunk(2, dim=-1)
+        return self.linear(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor))
 
 
 class FlowHead(nn.Module):
@@ -88,7 +88,7 @@ class FlowHead(nn.Module):
         self.final_layer = FinalLayer(dim, token_dim, operations=operations, **kwargs)
 
     def modulations(self, time_codes: Tensor, condition: Tensor) -> list[Tensor]:
-        """All shifts, scales and gates of one token, for every step and row at once.
+        """All shifts, factors (1 + scale) and gates of one token, for every step and row at once.
 
         time_codes (..., dim) from `time_embed` and condition (..., hidden) broadcast against each other, e.g.
         (N, 1, dim) with (B, hidden) gives tensors (N, B, 3 * dim), one per block, and (N, B, 2 * dim) for the last
@@ -96,7 +96,11 @@ class FlowHead(nn.Module):
         """
         code = F.silu(time_codes + self.cond_embed(condition))
         # [1] skips the SiLU of each adaLN_modulation, which is shared and already applied.
-        return [block.adaLN_modulation[1](code) for block in (*self.res_blocks, self.final_layer)]
+        modulations = [block.adaLN_modulation[1](code) for block in (*self.res_blocks, self.final_layer)]
+        dim = code.shape[-1]
+        for modulation in modulations:
+            modulation[..., dim : 2 * dim] += 1
+        return modulations
 
     def velocity(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
         """dx/dt (..., token_dim) of noisy tokens x (..., token_dim), in the dtype of x."""

@@ -16,18 +16,21 @@ DEFAULT_GRID_SIDE = 32
 
 
 def rotary_table(config: NextStepConfig, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of positions 0..length-1: (2, length, head_dim), rotate-half form."""
+    """Cosines and sines of positions 0..length-1: (2, length, head_dim), rotate-half form.
+
+    The first half of the sines carries the minus of the rotation, so that applying it needs none.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     positions = torch.arange(length, dtype=torch.float32, device=device) / config.rope_factor
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    angles = torch.outer(positions, frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).to(dtype)
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate x (B, H, T, D) by its positions' rows of a `rotary_table`, (2, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * table[0] + torch.cat([-second, first], dim=-1) * table[1]
+    return torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, dims=-1), table[1])
 
 
 def grid_side(config: NextStepConfig) -> int:
