@@ -25,21 +25,21 @@ TOLERANCE = 0.02
 TIMED_CALLS = 20
 
 
-def unpacked(weight: Tensor) -> Tensor:
-    """The layout of the formats themselves."""
-    return weight
-
-
 @dataclass(frozen=True)
 class Kernel:
     """run(x, weight, scale): rows x (M, columns) times the matrix, (M, rows), in the dtype of x.
 
-    `pack` brings a format's weight into the layout that `run` reads, on the device where it runs.
+    `pack` brings a format's weight into the layout that `run` reads, on the device where it runs; None where it is the
+    format's own.
     """
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
-    pack: Callable[[Tensor], Tensor] = unpacked
+    pack: Callable[[Tensor], Tensor] | None = None
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """A format's weight in the layout of this kernel."""
+        return weight if self.pack is None else self.pack(weight)
 
 
 def _dequantized(format: Format) -> Kernel:
@@ -63,7 +63,8 @@ def _row_sums(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @cache
 def _compiled_row_sums() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_row_sums, dynamic=False)
+    # Symbolic sizes: one compilation serves the matrices of all shapes; PyTorch gives up after a handful of them.
+    return torch.compile(_row_sums, dynamic=True)
 
 
 def _compiled(format: Format) -> Kernel:
@@ -112,7 +113,7 @@ def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
     working: dict[Kernel, float] = {}
     for kernel in candidates(format, weight.device.type):
         try:
-            packed = kernel.pack(weight)
+            packed = kernel.packed(weight)
             error = (kernel.run(x, packed, scale).float() - plain).norm() / plain.norm().clamp_min(1e-6)
             if not error <= TOLERANCE:
                 raise RuntimeError(f"it is off by {error:.1%}")

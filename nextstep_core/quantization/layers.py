@@ -65,8 +65,10 @@ class QuantizedLinear(nn.Module):
 
     def pack(self, kernel: Kernel, device: torch.device) -> None:
         """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
-        packed = kernel.pack(self.weight.to(device)).to(self.weight.device)
-        self.weight, self.kernel = nn.Parameter(packed, requires_grad=False), kernel
+        self.kernel = kernel
+        if kernel.pack is not None:
+            packed = kernel.pack(self.weight.to(device)).to(self.weight.device)
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         here = {"device": x.device, "non_blocking": True}

@@ -59,7 +59,7 @@ def test_every_kernel_multiplies_by_the_stored_matrix(format: Format, dtype: tor
     weight, scale = format.quantize(torch.randn(64, 256))
     stored = format.dequantize(weight, scale, torch.float32)
     for kernel in [*candidates(format, "cpu"), choose(format, weight, scale, dtype)]:
-        packed = kernel.pack(weight)
+        packed = kernel.packed(weight)
         for rows in (1, 2, 40):
             x = torch.randn(rows, 256).to(dtype)
             assert relative(kernel.run(x, packed, scale), x.float() @ stored.T) <= 0.01, kernel.name
