@@ -13,12 +13,13 @@ from ..nextstep_core.loading.build import VAE_WEIGHT_NAMES
 from ..nextstep_core.loading.checkpoint import INDEX_NAME, SINGLE_NAME
 from ..nextstep_core.loading.documents import CONFIG, find_documents, is_marked
 from ..nextstep_core.loading.gguf_file import SUFFIX as GGUF
-from ..nextstep_core.loading.sources import ASSETS, EMBEDDED
+from ..nextstep_core.loading.sources import ASSETS, EMBEDDED, vae_beside
 from . import host
 
 EMBEDDED_LABEL = f"{EMBEDDED} (embedded)"
 NOTHING_FOUND = "no model found"
 DEPTH = 3
+MODEL_KEY, VAE_KEY = "model_type", "z_channels"  # of a config; they tell the one kind from the other
 VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
 
 
@@ -31,11 +32,16 @@ def _config_folders(roots: list[Path]) -> list[tuple[Path, Path]]:
     return sorted(found)
 
 
-def _is_nextstep(folder: Path) -> bool:
+def _config(path: Path) -> dict[str, Any]:
+    """The config of a folder, or of a single file that carries it; empty where it is unreadable."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
-    except (OSError, ValueError, AttributeError):
-        return False
+        return find_documents(path).read(CONFIG)
+    except NextStepError:
+        return {}
+
+
+def _is_nextstep(folder: Path) -> bool:
+    return _config(folder).get(MODEL_KEY) in MODEL_TYPES
 
 
 def _hub_cache() -> Path:
@@ -66,16 +72,9 @@ def _single_files(roots: list[Path], holds: str) -> dict[str, Path]:
     for root in roots:
         for depth in range(DEPTH + 1):
             for path in sorted(root.glob("/".join(["*"] * depth + ["*.safetensors"]))):
-                if is_marked(path) and holds in _carried_config(path):
+                if is_marked(path) and holds in _config(path):
                     found.setdefault(path.relative_to(root).as_posix(), path)
     return found
-
-
-def _carried_config(path: Path) -> dict[str, Any]:
-    try:
-        return find_documents(path).read(CONFIG)
-    except NextStepError:
-        return {}
 
 
 def models() -> dict[str, Path]:
@@ -90,7 +89,7 @@ def models() -> dict[str, Path]:
             paths.insert(0, folder)
         for path in paths or sorted(folder.glob("*.safetensors")) or [folder]:
             found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
-    found = _single_files([*host.model_roots(), *host.single_file_roots()], "model_type") | found | _cached_models()
+    found = _single_files([*host.model_roots(), *host.single_file_roots()], MODEL_KEY) | found | _cached_models()
     if (ASSETS / EMBEDDED).is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
     return found
@@ -100,41 +99,55 @@ def vaes() -> dict[str, Path]:
     """VAEs by name: folders that hold one, in the model folders, and files in the VAE folders beside their config."""
     found = {}
     for root, folder in _config_folders([*host.model_roots(), *host.vae_roots()]):
+        if VAE_KEY not in _config(folder):
+            continue
         if (folder / VAE_WEIGHT_NAMES[0]).is_file():
             found.setdefault(folder.relative_to(root).as_posix() if folder != root else root.name, folder)
         elif root in host.vae_roots():
             files = sorted(path for path in folder.iterdir() if path.suffix in VAE_SUFFIXES)
             found |= {path.relative_to(root).as_posix(): path for path in files}
-    found = _single_files([*host.model_roots(), *host.vae_roots()], "z_channels") | found
+    found = _single_files([*host.model_roots(), *host.vae_roots()], VAE_KEY) | found
     if (ASSETS / EMBEDDED / "vae").is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED / "vae"
     return found
 
 
-def find(name: str, among: dict[str, Path], kind: str, hint: str) -> Path:
-    """The path behind a dropdown name; NextStepError says where to put what when it is not there."""
+def vae_of(checkpoint: Path) -> Path | None:
+    """The VAE that goes with a checkpoint: its own or, where it has none, the only other one there is."""
+    stated = _config(checkpoint).get("vae_name_or_path")
+    try:
+        return vae_beside(checkpoint, stated if isinstance(stated, str) else None)
+    except NextStepError:
+        others = [path for name, path in vaes().items() if name != EMBEDDED_LABEL]
+        return others[0] if len(others) == 1 else None
+
+
+def _find(name: str, among: dict[str, Path], kind: str, ways: str) -> Path:
     if name in among:
         return among[name]
     folders = " or ".join(str(root) for root in host.model_roots())
     what = f"There is no NextStep {kind}" if name == NOTHING_FOUND else f"The NextStep {kind} {name!r} is not there"
-    raise NextStepError(f"{what}. Put {hint} into {folders} and press R to refresh the node.")
+    raise NextStepError(f"{what}. Three ways to get one: {ways.format(folders)}. Then press R to refresh the node.")
 
 
-MODEL_HINT = (
-    "the folder of a checkpoint (for example stepfun-ai/NextStep-1.1 with its config.json, *.safetensors, tokenizer "
-    "files and vae folder, as published on Hugging Face)"
+MODEL_WAYS = (
+    "run Download NextStep Model; put a folder from Hugging Face (such as stepfun-ai/NextStep-1.1) into {}; "
+    "or put a single file (such as nextstep-1.1-int8.safetensors) into models/diffusion_models"
 )
-VAE_HINT = "the folder of a VAE (config.json and checkpoint.pt, for example stepfun-ai/NextStep-1-f8ch16-Tokenizer)"
+VAE_WAYS = (
+    "run Download NextStep Model for NextStep-1-f8ch16-Tokenizer; put that folder from Hugging Face into {}; "
+    "or put a single file (nextstep-vae.safetensors) into models/vae"
+)
 
 
 def find_model(name: str) -> Path:
-    """Path of the checkpoint that the dropdown calls `name`."""
-    return find(name, models(), "model", MODEL_HINT)
+    """Path of the checkpoint that the dropdown calls `name`; NextStepError says how to get one if it is not there."""
+    return _find(name, models(), "model", MODEL_WAYS)
 
 
 def find_vae(name: str) -> Path:
-    """Path of the VAE that the dropdown calls `name`."""
-    return find(name, vaes(), "VAE", VAE_HINT)
+    """Path of the VAE that the dropdown calls `name`; NextStepError says how to get one if it is not there."""
+    return _find(name, vaes(), "VAE", VAE_WAYS)
 
 
 def fingerprint(path: Path) -> str:

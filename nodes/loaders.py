@@ -10,12 +10,11 @@ from weakref import WeakValueDictionary
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
-from ..nextstep_core.config import NextStepConfig
+from ..nextstep_core.config import NextStepConfig, VAEConfig
 from ..nextstep_core.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.graphs import StepGraphs
 from ..nextstep_core.loading.build import load_vae_state, plan_model
-from ..nextstep_core.loading.sources import vae_beside
 from ..nextstep_core.pipeline import check_vae_fits
 from ..nextstep_core.quantization import RECIPES
 from ..nextstep_core.tokenizer import NextStepTokenizer
@@ -27,13 +26,13 @@ log = logging.getLogger(__name__)
 AS_IT_IS = "none"
 
 # Two loader nodes with the same choice, or a loader whose cached output the host dropped, share one model.
-_loaded: WeakValueDictionary[tuple[str, str], HostModel] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str, str, bool], HostModel] = WeakValueDictionary()
 
 
 def load_model(name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
     path = catalog.find_model(name)
-    key = (catalog.fingerprint(path), dtype, quantization, cuda_graphs)
+    key = (_fingerprint(path), dtype, quantization, cuda_graphs)
     model = _loaded.get(key)
     if model is None:
         model = _loaded[key] = _load(path, dtype, quantization, cuda_graphs)
@@ -44,7 +43,7 @@ def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostM
     device = host.compute_device()
     plan = plan_model(path, None if quantization == AS_IT_IS else quantization, device)
     tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
-    vae, vae_config = _load_own_vae(path, plan.config)
+    vae, vae_config = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(dtype, plan.parameters)
     model = plan.empty_model(host.operations(storage, compute))
     reporter = host.ProgressReporter(len(plan.model_names))
@@ -59,14 +58,21 @@ def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostM
     return HostModel(engine, patcher, compute, vae, vae_config)
 
 
-def _load_own_vae(path: Path, config: NextStepConfig) -> tuple[Any, Any]:
-    try:
-        vae_path = vae_beside(path, config.vae_name_or_path)
-    except NextStepError:
+def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, VAEConfig]:
+    """The VAE that goes with the checkpoint at `path`, or None, and the config that its latents follow."""
+    vae_path = catalog.vae_of(path)
+    if vae_path is None:
         return None, PUBLISHED_VAE
     vae_config, state = load_vae_state(vae_path)
     check_vae_fits(config, vae_config.z_channels, vae_config.downscale)
+    log.info("NextStep VAE: %s", vae_path)
     return host.native_vae(vae_config, state), vae_config
+
+
+def _fingerprint(path: Path) -> str:
+    """Changes when the files of a checkpoint change, or another VAE goes with it."""
+    vae_path = catalog.vae_of(path)
+    return catalog.fingerprint(path) + ("" if vae_path is None else catalog.fingerprint(vae_path))
 
 
 class NextStepModelLoader(io.ComfyNode):
@@ -78,7 +84,7 @@ class NextStepModelLoader(io.ComfyNode):
             node_id="NextStepModelLoader",
             display_name="Load NextStep Model",
             category=CATEGORY,
-            description="Loads a NextStep-1 checkpoint from models/nextstep, with its tokenizer and its own VAE.",
+            description="Loads a NextStep-1 checkpoint, a folder or a single file, with its tokenizer and its VAE.",
             search_aliases=["nextstep", "autoregressive", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
@@ -113,7 +119,10 @@ class NextStepModelLoader(io.ComfyNode):
             outputs=[
                 ModelSocket.Output("model", display_name="model", tooltip="The model with its tokenizer."),
                 io.Vae.Output(
-                    "vae", display_name="vae", tooltip="The checkpoint's own VAE; core VAE nodes take it too."
+                    "vae",
+                    display_name="vae",
+                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE there is. Core VAE nodes take it "
+                    "too.",
                 ),
             ],
         )
@@ -129,7 +138,7 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
-        return catalog.fingerprint(catalog.find_model(model_name))
+        return _fingerprint(catalog.find_model(model_name))
 
     @classmethod
     def execute(
@@ -155,8 +164,8 @@ class NextStepVAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=list(catalog.vaes()) or [catalog.NOTHING_FOUND],
-                    tooltip="A folder with config.json and checkpoint.pt in models/nextstep, or a file in models/vae "
-                    "with its config.json beside it.",
+                    tooltip="A single NextStep VAE file in models/vae or models/nextstep, a folder with config.json "
+                    "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes take it too.")],

@@ -28,8 +28,8 @@ PUBLISHED_VAE = VAEConfig(
 class HostModel:
     """A loaded checkpoint under the host's memory management.
 
-    The patcher owns where the weights are; dtype is the one to compute in. `vae` is the checkpoint's own as a native
-    VAE, or None where it has none; `rgb_map` is fitted to it when the first preview is due.
+    The patcher owns where the weights are; dtype is the one to compute in. `vae` is the one that goes with the
+    checkpoint as a native VAE, or None where there is none; `rgb_map` is fitted to it when the first preview is due.
     """
 
     engine: NextStepEngine

@@ -189,8 +189,11 @@ def test_an_empty_model_folder_says_what_to_do(graph: ComfyGraph, tmp_path: Path
     options = loaders.NextStepModelLoader.define_schema().inputs[0].options
     assert options == [catalog.NOTHING_FOUND]
     message = loaders.NextStepModelLoader.validate_inputs(options[0])
-    assert "There is no NextStep model. Put the folder of a checkpoint" in message
-    assert str(tmp_path) in message
+    assert message == (
+        "There is no NextStep model. Three ways to get one: run Download NextStep Model; put a folder from Hugging "
+        f"Face (such as stepfun-ai/NextStep-1.1) into {tmp_path}; or put a single file (such as "
+        "nextstep-1.1-int8.safetensors) into models/diffusion_models. Then press R to refresh the node."
+    )
 
 
 def test_every_node_has_tooltips_and_a_help_page(graph: ComfyGraph) -> None:
