@@ -12,10 +12,10 @@ from pathlib import Path
 
 from comfy_server import ComfyServer, find_comfyui, make_base, running_server
 from PIL import Image, ImageDraw, ImageFont
-from workflows import FOLDER, read_workflow, to_prompt
+from workflows import FOLDER, ON_EMBEDDED, read_workflow, to_prompt
 
 SIDE, GAP, INK, PAPER = 400, 8, (236, 238, 242), (48, 52, 60)
-TINY = {"model_name": "tiny (embedded)", "dtype": "auto", "steps": 20, "cfg": 3.0, "shift": 1.0, "size": "keep"}
+TINY = {**ON_EMBEDDED, "dtype": "auto", "steps": 20, "cfg": 3.0, "shift": 1.0, "size": "keep"}
 
 
 class Studio:

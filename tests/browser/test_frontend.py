@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image, ImageChops
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
-from workflows import ALL, FIRST_RUN, read_workflow, to_prompt
+from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
+
+from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.single_file import save_model, save_vae
+from nextstep_core.loading.sources import ASSETS
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),
@@ -47,6 +54,9 @@ SUBGRAPH = """() => {
 }"""
 SET_OUTSIDE = """values => app.graph._nodes.find(node => node.subgraph).widgets.forEach(
     widget => { widget.value = values[widget.name]; })"""
+
+SET_WIDGETS = """values => app.graph._nodes.flatMap(node => node.widgets ?? []).forEach(
+    widget => { widget.value = values[widget.name] ?? widget.value; })"""
 
 
 def open_template(page, name: str) -> None:
@@ -88,6 +98,35 @@ def test_the_template_browser_shows_every_thumbnail(page) -> None:
     dialog.wait_for(state="hidden")
 
 
+def asked_for(path: Path) -> dict[str, str]:
+    """Names of the files that a template wants to have, and the model folders that they belong into."""
+    models = [m for node in read_workflow(path)["nodes"] for m in node["properties"].get("models", [])]
+    return {model["name"]: model["directory"] for model in models}
+
+
+@pytest.fixture(scope="module")
+def model_files(host: ComfyServer) -> Path:
+    """The embedded model under every name that a template asks for; the folder that holds the model folders."""
+    models = host.base / "models"
+    for name, directory in {name: d for path in ALL for name, d in asked_for(path).items()}.items():
+        if directory == "vae":
+            save_vae(ASSETS / "tiny" / "vae", models / directory / name, torch.float16)
+        else:
+            recipe = next(recipe for recipe in ("int8", "int4") if recipe in name)
+            save_model(plan_model(ASSETS / "tiny", recipe), models / directory / name, torch.float16)
+    return models
+
+
+@contextmanager
+def gone(folder: Path) -> Iterator[None]:
+    """Without what lies in a folder, as long as it lasts."""
+    aside = folder.rename(folder.with_name(f"{folder.name} aside"))
+    folder.mkdir()
+    yield
+    folder.rmdir()
+    aside.rename(folder)
+
+
 def run_here(page, host: ComfyServer) -> tuple[dict, Path]:
     """Press Run; (what the frontend heard, the picture that was saved)."""
     before = set((host.base / "output").rglob("*.png"))
@@ -97,8 +136,9 @@ def run_here(page, host: ComfyServer) -> tuple[dict, Path]:
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_a_template_opens_whole(page, path: Path) -> None:
+def test_a_template_opens_whole(page, model_files: Path, path: Path) -> None:
     open_template(page, path.stem)
+    assert page.get_by_role("dialog").count() == 0
     saved = {str(node["id"]): node.get("widgets_values", []) for node in read_workflow(path)["nodes"]}
     for node in page.evaluate(GRAPH):
         assert node["known"], f"{node['type']} is missing"
@@ -127,6 +167,27 @@ def test_the_first_run_shows_progress_preview_and_picture_and_comes_back_from_it
     page.wait_for_timeout(500)
     after = page.evaluate("JSON.stringify(app.graph.serialize().nodes.map(n => [n.type, n.widgets_values]))")
     assert without_seed(after) == without_seed(before)
+
+
+def test_a_template_asks_for_files_that_are_missing_and_runs_with_them(page, host, model_files: Path) -> None:
+    wanted = asked_for(TEXT_TO_IMAGE)
+    assert sorted(wanted.values()) == ["diffusion_models", "vae"]
+    with gone(model_files / "diffusion_models"), gone(model_files / "vae"):
+        open_template(page, TEXT_TO_IMAGE.stem)
+        dialog = page.get_by_role("dialog").first
+        dialog.wait_for(state="visible", timeout=20_000)
+        said = dialog.inner_text()
+        assert "Missing Models" in said and "Invalid directory" not in said, said
+        assert all(f"{directory} / {name}" in said for name, directory in wanted.items()), said
+        screenshot(page, "missing-models", fit=False)
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+    open_template(page, TEXT_TO_IMAGE.stem)
+    assert page.get_by_role("dialog").count() == 0
+    page.evaluate(SET_WIDGETS, {"width": 64, "height": 64, "steps": 4})
+    seen, picture = run_here(page, host)
+    assert seen["ended"] == "success"
+    assert Image.open(picture).size == (64, 64)
 
 
 def without_seed(graph: str) -> list:

@@ -13,10 +13,9 @@ import pytest
 from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
-from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
+from workflows import ALL, EMBEDDED, FIRST_RUN, ON_EMBEDDED, TEXT_TO_IMAGE, read_workflow, to_prompt
 
-EMBEDDED = "tiny (embedded)"
-SMALL = {"model_name": "tiny-a", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
+SMALL = {"model_name": "tiny-a", "vae_name": "tiny-a/vae", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
 LONG = {**SMALL, "width": 512, "height": 512, "steps": 20}
 
 
@@ -113,7 +112,10 @@ def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -
         ({"width": 72}, "The nearest size is 64x64."),
         ({"cfg": 0.5}, "cfg is 0.5; use 1.0 to turn this guidance off"),
         ({"steps": 0}, "steps is 0"),
-        ({"model_name": "gone"}, "The NextStep model 'gone' is not there. Put the folder of a checkpoint"),
+        (
+            {"model_name": "gone"},
+            "The NextStep model 'gone' is not there. Three ways to get one: run Download NextStep Model",
+        ),
     ],
 )
 def test_bad_widgets_are_refused_before_anything_runs(server, workflow, object_info, widgets, sentence) -> None:
@@ -231,7 +233,7 @@ def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
             assert node["properties"]["Node name for S&R"] == node["type"]
             assert (node["properties"]["cnr_id"], bool(node["properties"]["ver"])) == (pack, True)
     small = {
-        "model_name": EMBEDDED, "steps": 3, "width": 64, "height": 64, "base": "256", "bottom": 32,
+        **ON_EMBEDDED, "steps": 3, "width": 64, "height": 64, "base": "256", "bottom": 32,
         "size": "width and height",
     }  # fmt: skip
     run = server.run(to_prompt(workflow, object_info, **small), workflow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workflows import TEXT_TO_IMAGE, read_workflow
+from workflows import EMBEDDED, TEXT_TO_IMAGE, read_workflow
 
 MUTE, BYPASS = 2, 4
 
@@ -48,9 +48,10 @@ def feed(workflow: dict, title: str, input_name: str, type_: str, feeder: str, *
 
 
 def small_workflow(model: str) -> dict:
-    """The text-to-image workflow, quick to run."""
+    """The text-to-image workflow on a checkpoint with a VAE of its own, quick to run."""
     workflow = read_workflow(TEXT_TO_IMAGE)
     set_widget(workflow, "NextStepModelLoader", "model_name", model)
+    set_widget(workflow, "NextStepVAELoader", "vae_name", model if model == EMBEDDED else f"{model}/vae")
     set_widget(workflow, "NextStepEmptyLatent", "width", 96)
     set_widget(workflow, "NextStepEmptyLatent", "height", 64)
     set_widget(workflow, "NextStepSampler", "steps", 4)
