@@ -36,7 +36,7 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-ALIGNMENT = 8
+ALIGNMENT = 64  # bytes; what starts at a multiple of it is multiplied as it lies in the file, without a copy
 
 Report = Callable[[int, int], None]
 
@@ -58,7 +58,7 @@ class StreamedFile:
             shape = list(tensor.shape)
             header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self._data_start = 8 + len(text)
         self.size = self._data_start + end
         self._file = self._part.open("wb")

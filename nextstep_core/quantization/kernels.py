@@ -20,9 +20,15 @@ from .formats import FP8, INT8, Format, Int4
 
 log = logging.getLogger(__name__)
 
+ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
 FEW_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
 TOLERANCE = 0.02
 TIMED_CALLS = 20
+
+
+def aligned(weight: Tensor) -> Tensor:
+    """The same layout; a copy where the weight is a view of a file and starts anywhere."""
+    return weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def candidates(format: Format, device_type: str) -> list[Kernel]:
     if isinstance(format, Int4):
         found.append(_packed_int4(format, device_type == "cpu"))
     if format == INT8:
-        found.append(Kernel("packed int8 product", _packed_int8))
+        found.append(Kernel("packed int8 product", _packed_int8, aligned if device_type == "cpu" else None))
     if format in (INT8, FP8) and device_type == "cuda":
         found.append(_compiled(format))
     return [*found, _dequantized(format)]

@@ -65,6 +65,15 @@ def test_every_kernel_multiplies_by_the_stored_matrix(format: Format, dtype: tor
             assert relative(kernel.run(x, packed, scale), x.float() @ stored.T) <= 0.01, kernel.name
 
 
+def test_an_int8_matrix_may_start_anywhere() -> None:
+    """As a view of a file does, whose header has any length."""
+    weight, scale = INT8.quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
+    view = torch.empty(weight.numel() + 8, dtype=torch.int8)[8:].view_as(weight).copy_(weight)
+    for kernel in candidates(INT8, "cpu"):
+        x = torch.ones(8, 256)
+        assert torch.equal(kernel.run(x, kernel.packed(view), scale), kernel.run(x, kernel.packed(weight), scale))
+
+
 def test_the_row_sums_that_are_compiled_for_cuda_are_the_product() -> None:
     from nextstep_core.quantization.kernels import _row_sums
 
