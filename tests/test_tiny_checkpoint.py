@@ -97,8 +97,8 @@ def break_edits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The input image does not arrive."""
     encode = NextStepPipeline.encode_image
 
-    def encode_nothing(self, image):
-        encoded = encode(self, image)
+    def encode_nothing(self, image, *tile):
+        encoded = encode(self, image, *tile)
         return type(encoded)(torch.zeros_like(encoded.tokens), encoded.grid)
 
     monkeypatch.setattr(NextStepPipeline, "encode_image", encode_nothing)
