@@ -165,16 +165,24 @@ def test_each_model_evicts_the_other_and_both_draw_the_same(
     assert (after[:, :, 4:] - before[:, :, 4:]).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("fp32", "none"), ("bf16", "none"), ("bf16", "int8"), ("fp32", "fp8")]
+)
 @pytest.mark.parametrize(("state", "fits"), [("LOW_VRAM", 0.5), ("NO_VRAM", 0.0)], ids=["lowvram", "novram"])
 def test_a_partly_loaded_model_draws_the_same(
-    graph: ComfyGraph, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, state: str, fits: float, dtype: str
+    graph: ComfyGraph,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    fits: float,
+    dtype: str,
+    quantization: str,
 ) -> None:
     """What does not fit stays with the host and is streamed at use: the same numbers, to the last bit."""
     import comfy.model_management as mm
 
     prompt = text_to_image()
-    prompt["model"]["inputs"]["dtype"] = dtype
+    prompt["model"]["inputs"] |= {"dtype": dtype, "quantization": quantization}
     wanted = graph.value(prompt, "sampler")["samples"]
     graph.free()
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState[state])
