@@ -1,107 +1,157 @@
-"""How long a picture takes: seconds for the first token, each further token and the VAE, and the peak of memory.
+"""How long a picture takes and how near that is to what the memory allows: by part, beside the reference, over sizes.
 
-python scripts/bench.py --model tiny --size 64x64 --json bench.json
+python scripts/bench.py --model tiny --json bench.json
+python scripts/bench.py --random 14b --dtype bf16 --size 512x512          # no file needed
+python scripts/bench.py --random medium --size 128x128 --threads 2 --reference CHECKOUT --reference-python PYTHON
+python scripts/bench.py --random medium --size 256x256 --tokens 8 --repeat 1 --warmup 0 --sweep docs/cost
+python scripts/bench.py --formats
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nextstep_core import NextStepPipeline  # noqa: E402
+from nextstep_core.errors import NextStepError  # noqa: E402
+from nextstep_core.graphs import StepGraphs  # noqa: E402
+from nextstep_core.sampling.solvers import SAMPLERS  # noqa: E402
+from scripts.benchmark.formats import FORMATS, format_errors, show_errors  # noqa: E402
+from scripts.benchmark.reference import check_comparable, compare, show_comparison  # noqa: E402
+from scripts.benchmark.report import benchmark, context, settings_of, show  # noqa: E402
+from scripts.benchmark.subjects import SHAPES, Subject, load_subject, quantize, random_subject  # noqa: E402
+from scripts.benchmark.sweep import need_matplotlib, plot, sweep  # noqa: E402
+from scripts.benchmark.timing import Case  # noqa: E402
 
-PROMPT = "a red circle on a blue background"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZATIONS = ("none", *FORMATS[1:])
 
 
-def processor() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def measure(pipeline: NextStepPipeline, width: int, height: int, steps: int | None, batch: int, seed: int) -> dict:
-    """Seconds of one run, by part. Each run has a prompt of its own, so that none finds its prefill in the cache."""
-    marks = [time.perf_counter()]
-    pipeline.generate(
-        f"{PROMPT} {seed}",
-        width=width,
-        height=height,
-        steps=steps,
-        num_images_per_prompt=batch,
-        seed=seed,
-        callback=lambda _: marks.append(time.perf_counter()),
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = parser.add_argument_group("the model").add_mutually_exclusive_group()
+    model.add_argument("--model", default="tiny", help='a folder, a hub id or "tiny"')
+    model.add_argument("--random", choices=SHAPES, help="random weights of this size instead")
+    case = parser.add_argument_group("the case")
+    case.add_argument("--size", default="64x64", help="width x height in pixels")
+    case.add_argument("--batch", type=int, default=1, help="pictures drawn together")
+    case.add_argument("--prompt-length", type=int, default=40, help="prompt ids, drawn at random")
+    case.add_argument("--steps", type=int, help="default: the checkpoint's recommendation")
+    case.add_argument("--cfg", type=float, help="default: the checkpoint's recommendation")
+    case.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's recommendation")
+    case.add_argument("--dtype", choices=DTYPES, default="fp32")
+    case.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
+    case.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    case.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+    case.add_argument("--no-graphs", action="store_true", help="launch every kernel anew instead of CUDA graphs")
+    how = parser.add_argument_group("how to measure")
+    how.add_argument("--repeat", type=int, default=7, help="counted runs")
+    how.add_argument("--warmup", type=int, default=1, help="runs before them that do not count")
+    how.add_argument("--tokens", type=int, help="time only so many tokens of a picture, and scale up")
+    how.add_argument("--json", type=Path, help="also write the numbers here")
+    what = parser.add_argument_group("what else to measure")
+    what.add_argument("--reference", type=Path, help="a checkout of the public 1.0 inference code, timed in turns")
+    what.add_argument("--reference-python", default=sys.executable, help="interpreter with its requirements")
+    what.add_argument(
+        "--sweep", type=Path, metavar="PREFIX", help="instead: sizes and batches, to PREFIX.png and .json"
     )
-    end = time.perf_counter()
-    tokens = len(marks) - 1
-    return {
-        "first_token": marks[1] - marks[0],
-        "token": (marks[-1] - marks[1]) / max(1, tokens - 1),
-        "vae": end - marks[-1],
-        "picture": (end - marks[0]) / batch,
-        "tokens_per_second": tokens * batch / (marks[-1] - marks[0]),
-    }
+    what.add_argument("--formats", action="store_true", help="instead: relative errors of the weight formats")
+    options = parser.parse_args(arguments)
+    for name in ("batch", "prompt_length", "repeat", "tokens", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    return options
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the process on a CPU, of the device elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
+def subject_of(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The model that the command line names, quantized where it says so."""
+    if options.random:
+        subject = random_subject(options.random, device, dtype)
+    else:
+        subject = load_subject(options.model, device, dtype)
+    quantize(subject.model, options.quantization, device, dtype)
+    return subject
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def case_of(options: argparse.Namespace) -> Case:
+    """The case that the command line describes; NextStepError where it makes no sense."""
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    try:
+        width, height = map(int, options.size.split("x"))
+    except ValueError:
+        raise NextStepError(f"--size is {options.size}; write it like 512x512.") from None
+    subject = subject_of(options, device, dtype)
+    settings = subject.settings.override(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    graphs = None if options.no_graphs else StepGraphs(subject.model)
+    return Case(subject, width, height, options.batch, settings, options.prompt_length, device, dtype, graphs)
+
+
+def run_case(options: argparse.Namespace) -> dict[str, Any]:
+    """One case, and the reference beside it."""
+    case = case_of(options)
+    if options.reference:
+        check_comparable(case, options.quantization, options.tokens)
+    result = benchmark(case, options.quantization, options.repeat, options.warmup, options.tokens)
+    show(result)
+    if options.reference:
+        result["reference"] = compare(case, options.reference, options.reference_python, options.repeat)
+        show_comparison(result["reference"])
+    return result
+
+
+def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
+    """Sizes and batches; the plot lies beside the numbers."""
+    need_matplotlib()
+    case = case_of(options)
+    result = sweep(case, options.repeat, options.warmup, options.tokens, print)
+    print(result["growth"])
+    result = {"settings": settings_of(case, options.quantization), "scaled_from_tokens": options.tokens, **result}
+    where = context(case.device)
+    title = f"{case.subject.name}, {case.settings.steps} steps, {options.dtype}\n{where['machine']}"
+    plot(result, title, options.sweep.with_suffix(".png"))
+    write(where | result, options.sweep.with_suffix(".json"))
+    return result
+
+
+def run_formats(options: argparse.Namespace) -> dict[str, Any]:
+    """Errors of the formats on the embedded model and on the random medium one."""
+    device = torch.device(options.device)
+    errors = []
+    for subject in (load_subject("tiny", device, torch.float32), random_subject("medium", device, torch.float32)):
+        errors += format_errors(subject, device)
+    show_errors(errors)
+    return {"formats": [asdict(row) for row in errors]}
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny", help='a folder, a hub id or "tiny"')
-    parser.add_argument("--size", default="64x64", help="width x height in pixels")
-    parser.add_argument("--steps", type=int, help="default: the checkpoint's recommendation")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
-    parser.add_argument("--repeat", type=int, default=7, help="counted runs, after one warm-up")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+    options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    width, height = map(int, options.size.split("x"))
-    pipeline = NextStepPipeline.from_pretrained(options.model, device=options.device, dtype=DTYPES[options.dtype])
-    runs = [measure(pipeline, width, height, options.steps, options.batch, seed) for seed in range(options.repeat + 1)][
-        1:
-    ]
-    result = {
-        "command": "python scripts/bench.py " + " ".join(sys.argv[1:]),
-        "machine": f"{processor()}, {torch.get_num_threads()} threads" if options.device == "cpu" else options.device,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "settings": f"{options.size}, {options.steps or pipeline.engine.recommended().steps} steps, "
-        f"cfg {pipeline.engine.recommended().cfg:g}, batch {options.batch}, {options.dtype}",
-        "median": {name: statistics.median(run[name] for run in runs) for name in runs[0]},
-        "spread": {name: [min(run[name] for run in runs), max(run[name] for run in runs)] for name in runs[0]},
-        "peak_memory_bytes": peak_memory(pipeline.device),
-    }
-    for name in ("command", "machine", "versions", "settings"):
-        print(f"{name:10} {result[name]}")
-    for name, value in result["median"].items():
-        low, high = result["spread"][name]
-        unit = "" if name.endswith("second") else " s"
-        print(f"{name:18} {value:10.4f}{unit}  (from {low:.4f} to {high:.4f})")
-    print(f"{'peak memory':18} {result['peak_memory_bytes'] / 2**20:10.0f} MiB")
+    where = context(torch.device(options.device))
+    for name, text in where.items():
+        print(f"{name:10} {text}")
+    try:
+        result = run_sweep(options) if options.sweep else run_formats(options) if options.formats else run_case(options)
+    except NextStepError as error:
+        sys.exit(str(error))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(where | result, options.json)
+    if result.get("reference", {}).get("tokens_agree") is False:
+        sys.exit("The tokens differ from the reference's.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What `scripts/bench.py` is made of: what is measured, the clock, the floor, the reference, and the tables."""
