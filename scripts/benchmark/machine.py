@@ -44,7 +44,7 @@ def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize() if hasattr(torch, "accelerator") else torch.cuda.synchronize(device)
+        getattr(torch, device.type).synchronize()
 
 
 @dataclass(frozen=True)

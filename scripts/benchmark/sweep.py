@@ -36,7 +36,6 @@ def seconds_by_part(case: Case, repeat: int, warmup: int, only: int | None) -> d
         "head": numbers["head"] * total / case.batch,
         "VAE": numbers["vae_picture"],
         "picture": numbers["picture"],
-        "token": numbers["token"],
         "tokens_per_second": numbers["tokens_per_second"],
     }
 
@@ -57,12 +56,12 @@ def growth(results: dict[str, Any]) -> str:
     """One sentence on what grows how."""
     first, last = results["size"][SIDES[0]], results["size"][SIDES[-1]]
     one, many = results["batch"][BATCHES[0]], results["batch"][BATCHES[-1]]
-    tokens, token = (SIDES[-1] / SIDES[0]) ** 2, last["token"] / first["token"]
+    tokens, times = (SIDES[-1] / SIDES[0]) ** 2, {part: last[part] / first[part] for part in first}
     return (
-        f"From {SIDES[0]} to {SIDES[-1]} pixels a side ({tokens:g} times the tokens) a picture takes "
-        f"{last['picture'] / first['picture']:.1f} times as long, and a token {token:.2f} times: the "
-        "head's cost per token is constant, the transformer's grows with the KV cache; "
-        f"{BATCHES[-1]} pictures at once take {one['picture'] / many['picture']:.1f} times less each than one alone."
+        f"From {SIDES[0]} to {SIDES[-1]} pixels a side there are {tokens:g} times the tokens, and a picture takes "
+        f"{times['picture']:.1f} times as long: the head {times['head']:.1f} times, the transformer, whose KV cache "
+        f"grows, {times['transformer']:.1f} times, and the VAE {times['VAE']:.1f} times; of {BATCHES[-1]} pictures "
+        f"drawn together each takes {many['picture'] / one['picture']:.2f} of the time of one alone."
     )
 
 
