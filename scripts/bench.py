@@ -14,6 +14,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,16 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nextstep_core.errors import NextStepError  # noqa: E402
 from nextstep_core.graphs import StepGraphs  # noqa: E402
+from nextstep_core.quantization import RECIPES  # noqa: E402
 from nextstep_core.sampling.solvers import SAMPLERS  # noqa: E402
-from scripts.benchmark.formats import FORMATS, format_errors, show_errors  # noqa: E402
-from scripts.benchmark.reference import check_comparable, compare, show_comparison  # noqa: E402
+from nextstep_core.settings import GenerationSettings  # noqa: E402
+from scripts.benchmark.formats import format_errors, show_errors  # noqa: E402
+from scripts.benchmark.reference import check_comparable, compare, save_published, show_comparison  # noqa: E402
 from scripts.benchmark.report import benchmark, context, settings_of, show  # noqa: E402
-from scripts.benchmark.subjects import SHAPES, Subject, load_subject, quantize, random_subject  # noqa: E402
+from scripts.benchmark.subjects import SHAPES, Subject, load_subject, random_subject, ready  # noqa: E402
 from scripts.benchmark.sweep import need_matplotlib, plot, sweep  # noqa: E402
 from scripts.benchmark.timing import Case  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZATIONS = ("none", *FORMATS[1:])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     case.add_argument("--cfg", type=float, help="default: the checkpoint's recommendation")
     case.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's recommendation")
     case.add_argument("--dtype", choices=DTYPES, default="fp32")
-    case.add_argument("--quantization", choices=QUANTIZATIONS, default="none")
+    case.add_argument("--quantization", choices=("none", *RECIPES), default="none")
     case.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     case.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
     case.add_argument("--no-graphs", action="store_true", help="launch every kernel anew instead of CUDA graphs")
@@ -69,49 +71,62 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    options.quantization = None if options.quantization == "none" else options.quantization
     return options
 
 
-def subject_of(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The model that the command line names, quantized where it says so."""
+def plain_subject(options: argparse.Namespace) -> Subject:
+    """The model that the command line names, as it is loaded."""
+    device, dtype = device_of(options), DTYPES[options.dtype]
     if options.random:
-        subject = random_subject(options.random, device, dtype)
-    else:
-        subject = load_subject(options.model, device, dtype)
-    quantize(subject.model, options.quantization, device, dtype)
-    return subject
+        return random_subject(options.random, device, dtype)
+    return load_subject(options.model, device, dtype, options.quantization)
 
 
-def case_of(options: argparse.Namespace) -> Case:
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device with its index, as tensors on it will say."""
+    return torch.empty(0, device=options.device).device
+
+
+def settings_for(options: argparse.Namespace, subject: Subject) -> GenerationSettings:
+    """The checkpoint's recommendation with what the command line says."""
+    return subject.settings.override(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+
+
+def case_of(options: argparse.Namespace, plain: Subject) -> Case:
     """The case that the command line describes; NextStepError where it makes no sense."""
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     try:
         width, height = map(int, options.size.split("x"))
     except ValueError:
         raise NextStepError(f"--size is {options.size}; write it like 512x512.") from None
-    subject = subject_of(options, device, dtype)
-    settings = subject.settings.override(steps=options.steps, cfg=options.cfg, sampler=options.sampler)
+    device, dtype = device_of(options), DTYPES[options.dtype]
+    subject = ready(plain, options.quantization, device, dtype)
     graphs = None if options.no_graphs else StepGraphs(subject.model)
+    settings = settings_for(options, subject)
     return Case(subject, width, height, options.batch, settings, options.prompt_length, device, dtype, graphs)
 
 
 def run_case(options: argparse.Namespace) -> dict[str, Any]:
     """One case, and the reference beside it."""
-    case = case_of(options)
-    if options.reference:
-        check_comparable(case, options.quantization, options.tokens)
-    result = benchmark(case, options.quantization, options.repeat, options.warmup, options.tokens)
-    show(result)
-    if options.reference:
-        result["reference"] = compare(case, options.reference, options.reference_python, options.repeat)
-        show_comparison(result["reference"])
+    plain = plain_subject(options)
+    with TemporaryDirectory(prefix="nextstep-bench-") as folder:
+        if options.reference:
+            check_comparable(settings_for(options, plain), options.quantization, options.tokens, options.reference)
+            save_published(plain, Path(folder))
+        case = case_of(options, plain)
+        result = benchmark(case, options.quantization, options.repeat, options.warmup, options.tokens)
+        show(result)
+        if options.reference:
+            beside = (options.reference, options.reference_python, options.repeat)
+            result["reference"] = compare(case, Path(folder), *beside)
+            show_comparison(result["reference"])
     return result
 
 
 def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
     """Sizes and batches; the plot lies beside the numbers."""
     need_matplotlib()
-    case = case_of(options)
+    case = case_of(options, plain_subject(options))
     result = sweep(case, options.repeat, options.warmup, options.tokens, print)
     print(result["growth"])
     result = {"settings": settings_of(case, options.quantization), "scaled_from_tokens": options.tokens, **result}
@@ -124,7 +139,7 @@ def run_sweep(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_formats(options: argparse.Namespace) -> dict[str, Any]:
     """Errors of the formats on the embedded model and on the random medium one."""
-    device = torch.device(options.device)
+    device = device_of(options)
     errors = []
     for subject in (load_subject("tiny", device, torch.float32), random_subject("medium", device, torch.float32)):
         errors += format_errors(subject, device)
@@ -141,7 +156,7 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    where = context(torch.device(options.device))
+    where = context(device_of(options))
     for name, text in where.items():
         print(f"{name:10} {text}")
     try:

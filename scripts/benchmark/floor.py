@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from nextstep_core.config import NextStepConfig
-from nextstep_core.model.nextstep import NextStepModel
+
+from .subjects import Subject
 
 HEAD = "image_head.net."
 
@@ -58,17 +59,17 @@ def part_of(name: str) -> str | None:
 
 
 def token_bytes(
-    model: NextStepModel, rows: int, prompt_length: int, tokens: int, calls: int, dtype: torch.dtype
+    subject: Subject, rows: int, prompt_length: int, tokens: int, calls: int, dtype: torch.dtype
 ) -> TokenBytes:
     """Bytes per token of pictures of `tokens` tokens, with `rows` transformer rows and a KV cache of `dtype`."""
     sums = {"transformer": 0, "head_once": 0, "head_call": 0}
-    for name, tensor in model.state_dict().items():
+    for name, size in subject.tensor_bytes.items():
         part = part_of(name)
         if part is not None:
-            sums[part] += tensor.nbytes
+            sums[part] += size
     # Token n is fed behind the prompt and n others, n = 0 .. tokens - 2, and sees itself too.
     mean_length = prompt_length + tokens / 2
-    return TokenBytes(kv=int(rows * mean_length * kv_bytes(model.config, dtype)), calls=calls, **sums)
+    return TokenBytes(kv=int(rows * mean_length * kv_bytes(subject.config, dtype)), calls=calls, **sums)
 
 
 def kv_bytes(config: NextStepConfig, dtype: torch.dtype) -> int:

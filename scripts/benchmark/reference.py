@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from nextstep_core.errors import NextStepError
 from nextstep_core.loading.fusion import split
+from nextstep_core.settings import GenerationSettings
 
 from .subjects import Subject
 from .timing import Case, summary, time_picture
@@ -34,7 +34,7 @@ FIRST = 2
 
 
 def save_published(subject: Subject, folder: Path) -> None:
-    """Write a model's config and weights in the layout of published checkpoints."""
+    """Write the config and weights, in the layout of published checkpoints, of a subject that is not `ready` yet."""
     state = split(subject.model.state_dict(), subject.config) | subject.text_embedding.state_dict()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -42,18 +42,20 @@ def save_published(subject: Subject, folder: Path) -> None:
 
 
 class Reference:
-    """The reference in a process of its own, loaded when the block is entered and ended when it is left."""
+    """The reference in a process of its own, loaded when the block is entered and ended when it is left.
 
-    def __init__(self, case: Case, checkout: Path, python: str) -> None:
-        self._case, self._checkout, self._python = case, checkout, python
+    `weights` is the folder of the checkpoint that `save_published` wrote.
+    """
+
+    def __init__(self, case: Case, weights: Path, checkout: Path, python: str) -> None:
+        self._case, self._weights, self._checkout, self._python = case, weights, checkout, python
         self._stack = ExitStack()
 
     def __enter__(self) -> Reference:
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nextstep-reference-")))
-        save_published(self._case.subject, folder)
+        folder = self._weights
         self._tokens, self._log = folder / "tokens.npy", folder / "log.txt"
         told = folder / "told.json"
-        told.write_text(json.dumps(self._told(folder)))
+        told.write_text(json.dumps(self._told()))
         log = self._stack.enter_context(self._log.open("w"))
         try:
             self._process = subprocess.Popen(
@@ -86,11 +88,11 @@ class Reference:
             print(seed, file=self._process.stdin, flush=True)
         return self._answer()["seconds"], torch.from_numpy(np.load(self._tokens))
 
-    def _told(self, folder: Path) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
         case = self._case
         return {
             "checkout": str(self._checkout.resolve()),
-            "checkpoint": str(folder),
+            "checkpoint": str(self._weights),
             "tokens": str(self._tokens),
             "dtype": str(case.dtype).removeprefix("torch."),
             "device": str(case.device),
@@ -123,12 +125,14 @@ class Reference:
         self._process.stdout.close()
 
 
-def check_comparable(case: Case, quantization: str, only: int | None) -> None:
-    """NextStepError for settings that the reference does not have."""
+def check_comparable(settings: GenerationSettings, quantization: str | None, only: int | None, checkout: Path) -> None:
+    """NextStepError, before any long work, for what the reference does not have, or where it is not."""
+    if not (checkout / "nextstep").is_dir():
+        raise NextStepError(f"{checkout} is no checkout of the public inference code: it has no folder `nextstep`.")
     reasons = {
-        f"the sampler {case.settings.sampler} (only {SAMPLER})": case.settings.sampler != SAMPLER,
-        f"the cfg_schedule {case.settings.cfg_schedule}": case.settings.cfg_schedule == "linear-rise",
-        f"quantization {quantization}": quantization != "none",
+        f"the sampler {settings.sampler} (only {SAMPLER})": settings.sampler != SAMPLER,
+        f"the cfg_schedule {settings.cfg_schedule}": settings.cfg_schedule == "linear-rise",
+        f"quantization {quantization}": quantization is not None,
         "--tokens: its cost per token is that of a whole picture": only is not None,
     }
     for reason, applies in reasons.items():
@@ -136,15 +140,13 @@ def check_comparable(case: Case, quantization: str, only: int | None) -> None:
             raise NextStepError(f"The reference cannot be compared with {reason}. Leave that away.")
 
 
-def compare(case: Case, checkout: Path, python: str, repeat: int) -> dict[str, Any]:
+def compare(case: Case, weights: Path, checkout: Path, python: str, repeat: int) -> dict[str, Any]:
     """Time both in turns, prefill and decode loop, after one run each that does not count, and compare the tokens.
 
     Tokens can be compared on a CPU alone: elsewhere the reference draws its noise on the device.
     """
-    if not (checkout / "nextstep").is_dir():
-        raise NextStepError(f"{checkout} is no checkout of the public inference code: it has no folder `nextstep`.")
     ours, theirs, differences = [], [], torch.zeros(case.tokens)
-    with Reference(case, checkout, python) as reference:
+    with Reference(case, weights, checkout, python) as reference:
         for seed in range(repeat + 1):
             seconds, tokens = time_picture(case, seed)
             their_seconds, their_tokens = reference.run(seed)

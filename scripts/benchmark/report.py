@@ -34,7 +34,7 @@ def context(device: torch.device) -> dict[str, str]:
     }
 
 
-def settings_of(case: Case, quantization: str) -> dict[str, Any]:
+def settings_of(case: Case, quantization: str | None) -> dict[str, Any]:
     """The case in words and numbers."""
     return {
         "model": case.subject.name,
@@ -48,7 +48,7 @@ def settings_of(case: Case, quantization: str) -> dict[str, Any]:
         "network_calls": case.calls,
         "cfg": case.settings.cfg,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "quantization": quantization,
+        "quantization": quantization or "none",
         "graphs": case.usable_graphs() is not None,
         "device": str(case.device),
         "threads": torch.get_num_threads(),
@@ -65,13 +65,13 @@ def floor_of(read: TokenBytes, rate: Bandwidth, token_seconds: dict[str, float])
     }
 
 
-def benchmark(case: Case, quantization: str, repeat: int, warmup: int, only: int | None) -> dict[str, Any]:
+def benchmark(case: Case, quantization: str | None, repeat: int, warmup: int, only: int | None) -> dict[str, Any]:
     """Measure everything about one case."""
     forget_peak(case.device)
     seconds = measure(case, repeat, warmup, only)
     peak, of = peak_memory(case.device)  # before the bandwidth's buffers
     rate = bandwidth(case.device)
-    read = token_bytes(case.subject.model, case.rows, case.prompt_length, case.tokens, case.calls, case.dtype)
+    read = token_bytes(case.subject, case.rows, case.prompt_length, case.tokens, case.calls, case.dtype)
     medians = {name: numbers["median"] for name, numbers in seconds.items()}
     return {
         "settings": settings_of(case, quantization),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from nextstep_core.config import NextStepConfig, VAEConfig, read_json
-from nextstep_core.errors import NextStepError
-from nextstep_core.loading.build import load_vae, plan_model
+from nextstep_core.config import NextStepConfig, VAEConfig
+from nextstep_core.loading.build import fill, load_vae, make_ready, plan_model
+from nextstep_core.loading.documents import CONFIG
 from nextstep_core.loading.sources import resolve_source, vae_beside
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.vae import AutoencoderKL
+from nextstep_core.processor import pack_linears
+from nextstep_core.quantization import quantize_model, quantized_linears
 from nextstep_core.settings import TEXT_TO_IMAGE_PRETRAIN, GenerationSettings, recommended_settings
 
 BIAS_STD = 0.02
@@ -71,7 +72,8 @@ PUBLISHED_VAE = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_chan
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready to be timed. `description` is what its config.json says."""
+    """A model to be timed. `description` is what its config.json says; `tensor_bytes` tells each tensor's size, and is
+    empty until `ready`, which may lay the weights out anew."""
 
     name: str
     description: dict[str, Any]
@@ -80,16 +82,19 @@ class Subject:
     text_embedding: TextEmbedding
     vae: AutoencoderKL
     settings: GenerationSettings
+    tensor_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def load_subject(source: str, device: torch.device, dtype: torch.dtype) -> Subject:
+def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Subject:
     """The checkpoint at `source` (folder, file, hub id or "tiny"); NextStepError as the pipeline raises it."""
     path = resolve_source(source)
-    plan = plan_model(path)
+    plan = plan_model(path, quantization, device)
     vae = load_vae(vae_beside(path, plan.config.vae_name_or_path), device, dtype)
-    settings = recommended_settings(plan.folder, plan.config, Path(source).name, editing=False)
-    model, embedding = plan.load_model(device, dtype), plan.load_text_embedding()
-    return Subject(source, read_json(plan.folder / "config.json"), plan.config, model, embedding, vae, settings)
+    settings = recommended_settings(plan.documents, plan.config, plan.documents.name, editing=False)
+    model = plan.empty_model()
+    fill(model, dict(plan.read_model(device, dtype)))
+    description = plan.documents.read(CONFIG)
+    return Subject(source, description, plan.config, model, plan.load_text_embedding(), vae, settings)
 
 
 def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -117,12 +122,14 @@ def randomized(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def quantize(model: NextStepModel, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the model's linears by those of the format `name`; "none" leaves them."""
-    if name == "none":
-        return
-    try:
-        from nextstep_core.quantization import quantize_model
-    except ImportError:
-        raise NextStepError(f"This version has no quantization, so {name} cannot be measured.") from None
-    quantize_model(model, name, device, dtype)
+def ready(subject: Subject, quantization: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The subject with its weights quantized, where they are not yet, and laid out for computing, in place."""
+    quantize = quantization is not None and not any(quantized_linears(subject.model))
+    if quantize:
+        quantize_model(subject.model, quantization, device, dtype)
+    tensor_bytes = {name: tensor.nbytes for name, tensor in subject.model.state_dict().items()}
+    if not quantize:
+        make_ready(subject.model, device, dtype)
+    elif device.type == "cpu" and dtype == torch.float32:
+        pack_linears(subject.model)  # what was not quantized
+    return replace(subject, tensor_bytes=tensor_bytes)

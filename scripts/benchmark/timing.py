@@ -18,6 +18,7 @@ from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.solvers import SAMPLERS
 from nextstep_core.settings import GenerationSettings
 from nextstep_core.sizes import check_size
+from nextstep_core.steps import make_steps
 
 from .machine import timed
 from .subjects import Subject
@@ -126,8 +127,6 @@ def time_parts(case: Case, count: int) -> dict[str, float]:
 
     The places lie evenly over the picture, so that the growing KV cache counts with its mean length.
     """
-    from nextstep_core.steps import make_steps
-
     device, embeds, total = case.device, case.embeds(), case.tokens
     length = embeds.shape[1] + total - 1
     sequence, draw = make_steps(
