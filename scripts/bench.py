@@ -26,14 +26,33 @@ from nextstep_core.graphs import StepGraphs  # noqa: E402
 from nextstep_core.quantization import RECIPES  # noqa: E402
 from nextstep_core.sampling.solvers import SAMPLERS  # noqa: E402
 from nextstep_core.settings import GenerationSettings  # noqa: E402
+from nextstep_core.sizes import check_size  # noqa: E402
 from scripts.benchmark.formats import format_errors, show_errors  # noqa: E402
-from scripts.benchmark.reference import check_comparable, compare, save_published, show_comparison  # noqa: E402
+from scripts.benchmark.reference import (  # noqa: E402
+    check_comparable,
+    compare,
+    find_reference,
+    save_published,
+    show_comparison,
+)
 from scripts.benchmark.report import benchmark, context, settings_of, show  # noqa: E402
 from scripts.benchmark.subjects import SHAPES, Subject, load_subject, random_subject, ready  # noqa: E402
 from scripts.benchmark.sweep import need_matplotlib, plot, sweep  # noqa: E402
 from scripts.benchmark.timing import Case  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def size(text: str) -> tuple[int, int]:
+    """(width, height) of "512x512"."""
+    try:
+        width, height = map(int, text.split("x"))
+        check_size(width, height)
+    except NextStepError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not like 512x512") from None
+    return width, height
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model", default="tiny", help='a folder, a hub id or "tiny"')
     model.add_argument("--random", choices=SHAPES, help="random weights of this size instead")
     case = parser.add_argument_group("the case")
-    case.add_argument("--size", default="64x64", help="width x height in pixels")
+    case.add_argument("--size", type=size, default="64x64", help="width x height in pixels")
     case.add_argument("--batch", type=int, default=1, help="pictures drawn together")
     case.add_argument("--prompt-length", type=int, default=40, help="prompt ids, drawn at random")
     case.add_argument("--steps", type=int, help="default: the checkpoint's recommendation")
@@ -67,10 +86,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--formats", action="store_true", help="instead: relative errors of the weight formats")
     options = parser.parse_args(arguments)
-    for name in ("batch", "prompt_length", "repeat", "tokens", "threads"):
+    least = {"batch": 1, "prompt_length": 1, "repeat": 1, "warmup": 0, "tokens": 1, "threads": 1}
+    for name, lowest in least.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if value is not None and value < lowest:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {lowest}")
     options.quantization = None if options.quantization == "none" else options.quantization
     return options
 
@@ -94,24 +114,22 @@ def settings_for(options: argparse.Namespace, subject: Subject) -> GenerationSet
 
 
 def case_of(options: argparse.Namespace, plain: Subject) -> Case:
-    """The case that the command line describes; NextStepError where it makes no sense."""
-    try:
-        width, height = map(int, options.size.split("x"))
-    except ValueError:
-        raise NextStepError(f"--size is {options.size}; write it like 512x512.") from None
+    """The case that the command line describes; the plain subject is made ready in place."""
     device, dtype = device_of(options), DTYPES[options.dtype]
     subject = ready(plain, options.quantization, device, dtype)
     graphs = None if options.no_graphs else StepGraphs(subject.model)
     settings = settings_for(options, subject)
-    return Case(subject, width, height, options.batch, settings, options.prompt_length, device, dtype, graphs)
+    return Case(subject, *options.size, options.batch, settings, options.prompt_length, device, dtype, graphs)
 
 
 def run_case(options: argparse.Namespace) -> dict[str, Any]:
     """One case, and the reference beside it."""
+    if options.reference:
+        find_reference(options.reference, options.reference_python)
     plain = plain_subject(options)
     with TemporaryDirectory(prefix="nextstep-bench-") as folder:
         if options.reference:
-            check_comparable(settings_for(options, plain), options.quantization, options.tokens, options.reference)
+            check_comparable(settings_for(options, plain), options.quantization, options.tokens)
             save_published(plain, Path(folder))
         case = case_of(options, plain)
         result = benchmark(case, options.quantization, options.repeat, options.warmup, options.tokens)
@@ -153,6 +171,7 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # a long run tells what it has, also into a file
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -7,6 +7,7 @@ The code itself is not here: it runs from a checkout of yours, in an interpreter
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -57,18 +58,14 @@ class Reference:
         told = folder / "told.json"
         told.write_text(json.dumps(self._told()))
         log = self._stack.enter_context(self._log.open("w"))
-        try:
-            self._process = subprocess.Popen(
-                [self._python, str(WORKER), str(told)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=folder,
-            )
-        except OSError as error:
-            self._stack.close()
-            raise NextStepError(f"--reference-python {self._python} cannot be run ({error}).") from None
+        self._process = subprocess.Popen(
+            [self._python, str(WORKER), str(told)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=folder,
+        )
         self._stack.callback(self._end)
         try:
             self.versions = self._answer()
@@ -125,10 +122,16 @@ class Reference:
         self._process.stdout.close()
 
 
-def check_comparable(settings: GenerationSettings, quantization: str | None, only: int | None, checkout: Path) -> None:
-    """NextStepError, before any long work, for what the reference does not have, or where it is not."""
+def find_reference(checkout: Path, python: str) -> None:
+    """NextStepError, before any long work, where the checkout or its interpreter is not there."""
     if not (checkout / "nextstep").is_dir():
         raise NextStepError(f"{checkout} is no checkout of the public inference code: it has no folder `nextstep`.")
+    if shutil.which(python) is None:
+        raise NextStepError(f"--reference-python is {python}, which is no program.")
+
+
+def check_comparable(settings: GenerationSettings, quantization: str | None, only: int | None) -> None:
+    """NextStepError for settings that the reference does not have."""
     reasons = {
         f"the sampler {settings.sampler} (only {SAMPLER})": settings.sampler != SAMPLER,
         f"the cfg_schedule {settings.cfg_schedule}": settings.cfg_schedule == "linear-rise",

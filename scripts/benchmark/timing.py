@@ -17,7 +17,6 @@ from nextstep_core.model.nextstep import unpatchify
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.solvers import SAMPLERS
 from nextstep_core.settings import GenerationSettings
-from nextstep_core.sizes import check_size
 from nextstep_core.steps import make_steps
 
 from .machine import timed
@@ -39,10 +38,6 @@ class Case:
     device: torch.device
     dtype: torch.dtype
     graphs: StepGraphs | None = None
-
-    def __post_init__(self) -> None:
-        check_size(self.width, self.height)
-        self.settings.check()
 
     @property
     def grid(self) -> tuple[int, int]:
