@@ -129,7 +129,7 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
     plain = plain_subject(options)
     with TemporaryDirectory(prefix="nextstep-bench-") as folder:
         if options.reference:
-            check_comparable(settings_for(options, plain), options.quantization, options.tokens)
+            check_comparable(settings_for(options, plain), options.tokens)
             save_published(plain, Path(folder))
         case = case_of(options, plain)
         result = benchmark(case, options.quantization, options.repeat, options.warmup, options.tokens)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nextstep_core.errors import NextStepError
 from nextstep_core.loading.fusion import split
+from nextstep_core.quantization import quantized_linears
 from nextstep_core.settings import GenerationSettings
 
 from .subjects import Subject
@@ -130,12 +131,11 @@ def find_reference(checkout: Path, python: str) -> None:
         raise NextStepError(f"--reference-python is {python}, which is no program.")
 
 
-def check_comparable(settings: GenerationSettings, quantization: str | None, only: int | None) -> None:
+def check_comparable(settings: GenerationSettings, only: int | None) -> None:
     """NextStepError for settings that the reference does not have."""
     reasons = {
         f"the sampler {settings.sampler} (only {SAMPLER})": settings.sampler != SAMPLER,
         f"the cfg_schedule {settings.cfg_schedule}": settings.cfg_schedule == "linear-rise",
-        f"quantization {quantization}": quantization is not None,
         "--tokens: its cost per token is that of a whole picture": only is not None,
     }
     for reason, applies in reasons.items():
@@ -146,7 +146,8 @@ def check_comparable(settings: GenerationSettings, quantization: str | None, onl
 def compare(case: Case, weights: Path, checkout: Path, python: str, repeat: int) -> dict[str, Any]:
     """Time both in turns, prefill and decode loop, after one run each that does not count, and compare the tokens.
 
-    Tokens can be compared on a CPU alone: elsewhere the reference draws its noise on the device.
+    The reference computes with the plain weights, in the case's dtype. Tokens can be compared for plain float32 on a CPU
+    alone: elsewhere the reference draws its noise on the device.
     """
     ours, theirs, differences = [], [], torch.zeros(case.tokens)
     with Reference(case, weights, checkout, python) as reference:
@@ -156,7 +157,8 @@ def compare(case: Case, weights: Path, checkout: Path, python: str, repeat: int)
             ours.append(seconds / case.batch)
             theirs.append(their_seconds / case.batch)
             differences = differences.maximum((tokens.float().cpu() - their_tokens).abs().amax((0, 2)))
-    comparable = case.device.type == "cpu" and case.dtype == torch.float32
+    exact = case.dtype == torch.float32 and not any(quantized_linears(case.subject.model))
+    comparable = exact and case.device.type == "cpu"
     return {
         "ours": summary(ours[1:]),
         "reference": summary(theirs[1:]),
