@@ -146,8 +146,8 @@ def check_comparable(settings: GenerationSettings, only: int | None) -> None:
 def compare(case: Case, weights: Path, checkout: Path, python: str, repeat: int) -> dict[str, Any]:
     """Time both in turns, prefill and decode loop, after one run each that does not count, and compare the tokens.
 
-    The reference computes with the plain weights, in the case's dtype. Tokens can be compared for plain float32 on a CPU
-    alone: elsewhere the reference draws its noise on the device.
+    The reference computes with the plain weights, in the case's dtype. Tokens can be compared for plain float32 on a
+    CPU alone: elsewhere the reference draws its noise on the device.
     """
     ours, theirs, differences = [], [], torch.zeros(case.tokens)
     with Reference(case, weights, checkout, python) as reference:
