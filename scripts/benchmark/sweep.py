@@ -10,7 +10,7 @@ from typing import Any
 
 from nextstep_core.errors import NextStepError
 
-from .timing import Case, measure
+from .timing import Case, measure, time_parts
 
 SIDES = (256, 512, 768, 1024)
 BATCHES = tuple(range(1, 9))
@@ -46,6 +46,7 @@ def sweep(case: Case, repeat: int, warmup: int, only: int | None, tell: Callable
     cases = [("size", side, replace(case, width=side, height=side, batch=1)) for side in SIDES]
     cases += [("batch", batch, replace(case, batch=batch)) for batch in BATCHES]
     for axis, value, one in cases:
+        time_parts(one, 1)  # the first use of every shape builds its programs
         results[axis][value] = seconds_by_part(one, repeat, warmup, only)
         tell(f"{axis} {value}: {results[axis][value]['picture']:.2f} s a picture")
     results["growth"] = growth(results)
