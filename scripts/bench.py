@@ -5,6 +5,7 @@ python scripts/bench.py --random 14b --dtype bf16 --size 512x512          # no f
 python scripts/bench.py --random medium --size 128x128 --threads 2 --reference CHECKOUT --reference-python PYTHON
 python scripts/bench.py --random medium --size 256x256 --tokens 8 --repeat 1 --warmup 0 --sweep docs/cost
 python scripts/bench.py --formats
+python scripts/bench.py --kernels --threads 2
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +30,7 @@ from nextstep_core.sampling.solvers import SAMPLERS  # noqa: E402
 from nextstep_core.settings import GenerationSettings  # noqa: E402
 from nextstep_core.sizes import check_size  # noqa: E402
 from scripts.benchmark.formats import format_errors, show_errors  # noqa: E402
+from scripts.benchmark.kernels import kernel_times, show_kernels  # noqa: E402
 from scripts.benchmark.reference import (  # noqa: E402
     check_comparable,
     compare,
@@ -85,6 +88,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sweep", type=Path, metavar="PREFIX", help="instead: sizes and batches, to PREFIX.png and .json"
     )
     what.add_argument("--formats", action="store_true", help="instead: relative errors of the weight formats")
+    what.add_argument("--kernels", action="store_true", help="instead: products for each way to store a matrix")
     options = parser.parse_args(arguments)
     least = {"batch": 1, "prompt_length": 1, "repeat": 1, "warmup": 0, "tokens": 1, "threads": 1}
     for name, lowest in least.items():
@@ -165,6 +169,20 @@ def run_formats(options: argparse.Namespace) -> dict[str, Any]:
     return {"formats": [asdict(row) for row in errors]}
 
 
+def run_kernels(options: argparse.Namespace) -> dict[str, Any]:
+    """Every product that works on the device."""
+    with torch.inference_mode():
+        found = kernel_times(device_of(options), options.repeat)
+    show_kernels(found)
+    return {"kernels": [asdict(row) for row in found]}
+
+
+def run_of(options: argparse.Namespace) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """What the command line asks to measure."""
+    others = {run_sweep: options.sweep, run_formats: options.formats, run_kernels: options.kernels}
+    return next((run for run, wanted in others.items() if wanted), run_case)
+
+
 def write(result: dict[str, Any], path: Path) -> None:
     """As JSON."""
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -179,7 +197,7 @@ def main() -> None:
     for name, text in where.items():
         print(f"{name:10} {text}")
     try:
-        result = run_sweep(options) if options.sweep else run_formats(options) if options.formats else run_case(options)
+        result = run_of(options)(options)
     except NextStepError as error:
         sys.exit(str(error))
     if options.json:
