@@ -27,9 +27,12 @@ make_environment() {
     for file in "$@"; do arguments+=(-r "$file"); done
     comfyui=$(find_comfyui)
     if [ -n "$comfyui" ]; then
-        # torchvision, torchaudio and what builds on them have no CPU build everywhere, and none of our graphs needs them.
+        # torchvision and torchaudio have no CPU build everywhere, and none of our graphs needs them. spandrel wants
+        # torchvision, so it comes without what it wants; the tests have a stand-in for the little that it imports. The
+        # frontend cannot make a loader node without the core's upscale loader, which needs spandrel.
         grep -vE '^(torch|torchvision|torchaudio|spandrel)\b' "$comfyui/requirements.txt" > "$VENV/comfyui-requirements.txt"
         arguments+=(-r "$VENV/comfyui-requirements.txt")
     fi
     "${pip[@]}" "${arguments[@]}"
+    if [ -n "$comfyui" ]; then "${pip[@]}" --no-deps spandrel; fi
 }
