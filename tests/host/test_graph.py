@@ -204,6 +204,8 @@ def test_every_node_has_tooltips_and_a_help_page(graph: ComfyGraph) -> None:
             assert all(item.tooltip for item in (*schema.inputs, *schema.outputs)), name
             help_page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
             assert help_page.startswith(f"# {schema.display_name}\n"), name
+            assert f"]({name}.png)" in help_page and (ROOT / "web" / "docs" / f"{name}.png").is_file(), name
+            assert "**Tip**" in help_page, name
 
 
 def test_installing_the_pack_changes_no_package_of_the_hosts_environment() -> None:
