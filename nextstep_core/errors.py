@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class NextStepError(ValueError):
     """Something about a checkpoint, a prompt or a setting is wrong; the message says what and what to do."""
+
+
+def damaged(path: Path, reason: object) -> NextStepError:
+    """The error for a file that cannot be read as what it should be."""
+    return NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.")
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

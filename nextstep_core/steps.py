@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .graphs import StepGraphs
+from .graphs import Step, StepGraphs
 from .model.kv_cache import KVCache, bucketed
 from .model.nextstep import NextStepModel
 from .model.positions import rotary_table
@@ -25,11 +25,10 @@ from .settings import GenerationSettings
 # Long stretches run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
 CHUNK = 1024
 
+Wrap: TypeAlias = Callable[[Step], Step]
 
-Wrap: TypeAlias = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
-
-def as_it_is(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def as_it_is(step: Step) -> Step:
     """The wrap that changes nothing."""
     return step
 

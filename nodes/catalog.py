@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ def _config_folders(roots: list[Path]) -> list[tuple[Path, Path]]:
 
 def _config(path: Path) -> dict[str, Any]:
     """The config of a folder, or of a single file that carries it; empty where it is unreadable."""
+    if is_marked(path):
+        return _carried_config(path, path.stat().st_mtime_ns)
+    return _read_config(path)
+
+
+@lru_cache(maxsize=64)
+def _carried_config(path: Path, _changed: int) -> dict[str, Any]:
+    """Of a file as it is since `_changed`: its header holds a tokenizer of megabytes, and every run asks."""
+    return _read_config(path)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         return find_documents(path).read(CONFIG)
     except NextStepError:

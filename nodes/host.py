@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..nextstep_core.config import VAEConfig
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.loading.build import fill, make_ready
+from ..nextstep_core.loading.checkpoint import DTYPES
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.processor import fastest_dtype
 from ..nextstep_core.quantization import quantized_linears
@@ -34,8 +35,7 @@ from ..nextstep_core.quantization import quantized_linears
 Interrupted = mm.InterruptProcessingException
 
 MODEL_FOLDER = "nextstep"
-WEIGHT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DTYPE_CHOICES = ("auto", *WEIGHT_DTYPES)
+DTYPE_CHOICES = ("auto", *DTYPES)
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
 SMALL_MODEL = 10**8  # parameters; below, no dtype makes a CPU noticeably faster
@@ -106,8 +106,8 @@ def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]
     """(storage, compute) dtypes for a model of so many parameters on the host's device; choice "auto" or a name."""
     check_choice("dtype", choice, DTYPE_CHOICES)
     device = mm.get_torch_device()
-    if choice in WEIGHT_DTYPES:
-        storage = WEIGHT_DTYPES[choice]
+    if choice in DTYPES:
+        storage = DTYPES[choice]
     elif mm.is_device_cpu(device):
         fits = parameters * torch.float32.itemsize <= mm.get_free_memory(device)
         storage = fastest_dtype() if parameters > SMALL_MODEL else torch.float32

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nextstep_core.errors import NextStepError  # noqa: E402
 from nextstep_core.graphs import StepGraphs  # noqa: E402
+from nextstep_core.loading.checkpoint import DTYPES  # noqa: E402
 from nextstep_core.quantization import RECIPES  # noqa: E402
 from nextstep_core.sampling.solvers import SAMPLERS  # noqa: E402
 from nextstep_core.settings import GenerationSettings  # noqa: E402
@@ -42,8 +43,6 @@ from scripts.benchmark.report import benchmark, context, settings_of, show  # no
 from scripts.benchmark.subjects import SHAPES, Subject, load_subject, random_subject, ready  # noqa: E402
 from scripts.benchmark.sweep import need_matplotlib, plot, sweep  # noqa: E402
 from scripts.benchmark.timing import Case  # noqa: E402
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def size(text: str) -> tuple[int, int]:

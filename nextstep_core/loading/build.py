@@ -73,7 +73,7 @@ class ModelPlan:
         Quantizing happens on `work_on` (default `device`), so that a GPU can do it for weights that stay on the host.
         `on_tensor` gets (done, of how many) before each tensor and may raise to stop.
         """
-        quantized = dict(quantized_linears(self.empty_model()))
+        quantized = {} if self.recipe is None else dict(quantized_linears(self.empty_model()))
         stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
         present = [name for name in self.model_names if name in self.files.locations]
         read = read_tensors(self.files, present, work_on or device, dtype, keep=stored if self.stored else ())
@@ -124,9 +124,8 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
         recipe = stored
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
-    plain = shapes_of(NextStepModel(config, device="meta"))
     plan = ModelPlan(documents, config, files, (), (), recipe, stored=documents.quantization is not None)
-    model = shapes_of(plan.empty_model()) if plan.stored else plain
+    model = shapes_of(plan.empty_model() if plan.stored else NextStepModel(config, device="meta"))
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
     check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
     files = fuse_locations(files, model, config)

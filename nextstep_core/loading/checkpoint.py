@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import NextStepError
+from ..errors import NextStepError, damaged
 from . import gguf_file
 from .documents import Documents
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as users call them
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAFETENSORS = (".safetensors", ".sft")
@@ -62,7 +63,7 @@ def _readable(path: Path) -> Iterator[None]:
         if isinstance(e, NextStepError):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.") from None
+        raise damaged(path, reason) from None
 
 
 def _safetensors_shapes(path: Path) -> dict[str, Shape]:

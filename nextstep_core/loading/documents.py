@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import NextStepError
+from ..errors import NextStepError, damaged
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -115,4 +115,4 @@ def file_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise NextStepError(f"{path} is damaged or incomplete ({error}). Delete it and download it again.") from None
+        raise damaged(path, error) from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError
+from ..errors import NextStepError, damaged
 
 SUFFIX = ".gguf"
 # llama.cpp's names for what our modules call otherwise; files that keep the original names need none of this.
@@ -54,7 +54,7 @@ def _reader(path: Path) -> Any:
     try:
         reader = GGUFReader(path)
     except Exception as error:  # it raises whatever its parsing meets
-        raise NextStepError(f"{path} is damaged or incomplete ({error}). Delete it and download it again.") from None
+        raise damaged(path, error) from None
     architecture = reader.get_field("general.architecture")
     if architecture is not None and architecture.contents() == "llama":
         raise NextStepError(

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..quantization import RECIPES
+from ..quantization.kernels import ALIGNMENT
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
-from .checkpoint import read_tensors
+from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
 from .sources import resolve_source, vae_beside
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -36,7 +36,6 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-ALIGNMENT = 64  # bytes; what starts at a multiple of it is multiplied as it lies in the file, without a copy
 
 Report = Callable[[int, int], None]
 
@@ -58,6 +57,7 @@ class StreamedFile:
             shape = list(tensor.shape)
             header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
+        # What starts at a multiple of the alignment is multiplied as it lies in the file, without a copy.
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self._data_start = 8 + len(text)
         self.size = self._data_start + end
@@ -100,7 +100,7 @@ def save_model(
     marks = {MARK: VERSION, "format": "pt", NAME: documents.name}
     if plan.recipe is not None:
         marks[QUANTIZATION] = plan.recipe.name
-    embedding = ((name, _to(t, dtype)) for name, t in read_tensors(plan.files, plan.text_embedding_names))
+    embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype)
     tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on))
     return _save(path, _empty_like(plan, dtype), marks | carried, tensors)
 
@@ -131,8 +131,8 @@ def _empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
     return empty | {name: t if name in stored else t.to(dtype) for name, t in state.items()}
 
 
-def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _show(done: int, total: int) -> None:
+    print(f"\r{done + 1} of {total} tensors", end="", flush=True)
 
 
 def main() -> None:
@@ -144,7 +144,6 @@ def main() -> None:
     parser.add_argument("--vae", action="store_true", help="write the checkpoint's VAE instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to quantize")
     options = parser.parse_args()
-    report = lambda done, total: print(f"\r{done + 1} of {total} tensors", end="", flush=True)  # noqa: E731
     try:
         if options.to.suffix != ".safetensors":
             raise NextStepError(f"--to is {options.to}; give it a name that ends in .safetensors.")
@@ -155,7 +154,7 @@ def main() -> None:
                 size = save_vae(source if is_vae else vae_beside(source, None), options.to, DTYPES[options.dtype])
             else:
                 plan = plan_model(source, options.quantization, options.device)
-                size = save_model(plan, options.to, DTYPES[options.dtype], options.device, report)
+                size = save_model(plan, options.to, DTYPES[options.dtype], options.device, _show)
     except NextStepError as error:
         sys.exit(str(error))
     print(f"\n{options.to}: {size / 1e9:.2f} GB")

@@ -87,14 +87,29 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
 
 
-def replace_linears(model: nn.Module, recipe: Recipe) -> None:
-    """Put empty quantized layers in the place of a model's linear layers."""
+def _stored_linears(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
+    """The linear layers that `recipe` stores in a format, each with an empty meta-device layer to take its place."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
-            format = recipe.format_of(name, layer.out_features, layer.in_features)
+            shape = layer.out_features, layer.in_features
+            format = recipe.format_of(name, *shape)
             if format is not None:
-                shape = layer.out_features, layer.in_features
-                model.set_submodule(name, QuantizedLinear(format, *shape, layer.bias, layer.weight.device))
+                yield name, layer, QuantizedLinear(format, *shape, layer.bias, "meta")
+
+
+def replace_linears(model: nn.Module, recipe: Recipe) -> None:
+    """Put empty quantized layers in the place of a meta-device model's linear layers."""
+    for name, _, quantized in _stored_linears(model, recipe):
+        model.set_submodule(name, quantized)
+
+
+def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
+    """Quantize a filled model in place, one matrix at a time, computing on `device`; `make_ready` must follow."""
+    for path, layer, quantized in _stored_linears(model, find_recipe(name, device)):
+        weight, scale = quantize_in_pieces(quantized.format, layer.weight.to(device))
+        quantized.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
+        quantized.weight_scale = nn.Parameter(scale.to(layer.weight.device), requires_grad=False)
+        model.set_submodule(path, quantized)
 
 
 def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -105,18 +120,3 @@ def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         if key not in kernels:
             kernels[key] = choose(layer.format, layer.weight.to(device), layer.weight_scale.to(device), dtype)
         layer.pack(kernels[key], device)
-
-
-def quantize_model(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Quantize a filled model in place, one matrix at a time, for computing on `device` in `dtype`."""
-    recipe = find_recipe(name, device)
-    for path, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear):
-            continue
-        format = recipe.format_of(path, layer.out_features, layer.in_features)
-        if format is not None:
-            quantized = QuantizedLinear(format, layer.out_features, layer.in_features, layer.bias, "meta")
-            for name, tensor in zip(("weight", "weight_scale"), quantize_in_pieces(format, layer.weight.to(device))):
-                setattr(quantized, name, nn.Parameter(tensor.to(layer.weight.device), requires_grad=False))
-            model.set_submodule(path, quantized)
-    prepare(model, device, dtype)

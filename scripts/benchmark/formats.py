@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nextstep_core.errors import NextStepError
+from nextstep_core.loading.build import make_ready
 from nextstep_core.model.nextstep import NextStepModel
 from nextstep_core.model.transformer import whole_span
 from nextstep_core.quantization import RECIPES, quantize_model
@@ -84,7 +85,8 @@ def format_errors(subject: Subject, device: torch.device) -> Iterator[FormatErro
         model = copy.deepcopy(subject.model).to(dtype)
         try:
             if name != "bf16":
-                quantize_model(model, name, device, dtype)
+                quantize_model(model, name, device)
+                make_ready(model, device, dtype)
             errors = relative(condition(model, probe, dtype), c), relative(velocity(model, probe, c, dtype), v)
         except (NextStepError, RuntimeError) as error:  # of a device that cannot hold the format
             yield FormatError(subject.name, name, reason=str(error).splitlines()[0])

@@ -14,7 +14,6 @@ from nextstep_core.loading.documents import CONFIG
 from nextstep_core.loading.sources import resolve_source, vae_beside
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.vae import AutoencoderKL
-from nextstep_core.processor import pack_linears
 from nextstep_core.quantization import quantize_model, quantized_linears
 from nextstep_core.settings import TEXT_TO_IMAGE_PRETRAIN, GenerationSettings, recommended_settings
 
@@ -124,12 +123,8 @@ def randomized(module: nn.Module, device: torch.device) -> nn.Module:
 
 def ready(subject: Subject, quantization: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
     """The subject with its weights quantized, where they are not yet, and laid out for computing, in place."""
-    quantize = quantization is not None and not any(quantized_linears(subject.model))
-    if quantize:
-        quantize_model(subject.model, quantization, device, dtype)
+    if quantization is not None and not any(quantized_linears(subject.model)):
+        quantize_model(subject.model, quantization, device)
     tensor_bytes = {name: tensor.nbytes for name, tensor in subject.model.state_dict().items()}
-    if not quantize:
-        make_ready(subject.model, device, dtype)
-    elif device.type == "cpu" and dtype == torch.float32:
-        pack_linears(subject.model)  # what was not quantized
+    make_ready(subject.model, device, dtype)
     return replace(subject, tensor_bytes=tensor_bytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -133,9 +134,9 @@ def time_parts(case: Case, count: int) -> dict[str, float]:
     guidance = guidance_scales(case.settings, total, device)[0]
     head, transformer = [], []
     for place in spread(max(1, total - 1), count):
-        seconds, token = timed(device, lambda: draw(hidden, noise, guidance))  # noqa: B023
+        seconds, token = timed(device, partial(draw, hidden, noise, guidance))
         head.append(seconds)
-        seconds, hidden = timed(device, lambda: sequence.feed(token[:, None], place))  # noqa: B023
+        seconds, hidden = timed(device, partial(sequence.feed, token[:, None], place))
         transformer.append(seconds)
     return {"prefill": prefill, "transformer": statistics.mean(transformer), "head": statistics.mean(head)}
 

@@ -14,7 +14,7 @@ from checkpoint_files import edit_json, make_wide
 from safetensors import safe_open
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.build import make_ready, plan_model
 from nextstep_core.loading.checkpoint import read_tensors
 from nextstep_core.loading.single_file import save_model, save_vae
 from nextstep_core.loading.sources import ASSETS
@@ -114,7 +114,8 @@ def test_quantizing_while_loading_and_afterwards_agree(pipeline: NextStepPipelin
     for recipe in ("int8", "int4"):
         loaded = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32, quantization=recipe)
         later = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
-        quantize_model(later.engine.model, recipe, CPU, torch.float32)
+        quantize_model(later.engine.model, recipe, CPU)
+        make_ready(later.engine.model, CPU, torch.float32)
         assert torch.equal(draw(loaded), draw(later))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.engine import Progress
+from nextstep_core.loading.build import make_ready
 from nextstep_core.prompt import Caption
 from nextstep_core.quantization import quantize_model
 from nextstep_core.streaming import streamed_bytes
@@ -28,7 +29,8 @@ SPREADS = {
 def load(recipe: str | None) -> NextStepPipeline:
     pipe = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
     if recipe is not None:
-        quantize_model(pipe.engine.model, recipe, CPU, torch.float32)
+        quantize_model(pipe.engine.model, recipe, CPU)
+        make_ready(pipe.engine.model, CPU, torch.float32)
     return pipe
 
 
