@@ -11,8 +11,8 @@ from typing import Any
 _HOMES = {
     "NextStepPipeline": ".pipeline",
     "GenerationOutput": ".pipeline",
-    "GenerationSettings": ".settings",
-    "Progress": ".engine",
+    "GenerationSettings": ".sampling.settings",
+    "Progress": ".decoding.engine",
     "NextStepError": ".errors",
 }
 

@@ -1,4 +1,7 @@
-"""The one exception type that leaves the engine: every message is a sentence for the person at the screen."""
+"""The one exception type that leaves the engine, and telling what a device's own errors mean. Imports no torch.
+
+Every message is a sentence for the person at the screen.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,19 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     choices = list(choices)
     if value not in choices:
         raise NextStepError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+
+
+OUT_OF_MEMORY_SIGNS = (
+    "out of memory",  # CUDA, ROCm, XPU, MPS
+    "invalid buffer size",  # MPS, for a single tensor that is larger than the device can hold
+    "status_alloc_failed",  # cuBLAS and cuDNN
+    "can't allocate memory",  # the host's allocator
+    "not enough memory",  # the same on Windows
+)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether less work at once would have gone through, whatever the device calls it."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import NextStepConfig
-from .engine import NextStepEngine, Progress
+from .decoding.engine import NextStepEngine, Progress
 from .errors import NextStepError
-from .graphs import StepGraphs
-from .images import to_rgb
+from .images.latents import patchify, unpatchify
+from .images.rgb import to_rgb
+from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
-from .loading.sources import resolve_source, vae_beside
-from .model.nextstep import patchify, unpatchify
+from .loading.store import resolve_source, vae_beside
+from .model.config import NextStepConfig
 from .model.vae import AutoencoderKL
-from .prompt import IMAGE_SLOT, Caption, EncodedImage, Grid
-from .tiling import check_tile
-from .tokenizer import NextStepTokenizer
+from .request.layout import IMAGE_SLOT, Caption, EncodedImage, Grid
+from .request.tokenizer import NextStepTokenizer
+from .runtime.graphs import StepGraphs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -158,7 +159,7 @@ class NextStepPipeline:
         """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
         pixels = to_pixels(image)
         grid = self.engine.grid(*pixels.shape[-2:])
-        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), vae_tile)
+        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), partial(run_in_tiles, tile=vae_tile))
         spread = self.vae.spread(logvar)
         patch, scale = self.engine.config.latent_patch_size, self.vae.config.scaling_factor
         return EncodedImage(
@@ -179,7 +180,7 @@ class NextStepPipeline:
 
     def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None) -> GenerationOutput:
         latents = self.vae.config.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
-        pixels = self.vae.decode(latents.to(self.dtype), vae_tile).float()
+        pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
 

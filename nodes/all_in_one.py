@@ -8,12 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.prompt import IMAGE_SLOT
+from ..nextstep_core.request.layout import IMAGE_SLOT
 from . import host
-from .latents import canvas_inputs, decode_latent, empty_latent
-from .prompts import encode_edit, encode_prompt, size_inputs
-from .sampler import DrawingNode, cfg_img_input, sample, setting_inputs, settings_for
+from .latents import decode_latent, empty_latent
+from .prompts import encode_edit, encode_prompt
+from .sampler import sample, settings_for
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue
+from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, size_inputs
 
 EDIT_NEGATIVE = "Copy original image."
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,15 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ..nextstep_core.config import VAEConfig
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import check_choice
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
+from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
-from ..nextstep_core.processor import fastest_dtype
-from ..nextstep_core.quantization import quantized_linears
+from ..nextstep_core.runtime import memory as runtime_memory
+from ..nextstep_core.runtime.cpu import fastest_dtype
+from ..nextstep_core.runtime.memory import MemoryPlan, plan_host_memory
+from ..nextstep_core.runtime.quantization import quantized_linears
 
 Interrupted = mm.InterruptProcessingException
 
@@ -145,53 +146,13 @@ def on_unload(patcher: Any, forget: Callable[[], None]) -> None:
     patcher.add_callback(CallbacksMP.ON_DETACH, lambda _, unpatch_all: unpatch_all and forget())
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures.
-
-    `tight` says that there is no room for what an earlier run has left on the device.
-    """
-
-    weights: int
-    resident: int
-    working: int
-    at_once: int
-    tight: bool
-
-    def __str__(self) -> str:
-        where, streamed = "", self.weights - self.resident
-        if streamed:
-            where = f" ({in_words(self.resident)} on the device, {in_words(streamed)} streamed from the host)"
-        return f"weights {in_words(self.weights)}{where}, KV cache and activations {in_words(self.working)}"
-
-
-def in_words(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def plan_memory(patcher: Any, pictures: int, bytes_each: int, streamed: int) -> MemoryPlan:
-    """How many of `pictures` to draw together, each needing so many bytes beside the weights, and what stays where.
-
-    `streamed` is the room that weights pass through when not all of them stay on the device. NextStepError when not
-    even one picture fits beside it.
-    """
+def plan_memory(patcher: Any, pictures: int, each: int, streamed: int) -> MemoryPlan:
+    """The plan for drawing `pictures` with a model on its device; see `runtime.memory.plan_memory`."""
     device, weights = patcher.load_device, patcher.model_size()
     if mm.is_device_cpu(device):
-        at_once = int(mm.get_free_memory(device) // max(1, bytes_each))
-        at_once = max(1, min(pictures, at_once))
-        return MemoryPlan(weights, weights, at_once * bytes_each, at_once, tight=False)
-    room = mm.get_total_memory(device) - mm.extra_reserved_memory()
-    if bytes_each + min(streamed, weights) > room:
-        raise NextStepError(
-            f"One picture needs {in_words(bytes_each)} of working memory and {in_words(streamed)} for weights on their "
-            f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
-        )
-    at_once = max(1, min(pictures, int((room - weights) // max(1, bytes_each))))
-    working = at_once * bytes_each
-    if weights + working <= room:
-        return MemoryPlan(weights, weights, working, at_once, tight=weights + 2 * working > room)
-    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once, tight=True)
+        return plan_host_memory(weights, int(mm.get_free_memory(device)), pictures, each)
+    room = int(mm.get_total_memory(device) - mm.extra_reserved_memory())
+    return runtime_memory.plan_memory(weights, room, pictures, each, streamed)
 
 
 def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:

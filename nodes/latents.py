@@ -8,9 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.sizes import BASES, RATIOS, UNIT, check_size, ratio_size
+from ..nextstep_core.request.sizes import BASES, RATIOS, UNIT, check_size, ratio_size
 from . import host
 from .types import CATEGORY
+from .widgets import canvas_inputs
 
 CHANNELS = 16
 DOWNSCALE = 8
@@ -33,18 +34,6 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
             "vae output of Load NextStep Model, and a latent that NextStep Sampler made."
         )
     return vae.decode(latents)
-
-
-def side_inputs() -> list[io.Input]:
-    """Width and height in pixels."""
-    tooltip = "In pixels, a multiple of 16."
-    return [io.Int.Input(side, default=512, min=16, max=4096, step=16, tooltip=tooltip) for side in ("width", "height")]
-
-
-def canvas_inputs() -> list[io.Input]:
-    """Width, height and batch size of an empty canvas."""
-    batch = io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise.")
-    return [*side_inputs(), batch]
 
 
 class NextStepEmptyLatent(io.ComfyNode):

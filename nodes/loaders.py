@@ -10,14 +10,15 @@ from weakref import WeakValueDictionary
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
-from ..nextstep_core.config import NextStepConfig, VAEConfig
-from ..nextstep_core.engine import NextStepEngine
+from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.graphs import StepGraphs
 from ..nextstep_core.loading.build import load_vae_state, plan_model
+from ..nextstep_core.loading.catalog import fingerprint
+from ..nextstep_core.model.config import NextStepConfig, VAEConfig
 from ..nextstep_core.pipeline import check_vae_fits
-from ..nextstep_core.quantization import RECIPES
-from ..nextstep_core.tokenizer import NextStepTokenizer
+from ..nextstep_core.request.tokenizer import NextStepTokenizer
+from ..nextstep_core.runtime.graphs import StepGraphs
+from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .types import CATEGORY, PUBLISHED_VAE, HostModel, ModelSocket
 
@@ -32,7 +33,7 @@ _loaded: WeakValueDictionary[tuple[str, str, str, bool], HostModel] = WeakValueD
 def load_model(name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
     path = catalog.find_model(name)
-    key = (_fingerprint(path), dtype, quantization, cuda_graphs)
+    key = (catalog.fingerprint(path), dtype, quantization, cuda_graphs)
     model = _loaded.get(key)
     if model is None:
         model = _loaded[key] = _load(path, dtype, quantization, cuda_graphs)
@@ -67,12 +68,6 @@ def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, VAEConfig]:
     check_vae_fits(config, vae_config.z_channels, vae_config.downscale)
     log.info("NextStep VAE: %s", vae_path)
     return host.native_vae(vae_config, state), vae_config
-
-
-def _fingerprint(path: Path) -> str:
-    """Changes when the files of a checkpoint change, or another VAE goes with it."""
-    vae_path = catalog.vae_of(path)
-    return catalog.fingerprint(path) + ("" if vae_path is None else catalog.fingerprint(vae_path))
 
 
 class NextStepModelLoader(io.ComfyNode):
@@ -138,7 +133,7 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
-        return _fingerprint(catalog.find_model(model_name))
+        return catalog.fingerprint(catalog.find_model(model_name))
 
     @classmethod
     def execute(
@@ -182,7 +177,7 @@ class NextStepVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str) -> str:
-        return catalog.fingerprint(catalog.find_vae(vae_name))
+        return fingerprint(catalog.find_vae(vae_name))
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

@@ -8,16 +8,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images import cover, to_rgb
-from ..nextstep_core.model.nextstep import patchify
-from ..nextstep_core.prompt import IMAGE_SLOT, Caption, EncodedImage
-from ..nextstep_core.sizes import BASES, check_size, nearest_ratio, ratio_size, whole_size
+from ..nextstep_core.images.latents import patchify
+from ..nextstep_core.images.rgb import cover, to_rgb
+from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
+from ..nextstep_core.request.sizes import BASES, check_size, nearest_ratio, ratio_size, whole_size
 from . import host
-from .latents import empty_latent, side_inputs
+from .latents import empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
-
-FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
-SIZES = (NEAREST, FIT, KEEP)
+from .widgets import FIT, KEEP, NEAREST, SIZES, size_inputs
 
 
 def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> PromptValue:
@@ -134,21 +132,6 @@ class NextStepPromptBatch(io.ComfyNode):
     @classmethod
     def execute(cls, first: PromptValue, second: PromptValue) -> io.NodeOutput:
         return io.NodeOutput(PromptValue(first.captions + second.captions))
-
-
-def size_inputs() -> list[io.Input]:
-    """The widgets that say to which size a picture is brought before it is edited."""
-    return [
-        io.Combo.Input(
-            "size",
-            options=list(SIZES),
-            default=NEAREST,
-            tooltip="How the picture is brought to a size that can be drawn. nearest aspect ratio: the closest of the "
-            "17 trained ratios, about as large as width x height. width and height: exactly those. keep: as it is, cut "
-            "to multiples of 16. What does not fit is cut off evenly on both sides.",
-        ),
-        *side_inputs(),
-    ]
 
 
 class NextStepEditEncode(io.ComfyNode):

@@ -10,37 +10,26 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.decode import KnownTokens
-from ..nextstep_core.engine import Job, Progress
+from ..nextstep_core.decoding.engine import Job, Progress
+from ..nextstep_core.decoding.loop import KnownTokens
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.masking import kept_tokens
-from ..nextstep_core.model.nextstep import patchify, unpatchify
-from ..nextstep_core.preview import fit_latent_to_rgb, latents_to_rgb
-from ..nextstep_core.prompt import Grid
-from ..nextstep_core.sampling.guidance import SCHEDULES
-from ..nextstep_core.sampling.solvers import SAMPLERS
-from ..nextstep_core.settings import GenerationSettings
-from ..nextstep_core.streaming import streamed_bytes
+from ..nextstep_core.images.latents import patchify, unpatchify
+from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
+from ..nextstep_core.request.layout import Grid
+from ..nextstep_core.request.masks import kept_tokens
+from ..nextstep_core.runtime.memory import in_words
+from ..nextstep_core.runtime.streaming import streamed_bytes
+from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-USE_NORM = {AUTO: None, "on": True, "off": False}
 DISCARD, KEEP = "discard", "keep"
 PREVIEW_SECONDS = 0.2
 # In a LATENT: it is an interrupted run's and its mask covers what is still to be drawn; this is the mask it had before.
 PARTIAL = "nextstep_partial"
-
-
-def with_widgets(
-    settings: GenerationSettings, *, sampler: str | None = None, use_norm: str = AUTO, **widgets: Any
-) -> GenerationSettings:
-    """Settings under a node's widgets; "auto" and None leave what is there. NextStepError when they make no sense."""
-    check_choice("use_norm", use_norm, USE_NORM)
-    sampler = None if sampler == AUTO else sampler
-    return settings.override(sampler=sampler, use_norm=USE_NORM[use_norm], **widgets)
 
 
 def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
@@ -128,7 +117,7 @@ def sample(
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
-    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, host.in_words(decoding), plan.at_once)
+    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
     if plan.tight and model.engine.graphs is not None:
         model.engine.graphs.clear()
     device = host.bring_to_device(model.patcher, plan)
@@ -194,104 +183,6 @@ class Preview:
         return latents_to_rgb(
             latents, self.model.rgb_map, finished[1] * self.model.engine.config.latent_patch_size
         ), size
-
-
-class DrawingNode(io.ComfyNode):
-    """What all nodes that draw share: their sampling widgets are checked when the graph is queued."""
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        steps: int | None = None,
-        cfg: float | None = None,
-        shift: float | None = None,
-        cfg_schedule: str | None = None,
-        sampler: str | None = None,
-        cfg_img: float | None = None,
-    ) -> bool | str:
-        """True, or what is wrong. None is a widget that is linked and so not known yet, or one the node lacks."""
-        try:
-            base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
-            with_widgets(
-                base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
-            )
-        except NextStepError as error:
-            return str(error)
-        return True
-
-
-def setting_inputs(steps: int, shift: float) -> list[io.Input]:
-    """The sampling widgets that all nodes that draw share."""
-    return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
-            control_after_generate=True,
-            tooltip="One seed gives one picture on every device.",
-        ),
-        io.Int.Input(
-            "steps",
-            default=steps,
-            min=1,
-            max=1000,
-            tooltip="Flow steps per token. Published: 28 for NextStep-1.1 and the Pretrain checkpoints, 50 for "
-            "NextStep-1-Large and -Edit.",
-        ),
-        io.Float.Input(
-            "cfg",
-            default=7.5,
-            min=1.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance: how closely the prompt is followed. 1 turns it off and halves the work; 7.5 is the "
-            "published setting.",
-        ),
-        io.Combo.Input(
-            "cfg_schedule",
-            options=list(SCHEDULES),
-            default="constant",
-            tooltip="Guidance from the top of the picture to its bottom: the same everywhere, falling to 1 (linear), "
-            "or rising from half (linear-rise).",
-        ),
-        io.Float.Input(
-            "shift",
-            default=shift,
-            min=0.01,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for editing.",
-        ),
-        io.Combo.Input(
-            "sampler",
-            options=[AUTO, *SAMPLERS],
-            default=AUTO,
-            tooltip="How a token is drawn from noise. auto takes what the checkpoint was published with.",
-        ),
-        io.Combo.Input(
-            "use_norm",
-            options=list(USE_NORM),
-            default=AUTO,
-            tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
-        ),
-    ]
-
-
-def cfg_img_input() -> io.Input:
-    """The widget for guidance by the input picture."""
-    return io.Float.Input(
-        "cfg_img",
-        default=2.0,
-        min=1.0,
-        max=100.0,
-        step=0.1,
-        round=0.01,
-        optional=True,
-        tooltip="Editing only: how closely the input picture is followed. 1 turns it off; published: 1.5 to 2.0.",
-    )
 
 
 class NextStepSampler(DrawingNode):

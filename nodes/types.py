@@ -9,9 +9,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.config import VAEConfig
-from ..nextstep_core.engine import NextStepEngine
-from ..nextstep_core.prompt import Caption
+from ..nextstep_core.decoding.engine import NextStepEngine
+from ..nextstep_core.model.config import VAEConfig
+from ..nextstep_core.request.layout import Caption
 
 CATEGORY = "NextStep"
 

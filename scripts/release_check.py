@@ -20,7 +20,7 @@ from comfy_server import ROOT, ComfyServer, find_comfyui, make_base, running_ser
 
 NEEDED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md")
 NEEDED_FOLDERS = ("nodes/", "nextstep_core/assets/tiny/", "web/docs/", "locales/", "example_workflows/")
-UNWANTED = ("tests/", "scripts/", ".ci/", ".git")
+UNWANTED = ("benchmarks/", "scripts/", "tests/", "training/", ".ci/", ".git")
 LARGEST_MB = 30
 
 

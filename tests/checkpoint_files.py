@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nextstep_core.config import NextStepConfig
 from nextstep_core.loading.checkpoint import shapes_of
 from nextstep_core.loading.fusion import published_shapes
+from nextstep_core.model.config import NextStepConfig
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 
 INDEX = "model.safetensors.index.json"

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
-
-
-def _import_core() -> ModuleType:
-    """Import the engine by itself, without putting the repository on the path: its `nodes` folder would shadow the
-    host's module of that name."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        importlib.import_module("scripts")  # the training recipe's renderer is what the evaluator reads against
-        return importlib.import_module("nextstep_core")
-    finally:
-        sys.path.remove(str(ROOT))
-
-
-_import_core()
 
 
 @pytest.fixture(scope="session")

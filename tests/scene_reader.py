@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scripts.train_tiny.scenes import COLORS, RADII, SHAPES, Scene, inside, relation_between
+from training.scenes import COLORS, RADII, SHAPES, Scene, inside, relation_between
 
 NAMES = list(COLORS)
 PALETTE = np.array([COLORS[name] for name in NAMES], np.float32)

@@ -1,1 +1,1 @@
-"""From files to modules: the only room that reads weights."""
+"""From names and files to modules: the only room that reads weights or uses the network."""

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import NextStepConfig, VAEConfig
 from ..errors import NextStepError
+from ..model.config import NextStepConfig, VAEConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
-from ..processor import pack_linears
-from ..quantization import Recipe, find_recipe, prepare, quantized_linears, replace_linears
-from ..quantization.formats import quantize_in_pieces
+from ..runtime.cpu import pack_linears
+from ..runtime.quantization import Recipe, find_recipe, prepare, quantized_linears, replace_linears
+from ..runtime.quantization.formats import quantize_in_pieces
 from . import gguf_file
 from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
 from .documents import CONFIG, Documents, find_documents

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import NextStepError, check_choice
-from .sources import HUB_FILES
+from .store import HUB_FILES
 
 PUBLISHED = {
     "NextStep-1.1": "stepfun-ai/NextStep-1.1",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..config import NextStepConfig
+from ..model.config import NextStepConfig
 from ..model.transformer import fused_rows
 from .checkpoint import Shape, TensorFiles
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ..errors import NextStepError
-from ..quantization import RECIPES
-from ..quantization.kernels import ALIGNMENT
+from ..runtime.quantization import RECIPES
+from ..runtime.quantization.products import ALIGNMENT
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
-from .sources import resolve_source, vae_beside
+from .store import resolve_source, vae_beside
 
 DTYPE_NAMES = {
     torch.float32: "F32",

@@ -1,1 +1,1 @@
-"""The network: pure math on tensors. Knows no files, no prompts, no sampling."""
+"""The networks and their configuration: plain math on tensors. Knows no files, no prompts, no sampling."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import NextStepConfig
+from .config import NextStepConfig
 
 BUCKET = 256
 

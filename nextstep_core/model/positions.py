@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import NextStepConfig
 from ..errors import NextStepError
+from .config import NextStepConfig
 
 DEFAULT_GRID_SIDE = 32
 

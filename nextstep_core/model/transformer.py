@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import NextStepConfig
 from . import operations as ops
+from .config import NextStepConfig
 from .kv_cache import KVCache
 from .positions import apply_rotary, rotary_table
 

@@ -6,17 +6,27 @@ shift that the transformer's tokens live in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import VAEConfig
-from ..tiling import check_tile, in_tiles, within_memory
 from . import operations as ops
+from .config import VAEConfig
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
+
+# run(network, x, pixels_in, pixels_out): how many pixels a position of the input and of the output stands for.
+Runner: TypeAlias = Callable[[nn.Module, Tensor, int, int], Tensor]
+
+
+def whole(network: nn.Module, x: Tensor, pixels_in: int, pixels_out: int) -> Tensor:
+    """The runner that gives a network its whole input."""
+    return network(x)
 
 
 def channel_norm(mean: Tensor, patch: int | None) -> Tensor:
@@ -176,12 +186,12 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(config, kwargs, operations)
         self.decoder = Decoder(config, kwargs, operations)
 
-    def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean (normalized where the config says so) and log-variance, (B, z, h, w), of pixels in [-1, 1].
+    def encode_moments(self, pixels: Tensor, run: Runner = whole) -> tuple[Tensor, Tensor]:
+        """Mean (normalized where the config says so) and log-variance, (B, z, h, w), of pixels (B, 3, H, W) in [-1, 1].
 
-        `tile` as in `decode`.
+        `run` may run the network in pieces. What the config normalizes is normalized afterwards, over the whole.
         """
-        mean, logvar = self._run(self.encoder, pixels, (1, self.config.downscale), tile).chunk(2, dim=1)
+        mean, logvar = run(self.encoder, pixels, 1, self.config.downscale).chunk(2, dim=1)
         if self.config.encoder_norm:
             mean = channel_norm(mean, self.config.psz)
         return mean, logvar
@@ -190,16 +200,6 @@ class AutoencoderKL(nn.Module):
         """Standard deviation of the posterior, or None for a deterministic checkpoint."""
         return None if self.config.deterministic else torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped.
-
-        Each picture is decoded whole, and in overlapping tiles only where memory runs out; `tile` is the side of tiles
-        in pixels for those who know beforehand that it will. NextStepError for a side that cannot be.
-        """
-        return self._run(self.decoder, latents, (self.config.downscale, 1), tile)
-
-    def _run(self, network: nn.Module, x: Tensor, pixels: tuple[int, int], tile: int | None) -> Tensor:
-        if tile is None:
-            return within_memory(network, x, *pixels)
-        check_tile(tile, self.config.downscale)
-        return in_tiles(network, x, *pixels, tile)
+    def decode(self, latents: Tensor, run: Runner = whole) -> Tensor:
+        """Pixels (B, 3, H, W), nominally in [-1, 1] and not clamped, of latents (B, z, h, w); `run` as above."""
+        return run(self.decoder, latents, self.config.downscale, 1)

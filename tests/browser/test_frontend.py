@@ -20,7 +20,7 @@ from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model, save_vae
-from nextstep_core.loading.sources import ASSETS
+from nextstep_core.loading.store import ASSETS
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +42,27 @@ def test_heavy_libraries_are_imported_where_they_are_used(heavy: str) -> None:
     assert all((heavy, True) not in imported(path) for path in CORE)
 
 
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    command += ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def test_rooms_import_only_from_rooms_below(tmp_path: Path) -> None:
+    """The contract in pyproject.toml holds, and notices an import upwards."""
+    kept = lint_imports(ROOT)
+    assert kept.returncode == 0, kept.stdout + kept.stderr
+    shutil.copytree(ROOT / "nextstep_core", tmp_path / "nextstep_core", ignore=shutil.ignore_patterns("assets"))
+    with (tmp_path / "nextstep_core" / "model" / "config.py").open("a") as file:
+        file.write("\nfrom ..request.sizes import GRIDS\n")
+    broken = lint_imports(tmp_path)
+    assert broken.returncode != 0
+    assert "nextstep_core.model.config -> nextstep_core.request.sizes" in broken.stdout
+
+
 def test_importing_the_package_loads_nothing() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import nextstep_core; print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    code = "import sys, nextstep_core; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.model.nextstep import unpatchify
+from nextstep_core.images.latents import unpatchify
 from nextstep_core.model.transformer import whole_span
-from nextstep_core.prompt import Caption
+from nextstep_core.request.layout import Caption
 from nextstep_core.sampling.guidance import guide
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.solvers import ETA, SAMPLERS

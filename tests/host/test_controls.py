@@ -49,7 +49,7 @@ def seen(kit: SimpleNamespace, latent: dict) -> list:
 
 
 def tokens_of(kit: SimpleNamespace, latent: dict) -> torch.Tensor:
-    from nextstep_core.model.nextstep import patchify
+    from nextstep_core.images.latents import patchify
 
     return patchify(kit.model.vae_config.to_model(latent["samples"]), 2)
 
@@ -221,7 +221,7 @@ def test_pictures_of_any_kind_are_brought_to_size(kit) -> None:
     assert size_of(torch.rand(1, 70, 90, 3), kit.prompts.KEEP) == (8, 10)
     assert size_of(torch.rand(1, 70, 90, 1), kit.prompts.FIT, 96, 64) == (8, 12)
     assert size_of(torch.rand(1, 30, 60, 4), kit.prompts.NEAREST, 256, 256) == (22, 46)
-    from nextstep_core.images import cover, to_rgb
+    from nextstep_core.images.rgb import cover, to_rgb
 
     clear = torch.zeros(1, 8, 8, 4)
     assert torch.equal(to_rgb(clear), torch.ones(1, 8, 8, 3)), "what is transparent is white"
@@ -306,7 +306,7 @@ def test_a_batch_that_does_not_go_round_is_one_sentence(kit) -> None:
 
 
 def test_aspect_ratios_are_the_trained_ones(kit) -> None:
-    from nextstep_core.sizes import BASES, GRIDS, RATIOS, ratio_size
+    from nextstep_core.request.sizes import BASES, GRIDS, RATIOS, ratio_size
 
     assert len(RATIOS) == 17
     for columns, rows in GRIDS:

@@ -135,7 +135,7 @@ def test_every_storage_type_draws_nearly_the_same(graph: ComfyGraph, model, dtyp
 def test_the_native_vae_equals_the_engines(graph: ComfyGraph, golden: Path, shape: str) -> None:
     """The host's own VAE class with our normalization, in the published width and in another one."""
     host, vae_module = graph.pack("nodes.host"), graph.pack("nextstep_core.model.vae")
-    config_class = graph.pack("nextstep_core.config").VAEConfig
+    config_class = graph.pack("nextstep_core.model.config").VAEConfig
     if shape == "narrow":
         config, state = graph.pack("nextstep_core.loading.build").load_vae_state(golden / "tiny-a" / "vae")
     else:

@@ -300,5 +300,6 @@ def test_what_cannot_fit_is_said_before_a_run(graph: ComfyGraph, accelerator: Ac
     patcher = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
     accelerator.memory = 3 * GB
     host = graph.pack("nodes.host")
-    with pytest.raises(host.NextStepError, match="One picture needs 2.00 GB of working memory and 2.00 GB for weights"):
+    error = graph.pack("nextstep_core.errors").NextStepError
+    with pytest.raises(error, match="One picture needs 2.00 GB of working memory and 2.00 GB for weights"):
         host.plan_memory(patcher, 1, 2 * GB, 2 * GB)

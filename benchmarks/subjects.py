@@ -1,0 +1,131 @@
+"""Models to measure: a checkpoint, or one of a published shape with random weights, which needs no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nextstep_core.loading.build import fill, load_vae, make_ready, plan_model
+from nextstep_core.loading.documents import CONFIG
+from nextstep_core.loading.published import TEXT_TO_IMAGE_PRETRAIN, recommended_settings
+from nextstep_core.loading.store import resolve_source, vae_beside
+from nextstep_core.model.config import NextStepConfig, VAEConfig
+from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
+from nextstep_core.model.vae import AutoencoderKL
+from nextstep_core.runtime.quantization import quantize_model, quantized_linears
+from nextstep_core.sampling.settings import GenerationSettings
+
+BIAS_STD = 0.02
+# Of the standard deviation that keeps the variance of what goes through a layer. With 1, and guidance of 7.5, rounding
+# errors grow a thousandfold over 16 tokens; with this, tokens have unit variance as real ones do and errors stay small.
+GAIN = 0.5
+
+# The published transformer and head, but for the vocabulary: its embedding is not read while a picture is drawn.
+PUBLISHED = {
+    "architectures": ["NextStep"],
+    "model_type": "nextstep",
+    "attention_bias": True,
+    "o_attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "vocab_size": 1024,
+    "pad_token_id": 1020,
+    "pad_token_id_added": 1020,
+    "boi": 1021,
+    "eoi": 1022,
+    "image_placeholder_id": 1023,
+    "latent_size": 32,
+    "latent_channels": 16,
+    "latent_patch_size": 2,
+    "fm_head_dim": 1536,
+    "fm_head_layers": 12,
+    "use_gen_pos_embed": False,
+}
+SHAPES = {
+    "14b": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 13824,
+    },
+    "medium": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2816,
+    },
+}
+PUBLISHED_VAE = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be timed. `description` is what its config.json says; `tensor_bytes` tells each tensor's size, and is
+    empty until `ready`, which may lay the weights out anew."""
+
+    name: str
+    description: dict[str, Any]
+    config: NextStepConfig
+    model: NextStepModel
+    text_embedding: TextEmbedding
+    vae: AutoencoderKL
+    settings: GenerationSettings
+    tensor_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Subject:
+    """The checkpoint at `source` (folder, file, hub id or "tiny"); NextStepError as the pipeline raises it."""
+    path = resolve_source(source)
+    plan = plan_model(path, quantization, device)
+    vae = load_vae(vae_beside(path, plan.config.vae_name_or_path), device, dtype)
+    settings = recommended_settings(plan.documents, plan.config, plan.documents.name, editing=False)
+    model = plan.empty_model()
+    fill(model, dict(plan.read_model(device, dtype)))
+    description = plan.documents.read(CONFIG)
+    return Subject(source, description, plan.config, model, plan.load_text_embedding(), vae, settings)
+
+
+def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """A model of `SHAPES[shape]` with random weights, made where they stay."""
+    description = PUBLISHED | SHAPES[shape]
+    config = NextStepConfig.from_dict(description)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = randomized(NextStepModel(config, dtype=dtype, device="meta"), device)
+        text_embedding = randomized(TextEmbedding(config, dtype=dtype, device="meta"), torch.device("cpu"))
+        vae = randomized(AutoencoderKL(PUBLISHED_VAE, dtype=dtype, device="meta"), device)
+    return Subject(f"random {shape}", description, config, model, text_embedding, vae, TEXT_TO_IMAGE_PRETRAIN)
+
+
+def randomized(module: nn.Module, device: torch.device) -> nn.Module:
+    """A meta-device module with memory on `device` and normal weights of GAIN / sqrt(inputs)."""
+    module = module.to_empty(device=device).eval().requires_grad_(False)
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.weight.normal_(std=GAIN * layer.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                layer.bias.normal_(std=BIAS_STD)
+        elif hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return module
+
+
+def ready(subject: Subject, quantization: str | None, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The subject with its weights quantized, where they are not yet, and laid out for computing, in place."""
+    if quantization is not None and not any(quantized_linears(subject.model)):
+        quantize_model(subject.model, quantization, device)
+    tensor_bytes = {name: tensor.nbytes for name, tensor in subject.model.state_dict().items()}
+    make_ready(subject.model, device, dtype)
+    return replace(subject, tensor_bytes=tensor_bytes)

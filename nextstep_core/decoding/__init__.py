@@ -1,0 +1,1 @@
+"""A job to image tokens: prefill, the loop, and the engine that owns what they need."""

@@ -1,0 +1,41 @@
+"""Input pictures of any kind to plain RGB of a size that can be encoded."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NextStepError
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """(B, H, W, 3) float32 in [0, 1] from (B, H, W, C): gray is repeated, alpha is laid on white.
+
+    NextStepError for empty pictures, another number of channels, or NaN.
+    """
+    if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
+        raise NextStepError(f"An input image has the shape {tuple(images.shape)}; expected (batch, height, width, 3).")
+    images = images.float()
+    if not torch.isfinite(images).all():
+        raise NextStepError("An input image holds NaN or infinite values.")
+    color, alpha = images, None
+    if images.shape[-1] in (2, 4):
+        color, alpha = images[..., :-1], images[..., -1:]
+    if color.shape[-1] == 1:
+        color = color.expand(*color.shape[:-1], 3)
+    if alpha is not None:
+        color = color * alpha + (1 - alpha)
+    return color.clamp(0, 1)
+
+
+def cover(images: Tensor, width: int, height: int) -> Tensor:
+    """Resize (B, H, W, 3) until it covers width x height, keeping its proportions, and crop the center."""
+    old_height, old_width = images.shape[1:3]
+    scale = max(width / old_width, height / old_height)
+    new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    channels_first = images.movedim(-1, 1)
+    if new != (old_height, old_width):
+        channels_first = F.interpolate(channels_first, size=new, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (new[0] - height) // 2, (new[1] - width) // 2
+    return channels_first[:, :, top : top + height, left : left + width].movedim(1, -1)

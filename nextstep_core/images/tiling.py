@@ -1,0 +1,115 @@
+"""Large pictures in little memory: one convolutional network over overlapping tiles, blended where they overlap.
+
+Sides and positions are in pixels here, and a network is told apart by how many pixels one position of its input and of
+its output stand for: 8 and 1 for a decoder, 1 and 8 for an encoder.
+
+A tile does not know what lies beyond it, so group norm and attention see less than in the whole picture: the result is
+close to the whole picture's, not equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import NextStepError, is_out_of_memory
+
+Network = Callable[[Tensor], Tensor]
+
+SIDES = (512, 256, 128)  # of tiles, in the order in which they are tried; NextStep-1 was trained at the first
+OVERLAP = 4  # neighbours share at least one part in so many of a side
+
+
+def check_tile(tile: int, unit: int) -> None:
+    """NextStepError for a side that cannot be: tiles are whole latent positions of `unit` pixels, and not too small."""
+    if tile < SIDES[-1] or tile % unit:
+        raise NextStepError(f"The VAE's tile is {tile} pixels; use a multiple of {unit}, at least {SIDES[-1]}.")
+
+
+def run_in_tiles(network: Network, x: Tensor, pixels_in: int, pixels_out: int, tile: int | None = None) -> Tensor:
+    """network(x): whole, and in tiles only where memory runs out; `tile` is their side in pixels for those who know
+    beforehand that it will. NextStepError for a side that cannot be. Fits `model.vae.Runner`."""
+    if tile is None:
+        return within_memory(network, x, pixels_in, pixels_out)
+    check_tile(tile, max(pixels_in, pixels_out))
+    return in_tiles(network, x, pixels_in, pixels_out, tile)
+
+
+def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int) -> Tensor:
+    """network(x) for x (B, C, h, w), all at once if memory allows.
+
+    Where it runs out, the pictures go one by one, and if one is still too much, in tiles that get smaller. What the
+    last attempt raises is raised.
+    """
+    whole = max(x.shape[-2:]) * pixels_in
+    sides = [whole, *(side for side in SIDES if side < whole)]
+    *attempts, last = dict.fromkeys([(whole, len(x)), *((side, 1) for side in sides)])
+    for side, together in attempts:
+        try:
+            return in_tiles(network, x, pixels_in, pixels_out, side, together)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # The next attempt begins without the error: its traceback holds on to what this one had allocated.
+    return in_tiles(network, x, pixels_in, pixels_out, *last)
+
+
+def in_tiles(network: Network, x: Tensor, pixels_in: int, pixels_out: int, side: int, together: int = 1) -> Tensor:
+    """network(x) for x (B, C, h, w) from square tiles of `side` pixels, so many pictures `together`.
+
+    Neighbouring tiles share a quarter of their side or more and fade into each other linearly. Pictures that fit into
+    one tile are given to the network as they are. NextStepError when a picture's sides are not whole latent positions.
+    """
+    return torch.cat([_blend(network, pictures, pixels_in, pixels_out, side) for pictures in x.split(together)])
+
+
+def _blend(network: Network, x: Tensor, pixels_in: int, pixels_out: int, side: int) -> Tensor:
+    height, width = (positions * pixels_in for positions in x.shape[-2:])
+    if max(height, width) <= side:
+        return network(x)
+    unit = max(pixels_in, pixels_out)
+    if height % unit or width % unit:
+        raise NextStepError(f"A picture of {width}x{height} cannot be cut into tiles; use multiples of {unit} pixels.")
+    rows, columns = _spans(height, side, unit), _spans(width, side, unit)
+    blended = None
+    for row, down in zip(rows, _feathers(rows, pixels_out)):
+        for column, across in zip(columns, _feathers(columns, pixels_out)):
+            piece = network(x[..., _cut(row, pixels_in), _cut(column, pixels_in)])
+            if blended is None:
+                shape = *piece.shape[:2], height // pixels_out, width // pixels_out
+                blended = piece.new_zeros(shape, dtype=torch.float32)
+            weights = torch.outer(down, across).to(piece.device)
+            blended[..., _cut(row, pixels_out), _cut(column, pixels_out)] += piece * weights
+    return blended.to(piece.dtype)
+
+
+def _cut(span: range, pixels: int) -> slice:
+    return slice(span.start // pixels, span.stop // pixels)
+
+
+def _spans(length: int, side: int, unit: int) -> list[range]:
+    """The pixels of each tile along a line of `length`: as few as will do, evenly spread, at multiples of `unit`."""
+    if length <= side:
+        return [range(length)]
+    overlap = side // OVERLAP
+    gaps = math.ceil((length - side) / (side - overlap))
+    starts = [round(i * (length - side) / gaps / unit) * unit for i in range(gaps + 1)]
+    return [range(start, start + side) for start in starts]
+
+
+def _feathers(spans: list[range], pixels_out: int) -> list[Tensor]:
+    """The weight of every output position of each tile, float32: all tiles' weights at a position add up to one."""
+    weights = torch.zeros(len(spans), spans[-1].stop // pixels_out)
+    for i, span in enumerate(spans):
+        inside = torch.arange(len(span) // pixels_out) + 0.5
+        feather = torch.ones_like(inside)
+        if i > 0:
+            feather = feather.minimum(inside * pixels_out / (spans[i - 1].stop - span.start))
+        if i + 1 < len(spans):
+            feather = feather.minimum(inside.flip(0) * pixels_out / (span.stop - spans[i + 1].start))
+        weights[i, _cut(span, pixels_out)] = feather
+    weights /= weights.sum(dim=0)
+    return [weight[_cut(span, pixels_out)] for weight, span in zip(weights, spans)]

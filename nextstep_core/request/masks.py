@@ -1,0 +1,32 @@
+"""From a pixel mask to the tokens that are kept: inpainting, outpainting, continuation and resuming are all this."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NextStepError
+from .layout import Grid
+
+THRESHOLD = 0.5
+
+
+def kept_tokens(mask: Tensor, grid: Grid) -> Tensor:
+    """(rows * columns,) bool, True where a token is kept, for a mask (H, W), above 0.5 where the picture is redrawn.
+
+    The mask may be in pixels, latents or any other size of the picture's proportions. A token is redrawn if anything
+    in its square is. NextStepError for other proportions, NaN, or a mask that redraws nothing.
+    """
+    rows, columns = grid
+    height, width = mask.shape
+    if not height or not width or height < rows or width < columns or height * columns != width * rows:
+        raise NextStepError(
+            f"The mask is {width}x{height}, but the latent is a picture of {columns * 16}x{rows * 16}. Make the mask "
+            "from the same picture that was encoded."
+        )
+    if not mask.isfinite().all():
+        raise NextStepError("The mask holds NaN or infinite values.")
+    redrawn = F.adaptive_max_pool2d((mask.float() > THRESHOLD).float()[None], grid)[0] > 0
+    if not redrawn.any():
+        raise NextStepError("The mask is empty, so there is nothing to draw. Paint the area that should be redrawn.")
+    return ~redrawn.flatten()

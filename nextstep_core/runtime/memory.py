@@ -1,0 +1,56 @@
+"""The memory of a run as arithmetic: how many pictures at once, and which share of the weights stays on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import NextStepError
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures.
+
+    `tight` says that there is no room for what an earlier run has left on the device.
+    """
+
+    weights: int
+    resident: int
+    working: int
+    at_once: int
+    tight: bool
+
+    def __str__(self) -> str:
+        where, streamed = "", self.weights - self.resident
+        if streamed:
+            where = f" ({in_words(self.resident)} on the device, {in_words(streamed)} streamed from the host)"
+        return f"weights {in_words(self.weights)}{where}, KV cache and activations {in_words(self.working)}"
+
+
+def in_words(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def plan_memory(weights: int, room: int, pictures: int, each: int, streamed: int) -> MemoryPlan:
+    """How many of `pictures` to draw together, each needing `each` bytes beside the weights, and what stays where.
+
+    All sizes are in bytes: `weights` of the model, `room` that the device has for it, and `streamed`, the room that
+    weights pass through when not all of them stay on the device. NextStepError when not even one picture fits.
+    """
+    if each + min(streamed, weights) > room:
+        raise NextStepError(
+            f"One picture needs {in_words(each)} of working memory and {in_words(streamed)} for weights on their "
+            f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
+        )
+    at_once = max(1, min(pictures, (room - weights) // max(1, each)))
+    working = at_once * each
+    if weights + working <= room:
+        return MemoryPlan(weights, weights, working, at_once, tight=weights + 2 * working > room)
+    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once, tight=True)
+
+
+def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
+    """The plan for a CPU, where all weights lie already and `free` bytes are left."""
+    at_once = max(1, min(pictures, free // max(1, each)))
+    return MemoryPlan(weights, weights, at_once * each, at_once, tight=False)

@@ -1,0 +1,122 @@
+"""Which matrices of the model are stored in which format, and the layer that stands in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import NextStepError, check_choice
+from .formats import FP8, INT4, INT4_128, INT8, Format, quantize_in_pieces
+from .products import Kernel, choose
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named choice of formats: one for the transformer's layers, one for the flow head's wide matrices.
+
+    A matrix of the transformer whose shape does not fit its format takes the head's. Everything else (norms, biases,
+    the small projections around the head) keeps its dtype.
+    """
+
+    name: str
+    transformer: Format
+    head: Format
+
+    def format_of(self, name: str, rows: int, columns: int) -> Format | None:
+        """The format for the linear layer called `name`, or None where it stays as it is."""
+        if name.startswith("layers."):
+            return self.transformer if self.transformer.fits(rows, columns) else self.head
+        return self.head if ".res_blocks." in name or name == "image_out_projector" else None
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("int8", INT8, INT8),
+        Recipe("int4", INT4, INT8),
+        Recipe("int4-g128", INT4_128, INT8),
+        Recipe("fp8", FP8, FP8),
+    )
+}
+
+
+def find_recipe(name: str, device: torch.device) -> Recipe:
+    """The recipe called `name`; NextStepError when there is none or `device` cannot hold its numbers."""
+    check_choice("quantization", name, RECIPES)
+    if name == "fp8" and device.type == "mps":
+        raise NextStepError("quantization is fp8, which Apple GPUs cannot hold. Use int8 or int4.")
+    return RECIPES[name]
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose matrix is stored in a `Format`. The weights may lie on another device than the input."""
+
+    def __init__(self, format: Format, rows: int, columns: int, bias: Tensor | None, device=None) -> None:
+        super().__init__()
+        weight, scale = format.empty(rows, columns, device)
+        self.format, self.rows, self.columns = format, rows, columns
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.kernel: Kernel | None = None
+
+    def pack(self, kernel: Kernel, device: torch.device) -> None:
+        """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
+        self.kernel = kernel
+        if kernel.pack is not None:
+            packed = kernel.pack(self.weight.to(device)).to(self.weight.device)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        here = {"device": x.device, "non_blocking": True}
+        weight, scale = self.weight.to(**here), self.weight_scale.to(**here)
+        out = self.kernel.run(x.reshape(-1, self.columns), weight, scale)
+        if self.bias is not None:
+            out = out + self.bias.to(dtype=x.dtype, **here)
+        return out.view(*x.shape[:-1], self.rows)
+
+    def extra_repr(self) -> str:
+        return f"{self.format.name}, {self.columns} to {self.rows}"
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The quantized layers of a model, by name."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
+
+
+def _stored_linears(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
+    """The linear layers that `recipe` stores in a format, each with an empty meta-device layer to take its place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            shape = layer.out_features, layer.in_features
+            format = recipe.format_of(name, *shape)
+            if format is not None:
+                yield name, layer, QuantizedLinear(format, *shape, layer.bias, "meta")
+
+
+def replace_linears(model: nn.Module, recipe: Recipe) -> None:
+    """Put empty quantized layers in the place of a meta-device model's linear layers."""
+    for name, _, quantized in _stored_linears(model, recipe):
+        model.set_submodule(name, quantized)
+
+
+def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
+    """Quantize a filled model in place, one matrix at a time, computing on `device`; `make_ready` must follow."""
+    for path, layer, quantized in _stored_linears(model, find_recipe(name, device)):
+        weight, scale = quantize_in_pieces(quantized.format, layer.weight.to(device))
+        quantized.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
+        quantized.weight_scale = nn.Parameter(scale.to(layer.weight.device), requires_grad=False)
+        model.set_submodule(path, quantized)
+
+
+def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled."""
+    kernels: dict[tuple[str, int], Kernel] = {}
+    for _, layer in quantized_linears(model):
+        key = layer.format.name, layer.columns
+        if key not in kernels:
+            kernels[key] = choose(layer.format, layer.weight.to(device), layer.weight_scale.to(device), dtype)
+        layer.pack(kernels[key], device)

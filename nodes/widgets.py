@@ -1,0 +1,151 @@
+"""Widgets that several nodes share, and what their values mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.sampling.guidance import SCHEDULES
+from ..nextstep_core.sampling.settings import GenerationSettings
+from ..nextstep_core.sampling.solvers import SAMPLERS
+
+AUTO = "auto"
+USE_NORM = {AUTO: None, "on": True, "off": False}
+FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
+SIZES = (NEAREST, FIT, KEEP)
+
+
+def with_widgets(
+    settings: GenerationSettings, *, sampler: str | None = None, use_norm: str = AUTO, **widgets: Any
+) -> GenerationSettings:
+    """Settings under a node's widgets; "auto" and None leave what is there. NextStepError when they make no sense."""
+    check_choice("use_norm", use_norm, USE_NORM)
+    sampler = None if sampler == AUTO else sampler
+    return settings.override(sampler=sampler, use_norm=USE_NORM[use_norm], **widgets)
+
+
+class DrawingNode(io.ComfyNode):
+    """What all nodes that draw share: their sampling widgets are checked when the graph is queued."""
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        cfg_schedule: str | None = None,
+        sampler: str | None = None,
+        cfg_img: float | None = None,
+    ) -> bool | str:
+        """True, or what is wrong. None is a widget that is linked and so not known yet, or one the node lacks."""
+        try:
+            base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
+            with_widgets(
+                base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
+            )
+        except NextStepError as error:
+            return str(error)
+        return True
+
+
+def setting_inputs(steps: int, shift: float) -> list[io.Input]:
+    """The sampling widgets that all nodes that draw share."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="One seed gives one picture on every device.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=1000,
+            tooltip="Flow steps per token. Published: 28 for NextStep-1.1 and the Pretrain checkpoints, 50 for "
+            "NextStep-1-Large and -Edit.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=7.5,
+            min=1.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance: how closely the prompt is followed. 1 turns it off and halves the work; 7.5 is the "
+            "published setting.",
+        ),
+        io.Combo.Input(
+            "cfg_schedule",
+            options=list(SCHEDULES),
+            default="constant",
+            tooltip="Guidance from the top of the picture to its bottom: the same everywhere, falling to 1 (linear), "
+            "or rising from half (linear-rise).",
+        ),
+        io.Float.Input(
+            "shift",
+            default=shift,
+            min=0.01,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for editing.",
+        ),
+        io.Combo.Input(
+            "sampler",
+            options=[AUTO, *SAMPLERS],
+            default=AUTO,
+            tooltip="How a token is drawn from noise. auto takes what the checkpoint was published with.",
+        ),
+        io.Combo.Input(
+            "use_norm",
+            options=list(USE_NORM),
+            default=AUTO,
+            tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
+        ),
+    ]
+
+
+def cfg_img_input() -> io.Input:
+    """The widget for guidance by the input picture."""
+    return io.Float.Input(
+        "cfg_img",
+        default=2.0,
+        min=1.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        optional=True,
+        tooltip="Editing only: how closely the input picture is followed. 1 turns it off; published: 1.5 to 2.0.",
+    )
+
+
+def side_inputs() -> list[io.Input]:
+    """Width and height in pixels."""
+    tooltip = "In pixels, a multiple of 16."
+    return [io.Int.Input(side, default=512, min=16, max=4096, step=16, tooltip=tooltip) for side in ("width", "height")]
+
+
+def canvas_inputs() -> list[io.Input]:
+    """Width, height and batch size of an empty canvas."""
+    batch = io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise.")
+    return [*side_inputs(), batch]
+
+
+def size_inputs() -> list[io.Input]:
+    """The widgets that say to which size a picture is brought before it is edited."""
+    return [
+        io.Combo.Input(
+            "size",
+            options=list(SIZES),
+            default=NEAREST,
+            tooltip="How the picture is brought to a size that can be drawn. nearest aspect ratio: the closest of the "
+            "17 trained ratios, about as large as width x height. width and height: exactly those. keep: as it is, cut "
+            "to multiples of 16. What does not fit is cut off evenly on both sides.",
+        ),
+        *side_inputs(),
+    ]

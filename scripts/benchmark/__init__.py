@@ -1,1 +1,0 @@
-"""What `scripts/bench.py` is made of: what is measured, the clock, the floor, the reference, and the tables."""

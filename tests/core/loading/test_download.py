@@ -1,0 +1,119 @@
+"""The download against a small hub on this machine: whole, resumable, verified, cancelled, and nothing too much."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import REPO, Hub
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+
+
+def run(target: Path, *options: str) -> subprocess.CompletedProcess:
+    """The command line, as its own process: huggingface_hub reads its settings when it is imported."""
+    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(target), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_checkpoint_comes_whole_and_without_its_code(hub: Hub, tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{REPO}: 0.00 GB in 1" in done.stdout
+    folder = tmp_path / "NextStep-1.1"
+    wanted = {name for name in hub.files if name != "modeling.py" and not name.endswith(".txt")} | {"merges.txt"}
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and ".cache" not in p.parts}
+    assert present == wanted
+    assert all((folder / name).read_bytes() == hub.files[name] for name in wanted)
+    assert "modeling.py" not in [name for name, _ in hub.asked]
+    assert hub.asked[-1][0] == "config.json", "a folder is listed only when it is whole"
+
+
+def test_a_dry_run_says_the_size_and_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
+    done = run(tmp_path, "--dry-run")
+    assert done.returncode == 0 and "GB in" in done.stdout
+    assert not hub.asked and not any(tmp_path.glob("NextStep*"))
+
+
+def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.pause = 0.2
+    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while hub.bytes_sent < 500_000 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    sent = hub.bytes_sent
+    time.sleep(1)
+    assert hub.bytes_sent - sent < 100_000, "nothing goes on in the background"
+    hub.pause = 0.0
+    hub.asked.clear()
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    fetched_again = {name for name, _ in hub.asked}
+    assert len(fetched_again) < len(hub.files) - 2, "finished files are not fetched again"
+
+
+def test_a_damaged_file_is_found_and_removed(hub: Hub, tmp_path: Path) -> None:
+    hub.lie_about = "model-00001-of-00002.safetensors"
+    done = run(tmp_path)
+    assert done.returncode != 0
+    assert "arrived damaged and was removed. Start the download again" in done.stderr
+    assert not (tmp_path / "NextStep-1.1" / hub.lie_about).exists()
+
+
+def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "nextstep_core.loading.download", "--to", str(tmp_path)]
+    unknown = subprocess.run([*command, "someone/else"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "someone/else at main cannot be had from the hub" in unknown.stderr and "Traceback" not in unknown.stderr
+    misspelt = subprocess.run([*command, "NextStep-2"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "name is 'NextStep-2'; choose one of NextStep-1.1" in misspelt.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline = run(tmp_path)
+    assert "cannot be had from the hub" in offline.stderr and "Traceback" not in offline.stderr
+
+
+def test_a_full_disk_and_an_interrupt_stop_it(hub: Hub, tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads its settings when it is imported."""
+    code = f"""
+from collections import namedtuple
+from pathlib import Path
+from nextstep_core import NextStepError
+from nextstep_core.loading import download as d
+
+class Interrupted(Exception): pass
+
+def stop(done, size):
+    if done > 200_000: raise Interrupted
+
+plan = d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
+try: d.download(plan, stop)
+except Interrupted: print("interrupted at", plan.fetched < plan.size)
+d.shutil.disk_usage = lambda path: namedtuple("usage", "free")(1000)
+try: d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
+except NextStepError as error: print(error)
+"""
+    hub.pause = 0.05
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "interrupted at True" in done.stdout, done.stderr
+    sent = hub.bytes_sent
+    time.sleep(1)
+    assert hub.bytes_sent - sent < 200_000, "the transfer was killed"
+    assert "GB free. Make room" in done.stdout

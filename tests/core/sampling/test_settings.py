@@ -1,0 +1,74 @@
+"""What a checkpoint recommends, and what that is when it says nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nextstep_core import GenerationSettings, NextStepError, NextStepPipeline
+from nextstep_core.loading.documents import Documents
+from nextstep_core.loading.published import published_settings, recommended_settings
+from nextstep_core.model.config import NextStepConfig
+from nextstep_core.request.sizes import nearest_ratio, ratio_size
+
+PUBLISHED = {
+    "NextStep-1-Large": GenerationSettings(7.5, 1.0, "constant", 50, 1.0, "score-sde-1.0", True),
+    "NextStep-1-Large-Pretrain": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.0", False),
+    "NextStep-1-Large-Edit": GenerationSettings(7.5, 2.0, "constant", 50, 3.2, "score-sde-1.0", True),
+    "NextStep-1.1": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.1", False),
+    "NextStep-1.1-Pretrain": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.1", False),
+}
+
+
+@pytest.fixture
+def config(golden: Path) -> NextStepConfig:
+    return NextStepConfig.from_dict(json.loads((golden / "tiny-a" / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_by_name(config: NextStepConfig, name: str) -> None:
+    assert published_settings(config, name, editing=False) == PUBLISHED[name]
+
+
+def test_a_config_of_the_1_1_kind_needs_no_name(config: NextStepConfig) -> None:
+    newer = replace(config, base_image_grid_size=32)
+    assert published_settings(newer, "renamed", editing=False).sampler == "score-sde-1.1"
+    assert published_settings(newer, "renamed", editing=True).shift == 3.2
+
+
+def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextStepConfig) -> None:
+    stated = {"cfg": 4, "num_sampling_steps": 12, "timesteps_shift": 1.5, "sampler": "flow-ode", "use_norm": False}
+    (checkpoint / "generation_config.json").write_text(json.dumps({**stated, "eos_token_id": 600}))
+    settings = recommended_settings(Documents(checkpoint), config, "NextStep-1-Large", editing=False)
+    assert settings == GenerationSettings(4, 1.0, "constant", 12, 1.5, "flow-ode", False)
+    pipe = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    stated_all = pipe.generate("A red apple.", height=32, width=32)
+    by_hand = pipe.generate(
+        "A red apple.", height=32, width=32, cfg=4.0, steps=12, shift=1.5, sampler="flow-ode", use_norm=False
+    )
+    assert torch.equal(stated_all.tokens, by_hand.tokens)
+
+
+@pytest.mark.parametrize(
+    ("stated", "sentence"),
+    [
+        ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many', which is of a wrong type"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
+        ({"cfg": 0.1}, "cfg is 0.1"),
+    ],
+)
+def test_a_wrong_generation_config_is_one_sentence(checkpoint: Path, config, stated: dict, sentence: str) -> None:
+    (checkpoint / "generation_config.json").write_text(json.dumps(stated))
+    with pytest.raises(NextStepError) as caught:
+        recommended_settings(Documents(checkpoint), config, "any", editing=False)
+    assert sentence in str(caught.value)
+
+
+def test_trained_sizes() -> None:
+    assert ratio_size("18:14 landscape", 512) == (576, 448)
+    assert nearest_ratio(1920, 1080) == "21:12 landscape"
+    assert nearest_ratio(700, 1000) == "13:19 portrait"
