@@ -35,8 +35,8 @@ from benchmarks.subjects import SHAPES, Subject, load_subject, random_subject, r
 from benchmarks.sweep import need_matplotlib, plot, sweep
 from benchmarks.timing import Case
 from nextstep_core.errors import NextStepError
+from nextstep_core.images.latents import PUBLISHED
 from nextstep_core.loading.checkpoint import DTYPES
-from nextstep_core.request.sizes import check_size
 from nextstep_core.runtime.graphs import StepGraphs
 from nextstep_core.runtime.quantization import RECIPES
 from nextstep_core.sampling.settings import GenerationSettings
@@ -47,7 +47,7 @@ def size(text: str) -> tuple[int, int]:
     """(width, height) of "512x512"."""
     try:
         width, height = map(int, text.split("x"))
-        check_size(width, height)
+        PUBLISHED.grid(height, width)
     except NextStepError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     except ValueError:

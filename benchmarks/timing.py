@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextstep_core.decoding.loop import decode_tokens, guidance_scales
 from nextstep_core.decoding.steps import make_steps
-from nextstep_core.images.latents import unpatchify
+from nextstep_core.images.latents import LatentSpace
 from nextstep_core.images.tiling import run_in_tiles
 from nextstep_core.runtime.graphs import StepGraphs
 from nextstep_core.sampling.noise import NoiseStream
@@ -44,8 +44,12 @@ class Case:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of tokens."""
-        unit = 8 * self.subject.config.latent_patch_size
-        return self.height // unit, self.width // unit
+        return self.latents.grid(self.height, self.width)
+
+    @property
+    def latents(self) -> LatentSpace:
+        """The space of the subject's latents."""
+        return LatentSpace.of(self.subject.config, self.subject.vae.config)
 
     @property
     def tokens(self) -> int:
@@ -108,8 +112,8 @@ def draw_tokens(case: Case, seed: int) -> Tensor:
 
 def decode_pictures(case: Case, tokens: Tensor) -> Tensor:
     """Pixels of tokens (M, tokens, token_dim)."""
-    latents = unpatchify(tokens.float(), case.grid, case.subject.config.latent_patch_size)
-    return case.subject.vae.decode(case.subject.vae.config.from_model(latents).to(case.dtype), run_in_tiles)
+    latents = case.latents.to_latents(tokens.float(), case.grid)
+    return case.subject.vae.decode(latents.to(case.dtype), run_in_tiles)
 
 
 def spread(places: int, count: int) -> list[int]:

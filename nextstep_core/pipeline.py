@@ -7,29 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .decoding.engine import NextStepEngine, Progress
 from .errors import NextStepError
-from .images.latents import patchify, unpatchify
-from .images.rgb import to_rgb
+from .images.latents import Grid, LatentSpace
+from .images.rgb import ImageInput, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
-from .model.config import NextStepConfig
 from .model.vae import AutoencoderKL
-from .request.layout import IMAGE_SLOT, Caption, EncodedImage, Grid
+from .request.layout import IMAGE_SLOT, Caption, EncodedImage
 from .request.tokenizer import NextStepTokenizer
 from .runtime.graphs import StepGraphs
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    ImageInput: TypeAlias = Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -40,23 +32,6 @@ class GenerationOutput:
     images: Tensor
     latents: Tensor
     tokens: Tensor
-
-
-def check_vae_fits(config: NextStepConfig, vae_channels: int, vae_downscale: int) -> None:
-    """NextStepError when a VAE's latents are not what the model's tokens are made of."""
-    if vae_channels != config.latent_channels or vae_downscale != 8:
-        raise NextStepError(
-            f"This VAE has {vae_channels} latent channels at 1/{vae_downscale} of the size; the model needs "
-            f"{config.latent_channels} at 1/8. Use the VAE that came with the checkpoint."
-        )
-
-
-def to_pixels(image: ImageInput) -> Tensor:
-    """One picture (PIL, or array or tensor (H, W, C) in [0, 1]; alpha is laid on white) to (1, 3, H, W) in [-1, 1]."""
-    if hasattr(image, "convert"):
-        image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
-    pixels = torch.as_tensor(image)
-    return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1
 
 
 class NextStepPipeline:
@@ -90,10 +65,10 @@ class NextStepPipeline:
         tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
-        check_vae_fits(plan.config, autoencoder.config.z_channels, autoencoder.config.downscale)
+        latents = LatentSpace.of(plan.config, autoencoder.config)
         model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
         graphs = StepGraphs(model) if cuda_graphs else None
-        engine = NextStepEngine(plan.config, model, text_embedding, tokenizer, plan.documents, graphs=graphs)
+        engine = NextStepEngine(plan.config, latents, model, text_embedding, tokenizer, plan.documents, graphs=graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
@@ -161,12 +136,9 @@ class NextStepPipeline:
         grid = self.engine.grid(*pixels.shape[-2:])
         mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), partial(run_in_tiles, tile=vae_tile))
         spread = self.vae.spread(logvar)
-        patch, scale = self.engine.config.latent_patch_size, self.vae.config.scaling_factor
-        return EncodedImage(
-            patchify(self.vae.config.to_model(mean), patch)[0],
-            grid,
-            None if spread is None else patchify(spread * scale, patch)[0],
-        )
+        latents = self.engine.latents
+        scaled = None if spread is None else latents.cut(spread * latents.scale)[0]
+        return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
 
     def _captions(self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None) -> list[Caption]:
         slots = [prompt.count(IMAGE_SLOT) for prompt in prompts]
@@ -179,7 +151,7 @@ class NextStepPipeline:
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 
     def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None) -> GenerationOutput:
-        latents = self.vae.config.from_model(unpatchify(tokens.float(), grid, self.engine.config.latent_patch_size))
+        latents = self.engine.latents.to_latents(tokens.float(), grid)
         pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())

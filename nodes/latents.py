@@ -8,26 +8,24 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.request.sizes import BASES, RATIOS, UNIT, check_size, ratio_size
+from ..nextstep_core.images.latents import PUBLISHED
+from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
 from .types import CATEGORY
 from .widgets import canvas_inputs
 
-CHANNELS = 16
-DOWNSCALE = 8
-
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
     """A LATENT of zeros for so many pictures."""
-    check_size(width, height)
-    shape = (batch, CHANNELS, height // DOWNSCALE, width // DOWNSCALE)
-    return {"samples": torch.zeros(shape, device=host.intermediate_device()), "downscale_ratio_spacial": DOWNSCALE}
+    shape = batch, *PUBLISHED.shape(PUBLISHED.grid(height, width))
+    samples = torch.zeros(shape, device=host.intermediate_device())
+    return {"samples": samples, "downscale_ratio_spacial": PUBLISHED.downscale}
 
 
 def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
     """Pictures (B, H, W, 3) in [0, 1] of a LATENT; NextStepError when VAE and latent do not belong together."""
     latents = samples["samples"]
-    channels = getattr(vae, "latent_channels", CHANNELS)
+    channels = getattr(vae, "latent_channels", PUBLISHED.channels)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise NextStepError(
             f"This latent has the shape {tuple(latents.shape)}, but the VAE decodes {channels} channels. Connect the "
@@ -54,7 +52,7 @@ class NextStepEmptyLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
         try:
-            check_size(*(UNIT if side is None else side for side in (width, height)))
+            PUBLISHED.grid(*(PUBLISHED.unit if side is None else side for side in (height, width)))
         except NextStepError as error:
             return str(error)
         return True

@@ -12,15 +12,15 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.loading.build import load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
-from ..nextstep_core.model.config import NextStepConfig, VAEConfig
-from ..nextstep_core.pipeline import check_vae_fits
+from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.request.tokenizer import NextStepTokenizer
 from ..nextstep_core.runtime.graphs import StepGraphs
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
-from .types import CATEGORY, PUBLISHED_VAE, HostModel, ModelSocket
+from .types import CATEGORY, HostModel, ModelSocket
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostM
     device = host.compute_device()
     plan = plan_model(path, None if quantization == AS_IT_IS else quantization, device)
     tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
-    vae, vae_config = _load_vae(path, plan.config)
+    vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(dtype, plan.parameters)
     model = plan.empty_model(host.operations(storage, compute))
     reporter = host.ProgressReporter(len(plan.model_names))
@@ -55,19 +55,20 @@ def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostM
     graphs = StepGraphs(model) if cuda_graphs else None
     if graphs is not None:
         host.on_unload(patcher, graphs.clear)
-    engine = NextStepEngine(plan.config, model, plan.load_text_embedding(), tokenizer, plan.documents, graphs=graphs)
-    return HostModel(engine, patcher, compute, vae, vae_config)
+    embedding = plan.load_text_embedding()
+    engine = NextStepEngine(plan.config, latents, model, embedding, tokenizer, plan.documents, graphs=graphs)
+    return HostModel(engine, patcher, compute, vae)
 
 
-def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, VAEConfig]:
-    """The VAE that goes with the checkpoint at `path`, or None, and the config that its latents follow."""
+def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:
+    """The VAE that goes with the checkpoint at `path`, or None, and the space of its latents."""
     vae_path = catalog.vae_of(path)
     if vae_path is None:
-        return None, PUBLISHED_VAE
+        return None, LatentSpace.of(config, None)
     vae_config, state = load_vae_state(vae_path)
-    check_vae_fits(config, vae_config.z_channels, vae_config.downscale)
+    latents = LatentSpace.of(config, vae_config)
     log.info("NextStep VAE: %s", vae_path)
-    return host.native_vae(vae_config, state), vae_config
+    return host.native_vae(vae_config, state), latents
 
 
 class NextStepModelLoader(io.ComfyNode):

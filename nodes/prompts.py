@@ -8,10 +8,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images.latents import patchify
+from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
-from ..nextstep_core.request.sizes import BASES, check_size, nearest_ratio, ratio_size, whole_size
+from ..nextstep_core.request.sizes import BASES, nearest_ratio, ratio_size
 from . import host
 from .latents import empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
@@ -25,13 +25,13 @@ def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> P
     return PromptValue((caption,))
 
 
-def target_size(images: Tensor, size: str, width: int, height: int) -> tuple[int, int]:
+def target_size(images: Tensor, size: str, width: int, height: int, latents: LatentSpace) -> tuple[int, int]:
     """(width, height) that an input batch (B, H, W, C) is brought to, by the node's choice."""
     check_choice("size", size, SIZES)
     old_height, old_width = images.shape[1:3]
     if size == KEEP:
-        return whole_size(old_width, old_height)
-    check_size(width, height)
+        return latents.size_inside(old_width, old_height)
+    latents.grid(height, width)
     if size == FIT:
         return width, height
     # The base whose area is nearest to the one asked for.
@@ -60,7 +60,7 @@ def encode_edit(
             f"The instruction has {slots} {IMAGE_SLOT} slots for {count} input image(s). Write {IMAGE_SLOT} once, "
             "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
         )
-    new_width, new_height = target_size(pixels, size, width, height)
+    new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
     latents = vae.encode(cover(pixels, new_width, new_height))
     channels = model.engine.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
@@ -69,8 +69,7 @@ def encode_edit(
             "the vae output of Load NextStep Model."
         )
     grid = model.engine.grid(new_height, new_width)
-    tokens = patchify(model.vae_config.to_model(latents.float()), model.engine.config.latent_patch_size)
-    encoded = [EncodedImage(picture, grid) for picture in tokens]
+    encoded = [EncodedImage(picture, grid) for picture in model.engine.latents.to_tokens(latents.float())]
     captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
     return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..nextstep_core.decoding.engine import Job, Progress
 from ..nextstep_core.decoding.loop import KnownTokens
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images.latents import patchify, unpatchify
+from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
-from ..nextstep_core.request.layout import Grid
 from ..nextstep_core.request.masks import kept_tokens
 from ..nextstep_core.runtime.memory import in_words
 from ..nextstep_core.runtime.streaming import streamed_bytes
@@ -39,14 +38,8 @@ def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **wid
 
 def grid_of(model: HostModel, latent: dict[str, Any]) -> Grid:
     """(rows, columns) of tokens for a LATENT; NextStepError when its shape is not one that this model draws."""
-    samples, channels = latent["samples"], model.engine.config.latent_channels
-    if samples.ndim != 4 or samples.shape[1] != channels:
-        raise NextStepError(
-            f"The latent has the shape {tuple(samples.shape)}; this model draws (batch, {channels}, height / 8, "
-            "width / 8). Use NextStep Empty Latent."
-        )
-    height, width = samples.shape[-2:]
-    return model.engine.grid(height * 8, width * 8)
+    width, height = model.engine.latents.size(model.engine.latents.grid_of(latent["samples"]))
+    return model.engine.grid(height, width)
 
 
 def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownTokens | None:
@@ -59,8 +52,9 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
         raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
     if not latent["samples"].isfinite().all():
         raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
-    tokens = patchify(model.vae_config.to_model(latent["samples"].float()), model.engine.config.latent_patch_size)
-    return KnownTokens(tokens, kept_tokens(masks[0], grid), one_by_one=PARTIAL in latent)
+    space = model.engine.latents
+    tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(masks[0], grid, space)
+    return KnownTokens(tokens, keep, one_by_one=PARTIAL in latent)
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:
@@ -155,8 +149,7 @@ def rate_text(progress: Progress) -> str:
 
 def to_latents(model: HostModel, job: Job, tokens: Tensor) -> Tensor:
     """Tokens (B, N, token_dim) to what the VAE decoder takes, (B, 16, h, w) float32."""
-    latents = unpatchify(tokens.float(), job.grid, model.engine.config.latent_patch_size)
-    return model.vae_config.from_model(latents).to(host.intermediate_device())
+    return model.engine.latents.to_latents(tokens.float(), job.grid).to(host.intermediate_device())
 
 
 class Preview:
@@ -169,10 +162,9 @@ class Preview:
 
     def of(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
         """(first picture of those under way, or None where nothing new is due; size in pixels as width and height)."""
-        rows, columns = self.job.grid
+        _, columns = self.job.grid
         finished = progress.start, progress.step.done // columns
-        unit = self.model.engine.pixels_per_token
-        size = (columns * unit, rows * unit)
+        size = self.model.engine.latents.size(self.job.grid)
         now = time.monotonic()
         last = progress.step.done == progress.total
         due = finished[1] and finished != self.shown and (last or now - self.shown_at >= PREVIEW_SECONDS)

@@ -10,18 +10,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
-from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.request.layout import Caption
 
 CATEGORY = "NextStep"
 
 ModelSocket = io.Custom("NEXTSTEP_MODEL")
 PromptSocket = io.Custom("NEXTSTEP_PROMPT")
-
-# Scale and shift of the published tokenizer, for a checkpoint that comes without its VAE.
-PUBLISHED_VAE = VAEConfig(
-    ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, scaling_factor=1.0, shift_factor=0.0
-)
 
 
 @dataclass(eq=False)
@@ -36,7 +30,6 @@ class HostModel:
     patcher: Any
     dtype: torch.dtype
     vae: Any
-    vae_config: VAEConfig
     rgb_map: Tensor | None = None
 
 

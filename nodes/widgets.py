@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.images.latents import PUBLISHED
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
@@ -126,8 +127,11 @@ def cfg_img_input() -> io.Input:
 
 def side_inputs() -> list[io.Input]:
     """Width and height in pixels."""
-    tooltip = "In pixels, a multiple of 16."
-    return [io.Int.Input(side, default=512, min=16, max=4096, step=16, tooltip=tooltip) for side in ("width", "height")]
+    unit = PUBLISHED.unit
+    return [
+        io.Int.Input(side, default=512, min=unit, max=4096, step=unit, tooltip=f"In pixels, a multiple of {unit}.")
+        for side in ("width", "height")
+    ]
 
 
 def canvas_inputs() -> list[io.Input]:

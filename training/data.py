@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nextstep_core.images.latents import patchify
+from nextstep_core.images.latents import PUBLISHED
 from nextstep_core.model.vae import AutoencoderKL
 
 from .scenes import (
@@ -42,7 +42,6 @@ PAIR_COUNT = 10000
 PAIR_EDIT_COUNT = 3000
 WIDE_COUNT = 1500
 TOKEN_PIXELS = 16
-PATCH = 2
 ENCODE_BATCH = 32
 
 
@@ -128,8 +127,8 @@ class LatentPool:
             scenes, parts = training_scenes(canvas), []
             for start in range(0, len(scenes), ENCODE_BATCH):
                 pixels = torch.stack([to_pixels(render(scene)) for scene in scenes[start : start + ENCODE_BATCH]])
-                latents = vae.to_model(vae.encode_moments(pixels.to(device))[0])
-                parts.append(patchify(latents, PATCH).half().cpu())
+                latents, _ = vae.encode_moments(pixels.to(device))
+                parts.append(PUBLISHED.to_tokens(latents).half().cpu())
             tokens[cls.key(*canvas)] = torch.cat(parts)
             print(f"encoded {len(scenes)} pictures of {canvas[0]}x{canvas[1]}", flush=True)
         return cls(tokens)

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import NextStepError, is_out_of_memory
-from ..images.latents import patchify
+from ..images.latents import Grid, LatentSpace
 from ..loading.documents import Documents
 from ..loading.published import is_1_1, recommended_settings
 from ..model.config import NextStepConfig
 from ..model.kv_cache import KVCache
 from ..model.nextstep import NextStepModel, TextEmbedding
-from ..model.positions import generation_codes
-from ..request.layout import Caption, EncodedImage, Grid, PromptRows, build_rows
-from ..request.sizes import check_size
+from ..model.positions import grid_side, has_codes
+from ..request.layout import Caption, EncodedImage, PromptRows, build_rows
 from ..request.tokenizer import NextStepTokenizer
 from ..runtime.graphs import StepGraphs
 from ..runtime.streaming import weights_on
@@ -31,8 +30,6 @@ from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
 from .loop import KnownTokens, TokenStep, decode_tokens
 from .steps import CHUNK, PrefillCache
-
-VAE_DOWNSCALE = 8
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ class NextStepEngine:
     """A loaded checkpoint without its VAE."""
 
     config: NextStepConfig
+    latents: LatentSpace
     model: NextStepModel
     text_embedding: TextEmbedding
     tokenizer: NextStepTokenizer
@@ -122,23 +120,29 @@ class NextStepEngine:
     prefilled: PrefillCache = field(default_factory=PrefillCache)
     graphs: StepGraphs | None = None  # None runs every step as it is
 
-    @property
-    def pixels_per_token(self) -> int:
-        """Side of the square of pixels that one token covers."""
-        return VAE_DOWNSCALE * self.config.latent_patch_size
-
     def recommended(self, editing: bool = False) -> GenerationSettings:
         """The checkpoint's own settings, for making or for editing an image."""
         return recommended_settings(self.documents, self.config, self.documents.name, editing)
 
     def grid(self, height: int, width: int) -> Grid:
-        """(rows, columns) of tokens for a picture; NextStepError offers the nearest size where a side does not fit."""
-        unit = self.pixels_per_token
-        check_size(width, height, unit)
-        grid = height // unit, width // unit
-        if self.config.use_gen_pos_embed:
-            generation_codes(self.config, grid, self.model.gen_pos_embed[0])
+        """(rows, columns) of tokens for a picture in pixels; NextStepError when it cannot be drawn, with what can."""
+        grid = self.latents.grid(height, width)
+        if self.config.use_gen_pos_embed and not has_codes(self.config, grid):
+            raise NextStepError(self._too_large(grid))
         return grid
+
+    def _too_large(self, grid: Grid) -> str:
+        side, (width, height) = grid_side(self.config), self.latents.size(grid)
+        if self.config.base_image_grid_size is not None:
+            held = "{}x{}".format(*self.latents.size((side, side)))
+            return (
+                f"This checkpoint has positions for {side}x{side} tokens ({held} pixels); {width}x{height} pixels is "
+                "larger. Choose a smaller size."
+            )
+        return (
+            f"This checkpoint has positions for {side * side} image tokens; {width}x{height} pixels needs "
+            f"{grid[0] * grid[1]}. Choose a smaller size."
+        )
 
     def prepare(
         self,
@@ -170,9 +174,7 @@ class NextStepEngine:
         return Job(replace(rows, images=images), grid, settings, noise, known)
 
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
-        patch = self.config.latent_patch_size
-        drawn = noise.posterior(self.config.latent_channels, image.grid[0] * patch, image.grid[1] * patch)
-        return image.sampled(patchify(drawn, patch)[0])
+        return image.sampled(self.latents.cut(noise.posterior(*self.latents.shape(image.grid)))[0])
 
     def check_prompt(self, text: str) -> None:
         """NextStepError when `text` alone is longer than the model's context."""

@@ -1,17 +1,108 @@
-"""Between latents and tokens."""
+"""Where a checkpoint's image tokens live: between pixels, the latents of its VAE, and tokens.
+
+A token is a square patch of latent positions, which are in turn squares of pixels; scale and shift take what the VAE
+encodes to what the transformer reads. Nothing else in the engine counts pixels per token.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from einops import rearrange
 from torch import Tensor
 
+from ..errors import NextStepError
+from ..model.config import NextStepConfig, VAEConfig
 
-def patchify(latents: Tensor, patch: int) -> Tensor:
-    """(B, C, h * patch, w * patch) latents to (B, h * w, C * patch * patch) tokens in raster order."""
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+Grid: TypeAlias = tuple[int, int]  # (rows, columns) of tokens
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Inverse of `patchify` for a (rows, columns) grid of any shape."""
-    h, w = grid
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=patch, q=patch)
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents (B, channels, h, w) of one checkpoint with its VAE, and its tokens (B, rows * columns, D).
+
+    `downscale` is pixels per latent position and `patch` latent positions per token, along a side; the transformer
+    reads (latent - shift) * scale.
+    """
+
+    channels: int
+    patch: int
+    downscale: int
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, config: NextStepConfig, vae: VAEConfig | None) -> LatentSpace:
+        """The space of a checkpoint with its VAE; without one, that of the published VAE.
+
+        NextStepError when the VAE's latents are not what the model's tokens are made of.
+        """
+        if vae is None:
+            return cls(
+                config.latent_channels, config.latent_patch_size, PUBLISHED.downscale, PUBLISHED.scale, PUBLISHED.shift
+            )
+        if vae.z_channels != config.latent_channels or vae.downscale != PUBLISHED.downscale:
+            raise NextStepError(
+                f"This VAE has {vae.z_channels} latent channels at 1/{vae.downscale} of the size; the model needs "
+                f"{config.latent_channels} at 1/{PUBLISHED.downscale}. Use the VAE that came with the checkpoint."
+            )
+        return cls(vae.z_channels, config.latent_patch_size, vae.downscale, vae.scaling_factor, vae.shift_factor)
+
+    @property
+    def unit(self) -> int:
+        """Side of the square of pixels that one token covers."""
+        return self.downscale * self.patch
+
+    def grid(self, height: int, width: int) -> Grid:
+        """(rows, columns) of a picture in pixels; NextStepError offers the nearest size where a side does not fit."""
+        unit = self.unit
+        if width < unit or height < unit or width % unit or height % unit:
+            near = [max(unit, round(side / unit) * unit) for side in (width, height)]
+            raise NextStepError(
+                f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
+                f"The nearest size is {near[0]}x{near[1]}."
+            )
+        return height // unit, width // unit
+
+    def grid_of(self, latents: Tensor) -> Grid:
+        """(rows, columns) of latents (B, channels, h, w), as `grid`; NextStepError for another number of channels."""
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise NextStepError(
+                f"The latent has the shape {tuple(latents.shape)}; this model draws (batch, {self.channels}, height / "
+                f"{self.downscale}, width / {self.downscale}). Use NextStep Empty Latent."
+            )
+        return self.grid(latents.shape[-2] * self.downscale, latents.shape[-1] * self.downscale)
+
+    def size(self, grid: Grid) -> tuple[int, int]:
+        """(width, height) in pixels of a (rows, columns) grid."""
+        return grid[1] * self.unit, grid[0] * self.unit
+
+    def size_inside(self, width: int, height: int) -> tuple[int, int]:
+        """The largest (width, height) of whole tokens that fits inside a picture; at least one token each way."""
+        return max(self.unit, width // self.unit * self.unit), max(self.unit, height // self.unit * self.unit)
+
+    def shape(self, grid: Grid) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of a (rows, columns) grid."""
+        return self.channels, grid[0] * self.patch, grid[1] * self.patch
+
+    def to_tokens(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the VAE encodes them, to tokens (B, N, D) as the transformer reads them."""
+        return self.cut((latents - self.shift) * self.scale)
+
+    def to_latents(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Inverse of `to_tokens`: tokens (B, N, D) of a (rows, columns) grid, to what the VAE decodes."""
+        return self.join(tokens, grid) / self.scale + self.shift
+
+    def cut(self, values: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, rows * columns, C * patch * patch) in raster order, values as they are."""
+        return rearrange(values, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+
+    def join(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Inverse of `cut` for a (rows, columns) grid of any shape."""
+        h, w = grid
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=self.patch, q=self.patch)
+
+
+# The space of the published checkpoints, whose VAE normalizes its latents itself.
+PUBLISHED = LatentSpace(channels=16, patch=2, downscale=8, scale=1.0, shift=0.0)

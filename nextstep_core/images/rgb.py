@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NextStepError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# One picture: PIL, or an array or tensor (H, W, C) in [0, 1].
+ImageInput: TypeAlias = Union["Image.Image", np.ndarray, Tensor]
 
 
 def to_rgb(images: Tensor) -> Tensor:
@@ -39,3 +48,11 @@ def cover(images: Tensor, width: int, height: int) -> Tensor:
         channels_first = F.interpolate(channels_first, size=new, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (new[0] - height) // 2, (new[1] - width) // 2
     return channels_first[:, :, top : top + height, left : left + width].movedim(1, -1)
+
+
+def to_pixels(image: ImageInput) -> Tensor:
+    """One picture (PIL, or array or tensor (H, W, C) in [0, 1]; alpha is laid on white) to (1, 3, H, W) in [-1, 1]."""
+    if hasattr(image, "convert"):
+        image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
+    pixels = torch.as_tensor(image)
+    return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1

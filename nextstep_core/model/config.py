@@ -173,14 +173,6 @@ class VAEConfig:
         """Pixels per latent position along one side."""
         return 2 ** (len(self.ch_mult) - 1)
 
-    def to_model(self, latents: Any) -> Any:
-        """What the VAE encoder gives, to the space of the transformer's tokens."""
-        return (latents - self.shift_factor) * self.scaling_factor
-
-    def from_model(self, latents: Any) -> Any:
-        """Inverse of `to_model`: what the VAE decoder takes."""
-        return latents / self.scaling_factor + self.shift_factor
-
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "vae/config.json") -> VAEConfig:
         """From the VAE's parsed `config.json`; NextStepError names a missing or wrong key."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError
 from .config import NextStepConfig
 
 DEFAULT_GRID_SIDE = 32
@@ -52,24 +51,22 @@ def grid_codes(hidden_size: int, side: int) -> Tensor:
     return torch.from_numpy(np.concatenate([columns, rows], axis=1).astype(np.float32))
 
 
+def has_codes(config: NextStepConfig, grid: tuple[int, int]) -> bool:
+    """Whether the table holds a code for every token of a (rows, columns) grid; see `generation_codes`."""
+    side = grid_side(config)
+    if config.base_image_grid_size is not None:
+        return max(grid) <= side
+    return grid[0] * grid[1] <= side * side
+
+
 def generation_codes(config: NextStepConfig, grid: tuple[int, int], table: Tensor) -> Tensor:
     """What is added to the condition of each generated position of a (rows, columns) grid: (rows * columns, hidden).
 
     Checkpoints that state `base_image_grid_size` take the grid's corner of the table (the 1.1 rule); all others take
-    its first rows as they come (the 1.0 rule). NextStepError when the grid is larger than the table.
+    its first rows as they come (the 1.0 rule). The grid must be one that `has_codes`.
     """
     rows, columns = grid
-    side = round(table.shape[0] ** 0.5)
     if config.base_image_grid_size is not None:
-        if rows > side or columns > side:
-            raise NextStepError(
-                f"This checkpoint has positions for {side}x{side} tokens ({side * 16}x{side * 16} pixels); "
-                f"{columns * 16}x{rows * 16} pixels is larger. Choose a smaller size."
-            )
+        side = grid_side(config)
         return table.reshape(side, side, -1)[:rows, :columns].reshape(rows * columns, -1)
-    if rows * columns > table.shape[0]:
-        raise NextStepError(
-            f"This checkpoint has positions for {table.shape[0]} image tokens; {columns * 16}x{rows * 16} pixels needs "
-            f"{rows * columns}. Choose a smaller size."
-        )
     return table[: rows * columns]

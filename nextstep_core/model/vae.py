@@ -1,7 +1,7 @@
 """The f8 autoencoder (LDM/FLUX shape, no quant convolutions): pixels to latents and back.
 
-Latents at this module's border are what its decoder takes; its config's `to_model` and `from_model` apply the scale and
-shift that the transformer's tokens live in.
+Latents at this module's border are what its decoder takes; scale and shift to the transformer's tokens are applied
+elsewhere.
 """
 
 from __future__ import annotations

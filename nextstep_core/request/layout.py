@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import NextStepError
+from ..images.latents import Grid
 from ..model.config import NextStepConfig
 from .tokenizer import IMAGE_AREA, NextStepTokenizer
 
 IMAGE_SLOT = "<image>"
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NextStepError
-from .layout import Grid
+from ..images.latents import PUBLISHED, Grid, LatentSpace
 
 THRESHOLD = 0.5
 
 
-def kept_tokens(mask: Tensor, grid: Grid) -> Tensor:
+def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED) -> Tensor:
     """(rows * columns,) bool, True where a token is kept, for a mask (H, W), above 0.5 where the picture is redrawn.
 
     The mask may be in pixels, latents or any other size of the picture's proportions. A token is redrawn if anything
@@ -20,8 +20,9 @@ def kept_tokens(mask: Tensor, grid: Grid) -> Tensor:
     rows, columns = grid
     height, width = mask.shape
     if not height or not width or height < rows or width < columns or height * columns != width * rows:
+        drawn_width, drawn_height = latents.size(grid)
         raise NextStepError(
-            f"The mask is {width}x{height}, but the latent is a picture of {columns * 16}x{rows * 16}. Make the mask "
+            f"The mask is {width}x{height}, but the latent is a picture of {drawn_width}x{drawn_height}. Make the mask "
             "from the same picture that was encoded."
         )
     if not mask.isfinite().all():

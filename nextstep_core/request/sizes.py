@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import NextStepError, check_choice
+from ..errors import check_choice
+from ..images.latents import PUBLISHED
 
-UNIT = 16
 BASES = (256, 512, 768, 1024)
 # (columns, rows) of tokens at base 256, from the widest to the tallest.
 GRIDS = (
     (32, 8), (28, 9), (25, 10), (23, 11), (21, 12), (19, 13), (18, 14), (17, 15), (16, 16),
     (15, 17), (14, 18), (13, 19), (12, 21), (11, 23), (10, 25), (9, 28), (8, 32),
 )  # fmt: skip
-
-
-def check_size(width: int, height: int, unit: int = UNIT) -> None:
-    """NextStepError, offering the nearest possible size, when a side is not a multiple of `unit` pixels."""
-    if width < unit or height < unit or width % unit or height % unit:
-        near = [max(unit, round(side / unit) * unit) for side in (width, height)]
-        raise NextStepError(
-            f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
-            f"The nearest size is {near[0]}x{near[1]}."
-        )
 
 
 def ratio_name(grid: tuple[int, int]) -> str:
@@ -34,11 +24,11 @@ RATIOS = {ratio_name(grid): grid for grid in GRIDS}
 
 
 def ratio_size(ratio: str, base: int) -> tuple[int, int]:
-    """(width, height) in pixels of a named ratio at a base; both are multiples of 16."""
+    """(width, height) in pixels of a named ratio at a base; both are whole tokens of the published checkpoints."""
     check_choice("ratio", ratio, RATIOS)
     check_choice("base", base, BASES)
     columns, rows = RATIOS[ratio]
-    return columns * UNIT * base // 256, rows * UNIT * base // 256
+    return PUBLISHED.size((rows * base // BASES[0], columns * base // BASES[0]))
 
 
 def nearest_ratio(width: int, height: int) -> str:
@@ -50,8 +40,3 @@ def nearest_ratio(width: int, height: int) -> str:
 def _stretch(grid: tuple[int, int], proportion: float) -> float:
     ratio = grid[0] / grid[1] / proportion
     return max(ratio, 1 / ratio) - 1
-
-
-def whole_size(width: int, height: int) -> tuple[int, int]:
-    """The largest (width, height) in multiples of 16 that fits inside a picture; at least 16 each."""
-    return max(UNIT, width // UNIT * UNIT), max(UNIT, height // UNIT * UNIT)

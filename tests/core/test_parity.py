@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.images.latents import unpatchify
 from nextstep_core.model.transformer import whole_span
 from nextstep_core.request.layout import Caption
 from nextstep_core.sampling.guidance import guide
@@ -87,8 +86,7 @@ def test_prefill_follows_the_reference(pipeline, case: dict) -> None:
     assert off_by(hidden, recorded["hidden_prefill"]) <= LIMITS["hidden_prefill"]
     assert off_by(engine.model.image_out_projector(hidden), recorded["head_cond_all"][0]) <= LIMITS["hidden_prefill"]
     if images:
-        patch = engine.config.latent_patch_size
-        latents = torch.cat([unpatchify(i.tokens[None], i.grid, patch) for row in job.rows.images for i in row])
+        latents = torch.cat([engine.latents.join(i.tokens[None], i.grid) for row in job.rows.images for i in row])
         assert off_by(latents, recorded["edit_latents"]) <= LIMITS["edit_latents"]
 
 

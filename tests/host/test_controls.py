@@ -49,9 +49,7 @@ def seen(kit: SimpleNamespace, latent: dict) -> list:
 
 
 def tokens_of(kit: SimpleNamespace, latent: dict) -> torch.Tensor:
-    from nextstep_core.images.latents import patchify
-
-    return patchify(kit.model.vae_config.to_model(latent["samples"]), 2)
+    return kit.model.engine.latents.to_tokens(latent["samples"])
 
 
 @torch.inference_mode()

@@ -10,7 +10,6 @@ import torch
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.decoding.loop import KnownTokens
 from nextstep_core.decoding.steps import PrefillCache, TokenSequence
-from nextstep_core.images.latents import patchify, unpatchify
 from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.model.transformer import span_at, whole_span
 from nextstep_core.request.layout import Caption
@@ -103,13 +102,6 @@ def test_any_rectangle(pipeline, size: tuple[int, int]) -> None:
     assert out.latents.shape == (1, 16, height // 8, width // 8)
     assert out.tokens.shape == (1, height * width // 256, 64)
     assert out.images.min() >= 0 and out.images.max() <= 1
-
-
-def test_unpatchify_puts_each_token_on_its_square() -> None:
-    latents = torch.arange(16 * 4 * 6.0).view(1, 16, 4, 6)
-    tokens = patchify(latents, 2)
-    assert torch.equal(tokens[0, 4], latents[0, :, 2:4, 2:4].flatten()), "second row, second column"
-    assert torch.equal(unpatchify(tokens, (2, 3), 2), latents)
 
 
 def test_callback_sees_every_token_and_stops_the_run(pipeline) -> None:

@@ -1,0 +1,52 @@
+"""Between pixels, latents and tokens: by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nextstep_core import NextStepError
+from nextstep_core.images.latents import PUBLISHED, LatentSpace
+from nextstep_core.model.config import NextStepConfig, VAEConfig
+
+LATENTS = torch.arange(16 * 4 * 6.0).view(1, 16, 4, 6)
+SCALED = replace(PUBLISHED, scale=2.0, shift=3.0)
+
+
+def test_each_token_lies_on_its_square() -> None:
+    tokens = PUBLISHED.cut(LATENTS)
+    assert torch.equal(tokens[0, 4], LATENTS[0, :, 2:4, 2:4].flatten()), "second row, second column"
+    assert torch.equal(PUBLISHED.join(tokens, (2, 3)), LATENTS)
+
+
+def test_scale_and_shift_apply_once_each_way() -> None:
+    tokens = SCALED.to_tokens(LATENTS)
+    assert tokens[0, 0, 1] == (1 - 3) * 2
+    assert torch.equal(SCALED.to_latents(tokens, (2, 3)), LATENTS)
+
+
+def test_sizes_grids_and_shapes_belong_together() -> None:
+    assert PUBLISHED.unit == 16
+    assert PUBLISHED.grid(height=32, width=48) == (2, 3) == PUBLISHED.grid_of(LATENTS)
+    assert PUBLISHED.size((2, 3)) == (48, 32)
+    assert PUBLISHED.shape((2, 3)) == LATENTS.shape[1:]
+    assert PUBLISHED.size_inside(100, 15) == (96, 16)
+
+
+@pytest.mark.parametrize(("side", "near"), [(72, "64x64"), (75, "80x64"), (0, "16x64")])
+def test_a_size_between_tokens_offers_the_nearest(side: int, near: str) -> None:
+    with pytest.raises(NextStepError, match=f"A picture of {side}x64 pixels is not possible.*{near}"):
+        PUBLISHED.grid(64, side)
+
+
+def test_a_vae_of_another_kind_is_one_sentence(pipeline) -> None:
+    config: NextStepConfig = pipeline.engine.config
+    vae: VAEConfig = pipeline.vae.config
+    assert LatentSpace.of(config, vae) == replace(PUBLISHED, scale=vae.scaling_factor, shift=vae.shift_factor)
+    assert LatentSpace.of(config, None) == PUBLISHED
+    with pytest.raises(NextStepError, match="4 latent channels at 1/8 of the size; the model needs 16 at 1/8"):
+        LatentSpace.of(config, replace(vae, z_channels=4))
+    with pytest.raises(NextStepError, match="16 latent channels at 1/2 of the size"):
+        LatentSpace.of(config, replace(vae, ch_mult=(1, 2)))
