@@ -228,7 +228,7 @@ def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
     assert len(notes) == 1, "a short note on the canvas"
     for node in workflow["nodes"]:
         if node not in notes:
-            pack = "comfyui-nextstep" if node["type"].startswith("NextStep") else "comfy-core"
+            pack = "nextstep" if node["type"].startswith("NextStep") else "comfy-core"
             assert node["type"] in object_info
             assert node["properties"]["Node name for S&R"] == node["type"]
             assert (node["properties"]["cnr_id"], bool(node["properties"]["ver"])) == (pack, True)
