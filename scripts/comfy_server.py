@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -22,9 +21,7 @@ from typing import Any
 import websocket
 
 ROOT = Path(__file__).resolve().parent.parent
-STUBS = ROOT / "scripts" / "host_stubs"
 PACK_NAME = "ComfyUI-NextStep"
-HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None  # asked before any stand-in is on the path
 PREVIEW_EVENTS = (1, 4)
 TEXT_EVENT = 3
 START_SECONDS = 120
@@ -35,11 +32,6 @@ def find_comfyui() -> Path | None:
     stated = os.environ.get("COMFYUI_PATH")
     candidates = [Path(stated)] if stated else [ROOT.parent.parent, Path.home() / "ComfyUI"]
     return next((path for path in candidates if (path / "comfy" / "model_management.py").is_file()), None)
-
-
-def stub_path() -> list[str]:
-    """Search path of stand-ins for what the host imports and a CPU-only environment lacks."""
-    return [] if HAS_TORCHVISION else [str(STUBS)]
 
 
 def make_base(folder: Path, link: bool = True) -> Path:
@@ -144,13 +136,14 @@ def free_port() -> int:
 def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cpu") -> Iterator[ComfyServer]:
     """Start the ComfyUI at `comfyui` on `base` and stop it at the end. `memory` is one of its flags for that."""
     port, log = free_port(), base / "server.log"
-    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    frontend = os.environ.get("COMFYUI_FRONTEND")  # another one than the host brings
     command = [
         sys.executable, "main.py", memory, "--listen", "127.0.0.1", "--port", str(port),
         "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
+        *(["--front-end-root", frontend] if frontend else []),
     ]  # fmt: skip
     # One thread: the models here are tiny, and threads that wait for each other on a busy machine cost minutes.
-    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=comfyui, stdout=output, stderr=subprocess.STDOUT, env=environment)
     server = ComfyServer(base, port, log)
