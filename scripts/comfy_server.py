@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -65,6 +66,10 @@ class ComfyServer:
 
     def __init__(self, base: Path, port: int, log: Path) -> None:
         self.base, self.port, self.log = base, port, log
+
+    def said(self) -> str:
+        """The log's messages, without the colored levels that newer versions put before them."""
+        return re.sub(r"^(\x1b\[\d+m)?\[[A-Z]+\](\x1b\[0m)? ", "", self.log.read_text(), flags=re.MULTILINE)
 
     def call(self, path: str, body: dict | None = None) -> Any:
         """GET, or POST a body; the JSON answer, also of a refusal."""

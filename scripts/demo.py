@@ -7,7 +7,6 @@ Run it through `scripts/demo.sh`, which makes the environment.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import subprocess

@@ -1,7 +1,7 @@
 """Stands in for a package that ComfyUI imports and that this environment has no build of.
 
-`scripts/environment.sh` copies this file into the environment as the packages torchvision and torchaudio, unless the real
-ones are there. Every name that the host imports exists; what is called says that it is missing.
+`scripts/environment.sh` copies this file into the environment as the packages torchvision and torchaudio, unless the
+real ones are there. Every name that the host imports exists; what is called says that it is missing.
 """
 
 from __future__ import annotations
