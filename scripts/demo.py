@@ -7,7 +7,6 @@ Run it through `scripts/demo.sh`, which makes the environment.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import subprocess
@@ -98,18 +97,14 @@ def link_pack(comfyui: Path) -> str:
 def serve(comfyui: Path, port: int) -> int:
     """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
     import torch
-    from comfy_server import stub_path
     from workflows import FIRST_RUN
 
     pack = link_pack(comfyui)
     on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     paths = ROOT / "scripts" / "demo_page" / "paths.yaml"
     command = [sys.executable, "main.py", "--port", str(port), "--extra-model-paths-config", str(paths)]
-    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    process = subprocess.Popen(
-        [*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui, env=os.environ | {"PYTHONPATH": search}
-    )
+    process = subprocess.Popen([*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui)
     address = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None and not answers(address):

@@ -44,6 +44,22 @@ def test_every_control_of_the_sampler_reaches_the_picture(graph: ComfyGraph) -> 
         assert np.abs(picture(graph, text_to_image(**change)) - base).max() > 0, change
 
 
+def test_progress_is_said_for_every_token(graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the host's bar, which may then leave some out on their way to the screen."""
+    import comfy.utils
+
+    said = []
+    update = comfy.utils.ProgressBar.update_absolute
+
+    def recording(bar, value, *arguments, **options) -> None:
+        said.append((value, bar.total))
+        update(bar, value, *arguments, **options)
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", recording)
+    graph.run(text_to_image(seed=41))
+    assert said == [(token, 12) for token in range(1, 13)]
+
+
 def test_negative_prompt_and_suffix_reach_the_picture(graph: ComfyGraph) -> None:
     base, with_negative, with_suffix = text_to_image(), text_to_image(), text_to_image()
     with_negative["negative"] = {**base["positive"], "inputs": {"model": ["model", 0], "prompt": "blurry"}}

@@ -268,7 +268,7 @@ def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: P
         assert run.ended == "execution_success", run.events[-1]
         (path,) = server.images(run)
     assert np.array_equal(np.asarray(Image.open(path)), wanted)
-    assert said in server.log.read_text()
+    assert said in server.said()
 
 
 GB = 10**9
