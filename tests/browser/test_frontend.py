@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image, ImageChops
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
-from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model, save_vae
 from nextstep_core.loading.store import ASSETS
+from scripts.comfy_server import PACK_NAME, ComfyServer
+from scripts.workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),

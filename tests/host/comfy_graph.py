@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from comfy_server import ROOT, make_base
+from scripts.comfy_server import ROOT, make_base
 
 PROMPT = "A red apple lies on a wooden table."
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import PROMPT, ComfyGraph, text_to_image
-from comfy_server import ROOT
 from PIL import Image
-from release_check import requirements
+
+from scripts.comfy_server import ROOT
+from scripts.release_check import requirements
 
 
 def picture(graph: ComfyGraph, prompt: dict) -> np.ndarray:

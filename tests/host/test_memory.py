@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import ComfyGraph, node, text_to_image
-from comfy_server import find_comfyui, make_base, running_server
 from PIL import Image
+
+from scripts.comfy_server import find_comfyui, make_base, running_server
 
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
 PLENTY = 1 << 40

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
-from workflows import ALL, EMBEDDED, FIRST_RUN, ON_EMBEDDED, TEXT_TO_IMAGE, read_workflow, to_prompt
+
+from scripts.comfy_server import PACK_NAME, ComfyServer
+from scripts.workflows import ALL, EMBEDDED, FIRST_RUN, ON_EMBEDDED, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 SMALL = {"model_name": "tiny-a", "vae_name": "tiny-a/vae", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
 LONG = {**SMALL, "width": 512, "height": 512, "steps": 20}
