@@ -56,6 +56,7 @@ def test_neighbours_fade_into_each_other_linearly() -> None:
     assert (line[0, 0] - expected).abs().max() <= FLOAT_NOISE
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_tiles_are_close_to_the_whole_picture(vae) -> None:
     """Measured: 0.9 and 0.3 of 255 for decoding by 128 and 256 pixels, 0.05 of a standard deviation for encoding."""
@@ -96,6 +97,7 @@ class SmallDevice:
         return self.network(x)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_out_of_memory_goes_picture_by_picture_then_in_ever_smaller_tiles(pipeline, monkeypatch) -> None:
     vae = pipeline.vae
