@@ -66,7 +66,11 @@ def variants(node: ast.AST) -> Iterator[ast.AST | str]:
         yield ast.IfExp(node.test, node.orelse, node.body)
     if isinstance(node, ast.Constant) and kind is ast.Constant and type(node.value) in (bool, int, float):
         value = node.value
-        yield repr(not value) if isinstance(value, bool) else repr(value + 1 if isinstance(value, int) else value * 1.5 or 1.0)
+        yield (
+            repr(not value)
+            if isinstance(value, bool)
+            else repr(value + 1 if isinstance(value, int) else value * 1.5 or 1.0)
+        )
     if isinstance(node, ast.Call):
         if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
             yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
@@ -145,7 +149,9 @@ def main() -> None:
     torch.set_num_threads(1)
     files = sorted((ROOT / ENGINE).rglob("*.py"))
     names = {path: path.relative_to(ROOT / ENGINE).as_posix() for path in files}
-    files = [p for p in files if names[p].startswith(options.room or "") and not names[p].startswith(tuple(options.skip))]
+    files = [
+        p for p in files if names[p].startswith(options.room or "") and not names[p].startswith(tuple(options.skip))
+    ]
     every = [change for path in files for change in changes(path)]
     sample = random.Random(options.seed).sample(every, min(options.count, len(every)))
     print(f"{len(sample)} of {len(every)} changes", flush=True)

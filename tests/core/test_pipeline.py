@@ -59,9 +59,7 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
     said = {"cfg": 2.5, "cfg_img": 1.5, "cfg_schedule": "linear", "steps": 7, "shift": 1.25, "sampler": "flow-sde"}
     others = {"seed": 9, "negative_prompt": "n", "positive_prompt": "p"}
     with pytest.raises(Seen) as caught:
-        pipeline.generate(
-            ["A", "B"], **said, **others, use_norm=False, num_images_per_prompt=3, height=32, width=48
-        )
+        pipeline.generate(["A", "B"], **said, **others, use_norm=False, num_images_per_prompt=3, height=32, width=48)
     captions, grid, settings, options = caught.value.args
     assert [c.text for c in captions] == ["A", "B"] and grid == (2, 3)
     assert all(getattr(settings, name) == value for name, value in {**said, "use_norm": False}.items())

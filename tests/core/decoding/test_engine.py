@@ -114,7 +114,14 @@ def test_at_once_bounds_the_pictures_drawn_together(pipeline) -> None:
 def test_steps_know_what_was_drawn_and_what_is_left(pipeline) -> None:
     known = KnownTokens(torch.ones(1, 6, 64), torch.tensor([True, False, True, False, False, True]))
     steps = [p.step for p in pipeline.engine.decode(job_for(pipeline, "A", known=known), CPU, torch.float32)]
-    assert [(s.done, s.drawn, s.left) for s in steps] == [(1, 0, 3), (2, 1, 2), (3, 1, 2), (4, 2, 1), (5, 3, 0), (6, 3, 0)]
+    assert [(s.done, s.drawn, s.left) for s in steps] == [
+        (1, 0, 3),
+        (2, 1, 2),
+        (3, 1, 2),
+        (4, 2, 1),
+        (5, 3, 0),
+        (6, 3, 0),
+    ]
     assert all(s.total == 6 and s.seconds >= 0 for s in steps) and steps[0].seconds < steps[-1].seconds
 
 

@@ -95,7 +95,11 @@ def test_what_is_stated_is_taken() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e6, 2.0),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, 1e6, 0.5),
         ({"rope_scaling": {"rope_type": "default", "factor": 9}}, 1e6, 1.0),
-        ({"rope_theta": "<none>", "rope_parameters": {"rope_theta": 3.0, "rope_type": "linear", "factor": 4}}, 3.0, 4.0),
+        (
+            {"rope_theta": "<none>", "rope_parameters": {"rope_theta": 3.0, "rope_type": "linear", "factor": 4}},
+            3.0,
+            4.0,
+        ),
         ({"rope_parameters": {"rope_theta": 3.0}}, 1e6, 1.0),
     ],
     ids=str,

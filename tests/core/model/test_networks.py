@@ -29,13 +29,13 @@ def test_shared_heads_are_repeated_heads(kv_heads: int, length: int) -> None:
 
 
 def test_a_mask_by_hand() -> None:
-    """Positions 2 and 3 of rows with no and with two padded places, in a cache of 6."""
+    """Positions 1 and 3 of rows with no and with two padded places, in a cache of 6; a padded query sees itself."""
     valid = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
-    span = span_at(torch.tensor([2, 3]), torch.arange(12.0).view(2, 6, 1), valid, visible=5)
+    span = span_at(torch.tensor([1, 3]), torch.arange(12.0).view(2, 6, 1), valid, visible=5)
     seen = (span.mask[:, 0] == 0).int().tolist()
-    assert seen == [[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]]
+    assert seen == [[[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], [[0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]]
     assert set(span.mask.unique().tolist()) == {0.0, -math.inf}
-    assert span.rotary.flatten().tolist() == [2, 3, 8, 9] and span.visible == 5
+    assert span.rotary.flatten().tolist() == [1, 3, 7, 9] and span.visible == 5
 
 
 def test_the_cache_keeps_what_is_written_where_it_stands(pipeline) -> None:

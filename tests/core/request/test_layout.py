@@ -79,7 +79,9 @@ def test_branches_and_pictures_stand_in_order(pipeline, tokenizer) -> None:
     assert all(ids(made, row) == ids(made, row + 1) for row in range(0, 12, 2)), "two pictures of every caption"
     assert [len(images) for images in made.images] == [1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
     part = made.part(1, 3)
-    assert torch.equal(part.ids, made.ids[[1, 2, 5, 6, 9, 10]]) and torch.equal(part.valid, made.valid[[1, 2, 5, 6, 9, 10]])
+    assert torch.equal(part.ids, made.ids[[1, 2, 5, 6, 9, 10]]) and torch.equal(
+        part.valid, made.valid[[1, 2, 5, 6, 9, 10]]
+    )
     assert [len(images) for images in part.images] == [1, 0, 1, 0, 0, 0] and part.branches == 3
 
 
@@ -106,7 +108,9 @@ def test_the_context_holds_just_so_many(pipeline) -> None:
     """On a grid that is not square: 12 image tokens."""
     length = rows(pipeline, [Caption("Two birds.")]).ids.shape[1]
     assert rows(pipeline, [Caption("Two birds.")], limit=length + 12).ids.shape[1] == length
-    with pytest.raises(NextStepError, match=f"{length} tokens long and the image 12; together {length + 12} .* {length + 11} "):
+    with pytest.raises(
+        NextStepError, match=f"{length} tokens long and the image 12; together {length + 12} .* {length + 11} "
+    ):
         rows(pipeline, [Caption("Two birds.")], limit=length + 11)
 
 
@@ -114,7 +118,9 @@ def test_a_text_alone_may_fill_the_context(pipeline, tokenizer) -> None:
     text = "Two birds."
     length = len(tokenizer.encode(text))
     for limit in (length, None):
-        replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=limit)).check_prompt(text)
+        replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=limit)).check_prompt(
+            text
+        )
     small = replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=length - 1))
     with pytest.raises(NextStepError, match=f"{length} tokens long; this model can hold {length - 1}"):
         small.check_prompt(text)
