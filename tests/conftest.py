@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+pytest_plugins = ["tally"]
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
 
