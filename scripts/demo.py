@@ -97,12 +97,11 @@ def link_pack(comfyui: Path) -> str:
 
 def serve(comfyui: Path, port: int) -> int:
     """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
+    if taken(port):
+        sys.exit(f"Port {port} is in use already, perhaps by another ComfyUI. Stop that, or choose another --port.")
     import torch
     from workflows import FIRST_RUN
 
-    address = f"http://127.0.0.1:{port}"
-    if taken(port):
-        sys.exit(f"Port {port} is in use already, perhaps by another ComfyUI. Stop that, or choose another --port.")
     pack = link_pack(comfyui)
     on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     paths = ROOT / "scripts" / "demo_page" / "paths.yaml"
@@ -112,6 +111,7 @@ def serve(comfyui: Path, port: int) -> int:
     print("Starting ComfyUI; until it is ready, its own messages follow ...", flush=True)
     # In a session of its own: Ctrl+C comes here alone, and ComfyUI is told to end, not interrupted wherever it is.
     process = subprocess.Popen([*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None and not answers(address):
             time.sleep(0.3)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_demo_clones_comfyui_and_opens_the_first_workflow_which_runs(source:
         assert page.evaluate(opened, nodes)
         assert page.get_by_role("dialog").count() == 0
         assert page.evaluate(RUN) == "execution_success"
-        assert list((tmp_path / "ComfyUI" / "output").glob("*.png"))
+        assert list((tmp_path / "ComfyUI" / "output").rglob("*.png"))
         page.close()
         os.killpg(demo.pid, signal.SIGINT)  # Ctrl+C in a terminal reaches every process of its group
         output.append(demo.communicate(timeout=30)[0])
@@ -73,3 +74,14 @@ def test_the_demo_clones_comfyui_and_opens_the_first_workflow_which_runs(source:
         assert waiting in said
     assert "Traceback" not in said, said
     assert demo.returncode == 0
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--serve", "--port", str(port)]
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"Port {port} is in use already") and refused.stderr.count("\n") == 1
