@@ -34,10 +34,10 @@ from benchmarks.report import benchmark, context, settings_of, show
 from benchmarks.subjects import SHAPES, Subject, load_subject, random_subject, ready
 from benchmarks.sweep import need_matplotlib, plot, sweep
 from benchmarks.timing import Case
+from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.errors import NextStepError
 from nextstep_core.images.latents import PUBLISHED
 from nextstep_core.loading.checkpoint import DTYPES
-from nextstep_core.runtime.graphs import StepGraphs
 from nextstep_core.runtime.quantization import RECIPES
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.sampling.solvers import SAMPLERS
@@ -118,9 +118,10 @@ def case_of(options: argparse.Namespace, plain: Subject) -> Case:
     """The case that the command line describes; the plain subject is made ready in place."""
     device, dtype = device_of(options), DTYPES[options.dtype]
     subject = ready(plain, options.quantization, device, dtype)
-    graphs = None if options.no_graphs else StepGraphs(subject.model)
+    graphs = None if options.no_graphs else subject.engine.caches.graphs
+    caches = StepCaches(graphs, prefilled=None)  # every run reads its prompt
     settings = settings_for(options, subject)
-    return Case(subject, *options.size, options.batch, settings, options.prompt_length, device, dtype, graphs)
+    return Case(subject, *options.size, options.batch, settings, options.prompt_length, device, dtype, caches)
 
 
 def run_case(options: argparse.Namespace) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def probe_for(subject: Subject, device: torch.device) -> Probe:
     ids = torch.randint(config.vocab_size, (ROWS, LENGTH // 2), generator=generator)
     tokens = torch.randn(ROWS, LENGTH // 2, config.token_dim, generator=generator).to(device)
     noisy = torch.randn(len(TIMES), ROWS * LENGTH, config.token_dim, generator=generator).to(device)
-    text = subject.text_embedding(ids).to(device=device, dtype=torch.float32)
+    text = subject.engine.text_embedding(ids).to(device=device, dtype=torch.float32)
     return Probe(torch.cat([text, subject.model.image_in_projector(tokens)], dim=1), noisy)
 
 

@@ -37,7 +37,7 @@ FIRST = 2
 
 def save_published(subject: Subject, folder: Path) -> None:
     """Write the config and weights, in the layout of published checkpoints, of a subject that is not `ready` yet."""
-    state = split(subject.model.state_dict(), subject.config) | subject.text_embedding.state_dict()
+    state = split(subject.model.state_dict(), subject.config) | subject.engine.text_embedding.state_dict()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(subject.description))

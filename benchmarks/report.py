@@ -49,7 +49,7 @@ def settings_of(case: Case, quantization: str | None) -> dict[str, Any]:
         "cfg": case.settings.cfg,
         "dtype": str(case.dtype).removeprefix("torch."),
         "quantization": quantization or "none",
-        "graphs": case.usable_graphs() is not None,
+        "graphs": case.captures,
         "device": str(case.device),
         "threads": torch.get_num_threads(),
     }

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from nextstep_core.decoding.engine import NextStepEngine
+from nextstep_core.decoding.steps import StepCaches
+from nextstep_core.images.latents import LatentSpace
 from nextstep_core.loading.build import fill, load_vae, make_ready, plan_model
 from nextstep_core.loading.documents import CONFIG
-from nextstep_core.loading.published import TEXT_TO_IMAGE_PRETRAIN, recommended_settings
+from nextstep_core.loading.published import EDIT_1_0, TEXT_TO_IMAGE_PRETRAIN, Published
 from nextstep_core.loading.store import resolve_source, vae_beside
 from nextstep_core.model.config import NextStepConfig, VAEConfig
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.vae import AutoencoderKL
+from nextstep_core.request.tokenizer import NextStepTokenizer
+from nextstep_core.runtime.graphs import StepGraphs
 from nextstep_core.runtime.quantization import quantize_model, quantized_linears
 from nextstep_core.sampling.settings import GenerationSettings
 
@@ -77,12 +82,24 @@ class Subject:
 
     name: str
     description: dict[str, Any]
-    config: NextStepConfig
-    model: NextStepModel
-    text_embedding: TextEmbedding
+    engine: NextStepEngine
     vae: AutoencoderKL
-    settings: GenerationSettings
     tensor_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def config(self) -> NextStepConfig:
+        """The model's shape."""
+        return self.engine.config
+
+    @property
+    def model(self) -> NextStepModel:
+        """The network."""
+        return self.engine.model
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """What the checkpoint recommends for making an image."""
+        return self.engine.recommended()
 
 
 def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Subject:
@@ -90,11 +107,14 @@ def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantiza
     path = resolve_source(source)
     plan = plan_model(path, quantization, device)
     vae = load_vae(vae_beside(path, plan.config.vae_name_or_path), device, dtype)
-    settings = recommended_settings(plan.documents, plan.config, plan.documents.name, editing=False)
-    model = plan.empty_model()
-    fill(model, dict(plan.read_model(device, dtype)))
-    description = plan.documents.read(CONFIG)
-    return Subject(source, description, plan.config, model, plan.load_text_embedding(), vae, settings)
+
+    def load() -> NextStepModel:
+        model = plan.empty_model()
+        fill(model, dict(plan.read_model(device, dtype)))
+        return model
+
+    engine = NextStepEngine.assemble(plan, LatentSpace.of(plan.config, vae.config), load)
+    return Subject(source, plan.documents.read(CONFIG), engine, vae)
 
 
 def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
@@ -106,7 +126,11 @@ def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subj
         model = randomized(NextStepModel(config, dtype=dtype, device="meta"), device)
         text_embedding = randomized(TextEmbedding(config, dtype=dtype, device="meta"), torch.device("cpu"))
         vae = randomized(AutoencoderKL(PUBLISHED_VAE, dtype=dtype, device="meta"), device)
-    return Subject(f"random {shape}", description, config, model, text_embedding, vae, TEXT_TO_IMAGE_PRETRAIN)
+    latents, says = LatentSpace.of(config, PUBLISHED_VAE), Published(False, TEXT_TO_IMAGE_PRETRAIN, EDIT_1_0)
+    reads_nothing = NextStepTokenizer(None, None)  # its prompts are made of ids
+    caches = StepCaches(StepGraphs(model))
+    engine = NextStepEngine(config, latents, says, reads_nothing, text_embedding, model, caches)
+    return Subject(f"random {shape}", description, engine, vae)
 
 
 def randomized(module: nn.Module, device: torch.device) -> nn.Module:

@@ -6,17 +6,18 @@ Prompts are random ids of a given length: what they say does not change the cost
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nextstep_core.decoding.loop import decode_tokens, guidance_scales
-from nextstep_core.decoding.steps import make_steps
+from nextstep_core.decoding.job import Job
+from nextstep_core.decoding.loop import guidance_scales
+from nextstep_core.decoding.steps import StepCaches, StepShape
 from nextstep_core.images.latents import LatentSpace
 from nextstep_core.images.tiling import run_in_tiles
-from nextstep_core.runtime.graphs import StepGraphs
+from nextstep_core.request.layout import PromptRows
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.sampling.solvers import SAMPLERS
@@ -39,7 +40,7 @@ class Case:
     prompt_length: int
     device: torch.device
     dtype: torch.dtype
-    graphs: StepGraphs | None = None
+    caches: StepCaches
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -49,7 +50,7 @@ class Case:
     @property
     def latents(self) -> LatentSpace:
         """The space of the subject's latents."""
-        return LatentSpace.of(self.subject.config, self.subject.vae.config)
+        return self.subject.engine.latents
 
     @property
     def tokens(self) -> int:
@@ -79,35 +80,25 @@ class Case:
         ids[:, -1] = config.boi
         return ids
 
-    def embeds(self) -> Tensor:
-        """(rows, prompt_length, hidden) on the device."""
+    def job(self, seed: int) -> Job:
+        """The pictures to be drawn."""
         ids = self.prompt_ids().repeat_interleave(self.batch, dim=0)
-        return self.subject.text_embedding(ids).to(device=self.device, dtype=self.dtype)
+        rows = PromptRows(ids, torch.ones_like(ids, dtype=torch.bool), ((),) * len(ids), self.branches)
+        noise = NoiseStream(seed, 1, self.batch, self.subject.config.token_dim)
+        return Job(rows, self.grid, self.settings, noise)
 
-    def usable_graphs(self) -> StepGraphs | None:
-        """`graphs` where the device can have them."""
-        return self.graphs if self.graphs is not None and self.graphs.fit(self.device) else None
+    @property
+    def captures(self) -> bool:
+        """Whether the work of a token is captured here."""
+        graphs = self.caches.graphs
+        return graphs is not None and graphs.fit(self.device)
 
 
 def draw_tokens(case: Case, seed: int) -> Tensor:
     """The tokens (batch, tokens, token_dim) of whole pictures, prefill included."""
-    config, embeds = case.subject.config, case.embeds()
-    buffer = embeds.new_zeros(case.batch, case.tokens, config.token_dim)
-    valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=case.device)
-    noise = NoiseStream(seed, 1, case.batch, config.token_dim)
-    for _ in decode_tokens(
-        case.subject.model,
-        embeds,
-        valid,
-        buffer,
-        case.grid,
-        case.branches,
-        case.settings,
-        noise,
-        graphs=case.usable_graphs(),
-    ):
-        pass
-    return buffer
+    engine = replace(case.subject.engine, caches=case.caches)
+    *_, progress = engine.decode(case.job(seed), case.device, case.dtype)
+    return progress.tokens
 
 
 def decode_pictures(case: Case, tokens: Tensor) -> Tensor:
@@ -128,14 +119,12 @@ def time_parts(case: Case, count: int) -> dict[str, float]:
 
     The places lie evenly over the picture, so that the growing KV cache counts with its mean length.
     """
-    device, embeds, total = case.device, case.embeds(), case.tokens
-    length = embeds.shape[1] + total - 1
-    sequence, draw = make_steps(
-        case.subject.model, len(embeds), length, case.settings, case.branches, embeds, case.usable_graphs()
-    )
-    valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device)
+    device, total, job = case.device, case.tokens, case.job(seed=0)
+    embeds = case.subject.engine.embed(job.rows, device, case.dtype)
+    sequence, draw = case.caches.steps(case.subject.model, StepShape.of(job, device, case.dtype))
+    valid = job.rows.valid.to(device)
     prefill, hidden = timed(device, lambda: sequence.prefill(embeds, valid, None, ""))
-    noise = NoiseStream(0, 1, case.batch, case.subject.config.token_dim).token(draw.draws).to(device)
+    noise = job.noise.token(draw.draws).to(device)
     guidance = guidance_scales(case.settings, total, device)[0]
     head, transformer = [], []
     for place in spread(max(1, total - 1), count):

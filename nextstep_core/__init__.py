@@ -12,7 +12,7 @@ _HOMES = {
     "NextStepPipeline": ".pipeline",
     "GenerationOutput": ".pipeline",
     "GenerationSettings": ".sampling.settings",
-    "Progress": ".decoding.engine",
+    "Progress": ".decoding.progress",
     "NextStepError": ".errors",
 }
 

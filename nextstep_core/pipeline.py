@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .decoding.engine import NextStepEngine, Progress
+from .decoding.engine import NextStepEngine
+from .decoding.progress import Progress
 from .errors import NextStepError
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, to_pixels
@@ -20,8 +21,6 @@ from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
-from .request.tokenizer import NextStepTokenizer
-from .runtime.graphs import StepGraphs
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,10 @@ class NextStepPipeline:
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
         plan = plan_model(path, quantization, device)
-        tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
         latents = LatentSpace.of(plan.config, autoencoder.config)
-        model, text_embedding = plan.load_model(device, dtype), plan.load_text_embedding()
-        graphs = StepGraphs(model) if cuda_graphs else None
-        engine = NextStepEngine(plan.config, latents, model, text_embedding, tokenizer, plan.documents, graphs=graphs)
+        engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype), cuda_graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
 from ..nextstep_core.runtime.cpu import fastest_dtype
 from ..nextstep_core.runtime.memory import MemoryPlan, plan_host_memory
-from ..nextstep_core.runtime.quantization import quantized_linears
+from ..nextstep_core.runtime.quantization import QuantizedLinear
 
 Interrupted = mm.InterruptProcessingException
 
@@ -125,10 +125,19 @@ def operations(storage: torch.dtype, compute: torch.dtype) -> Any:
     return comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
 
 
+class HostQuantizedLinear(QuantizedLinear):
+    """A quantized layer that the host may leave behind and still use; it tells by these attributes."""
+
+    comfy_cast_weights = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.weight_function: list[Any] = []
+        self.bias_function: list[Any] = []
+
+
 def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> Any:
     """Put a meta-device module under the host's memory management and give it its weights; returns the patcher."""
-    for _, layer in quantized_linears(model):  # how the host knows that a layer may stay behind and still be used
-        layer.comfy_cast_weights, layer.weight_function, layer.bias_function = False, [], []
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     if hasattr(mm, "archive_model_dtypes"):
         mm.archive_model_dtypes(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,8 +17,7 @@ from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.loading.build import load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
-from ..nextstep_core.request.tokenizer import NextStepTokenizer
-from ..nextstep_core.runtime.graphs import StepGraphs
+from ..nextstep_core.model.nextstep import NextStepModel
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .types import CATEGORY, HostModel, ModelSocket
@@ -26,37 +26,49 @@ log = logging.getLogger(__name__)
 
 AS_IT_IS = "none"
 
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The loader's widgets below the model's name. A model is loaded anew when one of them changes."""
+
+    dtype: str = "auto"
+    quantization: str = AS_IT_IS
+    cuda_graphs: bool = True
+
+
 # Two loader nodes with the same choice, or a loader whose cached output the host dropped, share one model.
-_loaded: WeakValueDictionary[tuple[str, str, str, bool], HostModel] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDictionary()
 
 
-def load_model(name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True) -> HostModel:
+def load_model(name: str, options: LoadOptions) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
     path = catalog.find_model(name)
-    key = (catalog.fingerprint(path), dtype, quantization, cuda_graphs)
+    key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, dtype, quantization, cuda_graphs)
+        model = _loaded[key] = _load(path, options)
     return model
 
 
-def _load(path: Path, dtype: str, quantization: str, cuda_graphs: bool) -> HostModel:
+def _load(path: Path, options: LoadOptions) -> HostModel:
     device = host.compute_device()
-    plan = plan_model(path, None if quantization == AS_IT_IS else quantization, device)
-    tokenizer = NextStepTokenizer.load(plan.documents, plan.config)
+    plan = plan_model(path, None if options.quantization == AS_IT_IS else options.quantization, device)
     vae, latents = _load_vae(path, plan.config)
-    storage, compute = host.pick_dtypes(dtype, plan.parameters)
-    model = plan.empty_model(host.operations(storage, compute))
-    reporter = host.ProgressReporter(len(plan.model_names))
-    read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
-    patcher = host.adopt(model, dict(read), compute)
+    storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
+    adopted: list[Any] = []
+
+    def load() -> NextStepModel:
+        model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
+        reporter = host.ProgressReporter(len(plan.model_names))
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        adopted.append(host.adopt(model, dict(read), compute))
+        return model
+
+    engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs)
+    (patcher,) = adopted
+    host.on_unload(patcher, engine.release)
     stored = plan.recipe.name if plan.recipe is not None else storage
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
-    graphs = StepGraphs(model) if cuda_graphs else None
-    if graphs is not None:
-        host.on_unload(patcher, graphs.clear)
-    embedding = plan.load_text_embedding()
-    engine = NextStepEngine(plan.config, latents, model, embedding, tokenizer, plan.documents, graphs=graphs)
     return HostModel(engine, patcher, compute, vae)
 
 
@@ -137,10 +149,8 @@ class NextStepModelLoader(io.ComfyNode):
         return catalog.fingerprint(catalog.find_model(model_name))
 
     @classmethod
-    def execute(
-        cls, model_name: str, dtype: str, quantization: str = AS_IT_IS, cuda_graphs: bool = True
-    ) -> io.NodeOutput:
-        model = load_model(model_name, dtype, quantization, cuda_graphs)
+    def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
+        model = load_model(model_name, LoadOptions(**options))
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
         return io.NodeOutput(model, model.vae or ExecutionBlocker(missing))
 

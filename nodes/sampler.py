@@ -10,8 +10,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.decoding.engine import Job, Progress
-from ..nextstep_core.decoding.loop import KnownTokens
+from ..nextstep_core.decoding.job import Job, KnownTokens
+from ..nextstep_core.decoding.progress import Progress
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
@@ -112,8 +112,8 @@ def sample(
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
-    if plan.tight and model.engine.graphs is not None:
-        model.engine.graphs.clear()
+    if plan.tight:
+        model.engine.release()
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
     progress = None

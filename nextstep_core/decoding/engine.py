@@ -6,18 +6,16 @@ which device and dtype to compute in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from ..errors import NextStepError, is_out_of_memory
 from ..images.latents import Grid, LatentSpace
-from ..loading.documents import Documents
-from ..loading.published import is_1_1, recommended_settings
+from ..loading.build import ModelPlan
+from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.kv_cache import KVCache
 from ..model.nextstep import NextStepModel, TextEmbedding
@@ -28,83 +26,10 @@ from ..runtime.graphs import StepGraphs
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
-from .loop import KnownTokens, TokenStep, decode_tokens
-from .steps import CHUNK, PrefillCache
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call's worth of pictures, checked and laid out, ready to decode."""
-
-    rows: PromptRows
-    grid: Grid
-    settings: GenerationSettings
-    noise: NoiseStream
-    known: KnownTokens | None = None
-
-    @property
-    def pictures(self) -> int:
-        """How many pictures the job draws."""
-        return len(self.rows.ids) // self.rows.branches
-
-    @property
-    def length(self) -> int:
-        """Positions that the KV cache holds."""
-        return self.rows.ids.shape[1] + self.grid[0] * self.grid[1] - 1
-
-    @property
-    def batch(self) -> int:
-        """Rows of the transformer's batch, all branches counted."""
-        return self.rows.ids.shape[0]
-
-    def part(self, start: int, stop: int) -> Job:
-        """Pictures start..stop-1 alone, with the prompts and the noise that they have in the whole job."""
-        known = self.known and replace(self.known, tokens=self.known.tokens[start:stop])
-        return replace(self, rows=self.rows.part(start, stop), noise=self.noise.part(start, stop), known=known)
-
-    def prompt_key(self, dtype: torch.dtype) -> str:
-        """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""
-        digest = sha256(f"{dtype} {tuple(self.rows.ids.shape)}".encode())
-        digest.update(self.rows.ids.numpy().tobytes() + self.rows.valid.numpy().tobytes())
-        for image in chain.from_iterable(self.rows.images):
-            digest.update(image.tokens.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a job stands after a token: pictures start..stop-1 are at `step`, those before are finished.
-
-    tokens is the buffer (pictures, total, token_dim) of the whole job: known tokens from the start, and zero where a
-    token is still to be drawn.
-    """
-
-    step: TokenStep
-    start: int
-    stop: int
-    tokens: Tensor
-
-    @property
-    def total(self) -> int:
-        """Token places of one picture."""
-        return self.step.total
-
-    @property
-    def done(self) -> int:
-        """Of `total`, the share that is done, over all pictures of the job."""
-        drawn_together = self.stop - self.start
-        return (self.start * self.total + drawn_together * self.step.done) // len(self.tokens)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Token places per second, each for all pictures that are drawn together."""
-        return self.step.tokens_per_second
-
-    @property
-    def seconds_left(self) -> float:
-        """Time until the last picture is done, if all goes on at this rate."""
-        together = self.step.seconds + self.step.seconds_left
-        return self.step.seconds_left + together * (len(self.tokens) - self.stop) / (self.stop - self.start)
+from .job import Job, KnownTokens
+from .loop import decode
+from .progress import Progress, TokenStep
+from .steps import CHUNK, StepCaches
 
 
 @dataclass(frozen=True)
@@ -113,16 +38,33 @@ class NextStepEngine:
 
     config: NextStepConfig
     latents: LatentSpace
-    model: NextStepModel
-    text_embedding: TextEmbedding
+    published: Published
     tokenizer: NextStepTokenizer
-    documents: Documents
-    prefilled: PrefillCache = field(default_factory=PrefillCache)
-    graphs: StepGraphs | None = None  # None runs every step as it is
+    text_embedding: TextEmbedding
+    model: NextStepModel
+    caches: StepCaches = field(default_factory=StepCaches)
+
+    @classmethod
+    def assemble(
+        cls,
+        plan: ModelPlan,
+        latents: LatentSpace,
+        load_model: Callable[[], NextStepModel],
+        cuda_graphs: bool = True,
+    ) -> NextStepEngine:
+        """The engine of a planned checkpoint; `cuda_graphs` captures the work of a token on a CUDA device.
+
+        Everything that can be wrong with its documents is raised, as NextStepError, before `load_model` is called to
+        read the weights.
+        """
+        says, tokenizer = published(plan.documents, plan.config), NextStepTokenizer.load(plan.documents, plan.config)
+        text_embedding, model = plan.load_text_embedding(), load_model()
+        caches = StepCaches(StepGraphs(model) if cuda_graphs else None)
+        return cls(plan.config, latents, says, tokenizer, text_embedding, model, caches)
 
     def recommended(self, editing: bool = False) -> GenerationSettings:
         """The checkpoint's own settings, for making or for editing an image."""
-        return recommended_settings(self.documents, self.config, self.documents.name, editing)
+        return self.published.editing if editing else self.published.making
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of tokens for a picture in pixels; NextStepError when it cannot be drawn, with what can."""
@@ -167,7 +109,7 @@ class NextStepEngine:
             grid=grid,
             cfg=settings.cfg,
             cfg_img=settings.cfg_img,
-            bos_before_caption=is_1_1(self.config, self.documents.name),
+            bos_before_caption=self.published.is_1_1,
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
         images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)
@@ -194,7 +136,7 @@ class NextStepEngine:
 
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""
-        embeds = self.text_embedding(rows.ids).to(device=device, dtype=dtype)
+        embeds: Tensor = self.text_embedding(rows.ids).to(device=device, dtype=dtype)
         images = [image.tokens for row in rows.images for image in row]
         if images:
             tokens = self.model.image_in_projector(torch.cat(images).to(device=device, dtype=dtype))
@@ -209,8 +151,7 @@ class NextStepEngine:
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
         all). Where memory runs out, the rest goes in halves; each picture comes out as it would have in one batch.
         """
-        total = job.grid[0] * job.grid[1]
-        tokens = torch.zeros(job.pictures, total, self.config.token_dim, device=device, dtype=dtype)
+        tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
         start, size = 0, min(at_once or job.pictures, job.pictures)
         with weights_on(self.model, tokens.device):
             while start < job.pictures:
@@ -229,18 +170,9 @@ class NextStepEngine:
                     start = stop
 
     def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
-        graphs = self.graphs if self.graphs is not None and self.graphs.fit(tokens.device) else None
-        return decode_tokens(
-            self.model,
-            self.embed(job.rows, tokens.device, tokens.dtype),
-            job.rows.valid.to(tokens.device),
-            tokens,
-            job.grid,
-            job.rows.branches,
-            job.settings,
-            job.noise,
-            job.known,
-            self.prefilled,
-            job.prompt_key(tokens.dtype),
-            graphs,
-        )
+        embeds = self.embed(job.rows, tokens.device, tokens.dtype)
+        return decode(self.model, job, embeds, tokens, self.caches)
+
+    def release(self) -> None:
+        """Free the device memory that is kept for the next run; it is taken again when it is needed."""
+        self.caches.release()

@@ -1,7 +1,7 @@
-"""The decode loop: prompt embeddings in, one image token after another out.
+"""The decode loop: a job in, one image token after another out.
 
-Knows tensors and the model, nothing of text, files, images or progress bars. `decode_tokens` is a generator, so its
-caller shows progress, previews and stops between two tokens by what it does with each item.
+Knows tensors and the model, nothing of text, files, images or progress bars. The loop is a generator, so its caller
+shows progress, previews and stops between two tokens by what it does with each item.
 """
 
 from __future__ import annotations
@@ -13,105 +13,90 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..images.latents import Grid
 from ..model.nextstep import NextStepModel
 from ..model.positions import generation_codes
-from ..runtime.graphs import StepGraphs
 from ..sampling.guidance import SCHEDULES
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
-from .steps import CHUNK, PrefillCache, make_steps
+from .job import Job
+from .progress import TokenStep
+from .steps import CHUNK, StepCaches, StepShape, TokenSampler, TokenSequence
 
 
 @dataclass(frozen=True)
-class TokenStep:
-    """State after a token: how many of `total` are done, and the buffer (M, total, token_dim).
+class Run:
+    """A job under way on one device: what any loop over its tokens needs, set up once.
 
-    The buffer holds known tokens from the start and is zero where a token is still to be drawn.
-
-    Of the done ones `drawn` were drawn (the others were known), `left` are still to be drawn; `seconds` have passed
-    since the loop began.
+    tokens (M, total, token_dim) is the buffer that is written; `keep` says which places hold known tokens already.
+    hidden (rows, hidden) is the state after the prompt. codes (total, hidden), where the model wants them, are added to
+    the state of every place, and guidance (total, 2) holds its scales. Known tokens are fed `chunk` at a time.
     """
 
-    done: int
-    total: int
+    sequence: TokenSequence
+    draw: TokenSampler
     tokens: Tensor
-    drawn: int
-    left: int
-    seconds: float
+    keep: list[bool]
+    hidden: Tensor
+    codes: Tensor | None
+    guidance: Tensor
+    noise: NoiseStream
+    chunk: int
+    started: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Drawn tokens per second so far, prefill included."""
-        return self.drawn / self.seconds if self.seconds else 0.0
+    @classmethod
+    def start(cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Run:
+        """Take or make the steps, and read the prompt; arguments as in `decode`."""
+        started, total = time.monotonic(), job.total
+        sequence, draw = caches.steps(model, StepShape.of(job, tokens.device, tokens.dtype))
+        key = "" if caches.prefilled is None else job.prompt_key(tokens.dtype)
+        return cls(
+            sequence,
+            draw,
+            tokens,
+            [False] * total if job.known is None else job.known.keep.tolist(),
+            sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key),
+            position_codes(model, job.grid, tokens),
+            guidance_scales(job.settings, total, tokens.device),
+            job.noise,
+            1 if job.known is not None and job.known.one_by_one else CHUNK,
+            started,
+        )
 
-    @property
-    def seconds_left(self) -> float:
-        """Time that the tokens still to be drawn will take at this rate."""
-        return self.left * self.seconds / self.drawn if self.drawn else 0.0
+    def condition(self, hidden: Tensor, place: int) -> Tensor:
+        """What the token at `place` is drawn from, given the hidden states before it."""
+        return hidden if self.codes is None else hidden + self.codes[place]
+
+    def step(self, done: int, drawn: int) -> TokenStep:
+        """The state after `done` places, of which so many were drawn."""
+        left = self.keep.count(False) - drawn
+        return TokenStep(done, len(self.keep), drawn, left, time.monotonic() - self.started)
 
 
-@dataclass(frozen=True)
-class KnownTokens:
-    """Tokens that are fed instead of drawn: tokens (M, total, token_dim) and keep (total,) bool, True where known.
+def decode(model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Iterator[TokenStep]:
+    """Draw the tokens of every picture of `job`, yielding after each.
 
-    `one_by_one` feeds them as an uninterrupted run would have, which repeats its arithmetic to the last bit; otherwise
-    a stretch of known tokens goes through the transformer at once, which is much faster.
+    embeds (rows, L, hidden) are its prompts, all branches stacked as guidance expects them. Tokens are written into the
+    buffer `tokens` (pictures, total, token_dim), whose device and dtype the run computes in. Known tokens lie there
+    already and are kept; their noise is drawn all the same, so that every other token sees the noise of its place.
     """
-
-    tokens: Tensor
-    keep: Tensor
-    one_by_one: bool = False
-
-    def fill(self, buffer: Tensor) -> None:
-        """Put the known tokens into their places of buffer (M, total, token_dim)."""
-        keep = self.keep.to(buffer.device)
-        buffer[:, keep] = self.tokens.to(buffer)[:, keep]
+    return plain(Run.start(model, job, embeds, tokens, caches))
 
 
-def decode_tokens(
-    model: NextStepModel,
-    embeds: Tensor,
-    valid: Tensor,
-    tokens: Tensor,
-    grid: tuple[int, int],
-    branches: int,
-    settings: GenerationSettings,
-    noise: NoiseStream,
-    known: KnownTokens | None = None,
-    prefilled: PrefillCache | None = None,
-    prompt_key: str = "",
-    graphs: StepGraphs | None = None,
-) -> Iterator[TokenStep]:
-    """Draw the rows * columns tokens of `grid` for every image of the batch, yielding after each.
-
-    embeds (B, L, hidden) and valid (B, L) are the prompts of all branches, stacked as guidance expects them; there are
-    M = B / branches images, whose tokens are written into the buffer `tokens` (M, rows * columns, token_dim), on the
-    device and in the dtype of `embeds`. Tokens of `known` lie in the buffer already and are kept; their noise is drawn
-    all the same, so that every other token sees the noise of its place. `graphs` replays the work of a token instead of
-    launching it anew.
-    """
-    started, total = time.monotonic(), grid[0] * grid[1]
-    keep = [False] * total if known is None else known.keep.tolist()
-    to_draw = keep.count(False)
-    codes = position_codes(model, grid, embeds)
-    guidance = guidance_scales(settings, total, embeds.device)
-    length = embeds.shape[1] + total - 1  # the last token is never fed
-    sequence, draw = make_steps(model, len(embeds), length, settings, branches, embeds, graphs)
-    chunk = 1 if known is not None and known.one_by_one else CHUNK
-    pace = Pace(embeds.device)
-
-    hidden, fed, drawn = sequence.prefill(embeds, valid, prefilled, prompt_key), 0, 0
-    for n in range(total):
-        token_noise = noise.token(draw.draws)
-        if not keep[n]:
+def plain(run: Run) -> Iterator[TokenStep]:
+    """One token after another: feed what came before, draw the next."""
+    hidden, fed, drawn, pace = run.hidden, 0, 0, Pace(run.tokens.device)
+    for n, known in enumerate(run.keep):
+        noise = run.noise.token(run.draw.draws)
+        if not known:
             while fed < n:
-                stretch = tokens[:, fed : min(fed + chunk, n)]
-                hidden, fed = sequence.feed(stretch, fed), fed + stretch.shape[1]
-            at_place = hidden if codes is None else hidden + codes[n]
-            tokens[:, n] = draw(at_place, to_device(token_noise, embeds.device), guidance[n])
+                stretch = run.tokens[:, fed : min(fed + run.chunk, n)]
+                hidden, fed = run.sequence.feed(stretch, fed), fed + stretch.shape[1]
+            noise = to_device(noise, run.tokens.device)
+            run.tokens[:, n] = run.draw(run.condition(hidden, n), noise, run.guidance[n])
             drawn += 1
-        pace.keep()
-        yield TokenStep(n + 1, total, tokens, drawn, to_draw - drawn, time.monotonic() - started)
+        pace.wait()
+        yield run.step(n + 1, drawn)
 
 
 def guidance_scales(settings: GenerationSettings, total: int, device: torch.device) -> Tensor:
@@ -121,7 +106,7 @@ def guidance_scales(settings: GenerationSettings, total: int, device: torch.devi
     return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
-def position_codes(model: NextStepModel, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+def position_codes(model: NextStepModel, grid: Grid, like: Tensor) -> Tensor | None:
     """What is added to each generated position's hidden state, (rows * columns, hidden), where the model wants it."""
     if not model.config.use_gen_pos_embed:
         return None
@@ -144,7 +129,7 @@ class Pace:
     def __init__(self, device: torch.device) -> None:
         self._before = torch.cuda.Event() if device.type == "cuda" else None
 
-    def keep(self) -> None:
+    def wait(self) -> None:
         """Wait for what was queued up to the call before this one."""
         if self._before is not None:
             self._before.synchronize()

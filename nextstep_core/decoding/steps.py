@@ -1,13 +1,13 @@
 """The work of one image token in two halves: the transformer's step over its cache, and the draw from the flow head.
 
 Both are functions of tensors whose shapes do not change from token to token, so that they may be captured and replayed.
+Neither refers back to whoever calls it: dropping the caller frees the cache at once, without the garbage collector.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -19,8 +19,9 @@ from ..model.positions import rotary_table
 from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
 from ..sampling.guidance import guide
-from ..sampling.settings import GenerationSettings
 from ..sampling.solvers import ETA, SAMPLERS, normalize_token
+from .job import Job
+from .prefill import PrefillCache
 
 # Long stretches run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
 CHUNK = 1024
@@ -33,127 +34,165 @@ def as_it_is(step: Step) -> Step:
     return step
 
 
-class PrefillCache:
-    """Keys, values and last hidden states of recent prompts, in host memory, by the content of the prompt."""
+@dataclass(frozen=True)
+class StepShape:
+    """All that the work of a token depends on besides its inputs: jobs of one shape can share captured steps.
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
-        self.max_bytes = max_bytes
-        self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+    rows are those of the transformer's batch, in so many guidance branches, of up to `positions` positions each.
+    """
 
-    def restore(self, key: str, cache: KVCache) -> Tensor | None:
-        """Fill the front of `cache` and return the last hidden state (B, hidden), or None when `key` is not here."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        kv, hidden = self._entries[key]
-        cache.data[..., : kv.shape[-2], :] = kv.to(cache.data.device)
-        return hidden.to(cache.data.device)
+    rows: int
+    branches: int
+    positions: int
+    sampler: str
+    steps: int
+    shift: float
+    use_norm: bool
+    device: torch.device
+    dtype: torch.dtype
 
-    def store(self, key: str, cache: KVCache, length: int, hidden: Tensor) -> None:
-        """Keep the first `length` positions of `cache`; the oldest entries go when the room is spent."""
-        self._entries[key] = (cache.data[..., :length, :].to("cpu", copy=True), hidden.to("cpu", copy=True))
-        while sum(kv.nbytes for kv, _ in self._entries.values()) > self.max_bytes:
-            self._entries.popitem(last=False)
+    @classmethod
+    def of(cls, job: Job, device: torch.device, dtype: torch.dtype) -> StepShape:
+        """The shape of a job's steps on a device; guidance scales are inputs of every token and no part of it."""
+        return cls(
+            rows=job.batch,
+            branches=job.rows.branches,
+            positions=bucketed(job.length),
+            sampler=job.settings.sampler,
+            steps=job.settings.steps,
+            shift=job.settings.shift,
+            use_norm=job.settings.use_norm,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class TransformerStep:
+    """One image token through the transformer: project it, write it to the cache, attend to what came before."""
+
+    def __init__(self, model: NextStepModel, shape: StepShape) -> None:
+        self.model = model
+        self.cache = KVCache(model.config, shape.rows, shape.positions, shape.device, shape.dtype)
+        self.rotary = rotary_table(model.config, shape.positions, shape.device, shape.dtype)
+        self.valid = torch.ones(shape.rows, shape.positions, dtype=torch.bool, device=shape.device)
+
+    def __call__(self, token: Tensor, position: Tensor, visible: int) -> Tensor:
+        """Hidden states (rows, hidden) of a token (M, 1, token_dim) at `position` (1,), seeing the first `visible`."""
+        return self.run(self.project(token), position, visible)
+
+    def run(self, embeds: Tensor, positions: Tensor, visible: int) -> Tensor:
+        """The last hidden state (rows, hidden) of embeds (rows, T, hidden) at positions (T,)."""
+        span = span_at(positions, self.rotary, self.valid, visible)
+        hidden: Tensor = self.model(embeds, span, self.cache)
+        return hidden[:, -1]
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Image tokens (M, T, token_dim) to embeddings (rows, T, hidden): every branch is fed the same."""
+        projected: Tensor = self.model.image_in_projector(tokens)
+        return projected.repeat(len(self.valid) // len(tokens), 1, 1)
 
 
 class TokenSequence:
     """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache.
 
-    Its memory is made once, for `batch` rows of up to `length` positions, and serves any number of runs. `wrap` may
-    replace the step of one token by one that does the same faster.
+    Its memory is made once for a shape and serves any number of runs. `wrap` may replace the step of one token by one
+    that does the same faster.
     """
 
-    def __init__(self, model: NextStepModel, batch: int, length: int, device, dtype, wrap: Wrap = as_it_is) -> None:
-        self.model, self.prompt_length = model, 0
-        self.cache = KVCache(model.config, batch, length, device, dtype)
-        self.rotary = rotary_table(model.config, bucketed(length), device, dtype)
-        self.positions = torch.arange(bucketed(length), device=device)
-        self.valid = torch.ones(batch, bucketed(length), dtype=torch.bool, device=device)
-        self._step = wrap(self._advance)
+    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = as_it_is) -> None:
+        self.prompt_length = 0
+        self.positions = torch.arange(shape.positions, device=shape.device)
+        self._plain = TransformerStep(model, shape)
+        self._step = wrap(self._plain)
 
     def prefill(self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str) -> Tensor:
-        """Begin with the prompt embeds (B, L, hidden), or take it from `prefilled`; the last hidden state (B, hidden).
+        """Begin with the prompt embeds (rows, L, hidden), or take it from `prefilled`; the last hidden state (rows,
+        hidden).
 
-        valid (B, L) is False at left padding.
+        valid (rows, L) is False at left padding.
         """
         self.prompt_length = embeds.shape[1]
-        self.valid[:, : self.prompt_length] = valid
-        self.valid[:, self.prompt_length :] = True
-        hidden = prefilled.restore(key, self.cache) if prefilled is not None else None
-        if hidden is None:
-            for start in range(0, self.prompt_length, CHUNK):
-                hidden = self._run(embeds[:, start : start + CHUNK], start)
-            if prefilled is not None:
-                prefilled.store(key, self.cache, self.prompt_length, hidden)
+        self._plain.valid[:, : self.prompt_length] = valid
+        self._plain.valid[:, self.prompt_length :] = True
+        hidden = prefilled.restore(key, self._plain.cache) if prefilled is not None else None
+        if hidden is not None:
+            return hidden
+        for start in range(0, self.prompt_length, CHUNK):
+            hidden = self._run(embeds[:, start : start + CHUNK], start)
+        assert hidden is not None, "a prompt ends with the begin-of-image id, so it is never empty"
+        if prefilled is not None:
+            prefilled.store(key, self._plain.cache, self.prompt_length, hidden)
         return hidden
 
     def feed(self, tokens: Tensor, place: int) -> Tensor:
-        """Run image tokens (M, T, token_dim), which stand at place..place+T-1; the last hidden state (B, hidden)."""
+        """Run image tokens (M, T, token_dim), which stand at place..place+T-1; the last hidden state (rows, hidden)."""
         start = self.prompt_length + place
         if tokens.shape[1] == 1:
             return self._step(tokens, self.positions[start : start + 1], visible=bucketed(start + 1))
-        return self._run(self._project(tokens), start)
+        return self._run(self._plain.project(tokens), start)
 
     def _run(self, embeds: Tensor, start: int) -> Tensor:
         end = start + embeds.shape[1]
-        span = span_at(self.positions[start:end], self.rotary, self.valid, bucketed(end))
-        return self.model(embeds, span, self.cache)[:, -1]
+        return self._plain.run(embeds, self.positions[start:end], bucketed(end))
 
-    def _advance(self, token: Tensor, position: Tensor, visible: int) -> Tensor:
-        span = span_at(position, self.rotary, self.valid, visible)
-        return self.model(self._project(token), span, self.cache)[:, -1]
 
-    def _project(self, tokens: Tensor) -> Tensor:
-        return self.model.image_in_projector(tokens).repeat(len(self.valid) // len(tokens), 1, 1)
+class FlowIntegration:
+    """One image token out of noise: the flow head's velocity, guided, integrated by the shape's sampler."""
+
+    def __init__(self, model: NextStepModel, shape: StepShape) -> None:
+        self.model, self.head, self.shape = model, model.head, shape
+        self.sampler = SAMPLERS[shape.sampler]
+        self.times = self.sampler.grid(shape.steps, shape.shift)
+        times = torch.tensor(self.times, device=shape.device)
+        self.time_codes = self.head.time_embed(times, shape.dtype)[:, None]  # (N, 1, dim), to go with all rows
+
+    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
+        """Tokens (M, token_dim); arguments as in TokenSampler."""
+        modulations = self.head.modulations(self.time_codes, self.model.image_out_projector(hidden))
+
+        def velocity(x: Tensor, i: int) -> Tensor:
+            rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
+            return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
+
+        token = self.sampler.integrate(velocity, self.times, noise, ETA).to(self.shape.dtype)
+        return normalize_token(token) if self.shape.use_norm else token
 
 
 class TokenSampler:
-    """Draws one token per image from the flow head, with the settings of a run. `wrap` as in TokenSequence."""
+    """Draws one token per image from the flow head. `wrap` as in TokenSequence."""
 
-    def __init__(
-        self, model: NextStepModel, settings: GenerationSettings, branches: int, device, dtype, wrap: Wrap = as_it_is
-    ) -> None:
-        self.model, self.head, self.settings, self.branches, self.dtype = model, model.head, settings, branches, dtype
-        self.sampler = SAMPLERS[settings.sampler]
-        self.times = self.sampler.grid(settings.steps, settings.shift)
-        self.draws = self.sampler.draws(settings.steps)
-        self.time_codes = self.head.time_embed(torch.tensor(self.times, device=device), dtype)[:, None]
-        self._draw = wrap(self._integrate)
+    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = as_it_is) -> None:
+        self.draws = SAMPLERS[shape.sampler].draws(shape.steps)
+        self._draw = wrap(FlowIntegration(model, shape))
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (draws, M, token_dim) and the
         scales cfg and cfg_img as a tensor (2,)."""
         return self._draw(hidden, noise, guidance)
 
-    def _integrate(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
-        modulations = self.head.modulations(self.time_codes, self.model.image_out_projector(hidden))
 
-        def velocity(x: Tensor, i: int) -> Tensor:
-            rows = x.to(self.dtype).repeat(self.branches, 1)
-            return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.branches, *guidance)
+@dataclass(frozen=True)
+class StepCaches:
+    """What a model keeps from run to run: prompts that were read, and captured steps with their memory.
 
-        token = self.sampler.integrate(velocity, self.times, noise, ETA).to(self.dtype)
-        return normalize_token(token) if self.settings.use_norm else token
+    graphs None runs every step as it is; prefilled None reads every prompt anew.
+    """
 
+    graphs: StepGraphs | None = None
+    prefilled: PrefillCache | None = field(default_factory=PrefillCache)
 
-def make_steps(
-    model: NextStepModel,
-    batch: int,
-    length: int,
-    settings: GenerationSettings,
-    branches: int,
-    like: Tensor,
-    graphs: StepGraphs | None,
-) -> tuple[TokenSequence, TokenSampler]:
-    """The two halves of a token's work for sequences of `length`, taken from `graphs` where it has them captured."""
+    def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
+        """The two halves of a token's work, captured ones where there are."""
 
-    def make(wrap: Wrap) -> tuple[TokenSequence, TokenSampler]:
-        return (
-            TokenSequence(model, batch, length, like.device, like.dtype, wrap),
-            TokenSampler(model, settings, branches, like.device, like.dtype, wrap),
-        )
+        def make(wrap: Wrap) -> tuple[TokenSequence, TokenSampler]:
+            return TokenSequence(model, shape, wrap), TokenSampler(model, shape, wrap)
 
-    if graphs is None:
-        return make(as_it_is)
-    drawing = replace(settings, cfg=0.0, cfg_img=0.0, cfg_schedule="")  # the scales are inputs of every token
-    return graphs.steps((batch, bucketed(length), drawing, branches, like.device, like.dtype), make)
+        if self.graphs is None or not self.graphs.fit(shape.device):
+            return make(as_it_is)
+        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, make)
+        return pair
+
+    def release(self) -> None:
+        """Free the device memory that is kept for the next run."""
+        if self.graphs is not None:
+            self.graphs.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +22,24 @@ from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from ..runtime.cpu import pack_linears
-from ..runtime.quantization import Recipe, find_recipe, prepare, quantized_linears, replace_linears
+from ..runtime.quantization import (
+    QuantizedLinear,
+    Recipe,
+    find_recipe,
+    prepare,
+    quantized_linears,
+    replace_linears,
+)
 from ..runtime.quantization.formats import quantize_in_pieces
-from . import gguf_file
-from .checkpoint import TensorFiles, check_complete, find_model_files, find_vae_files, read_tensors, shapes_of
+from .checkpoint import (
+    TensorFiles,
+    check_complete,
+    find_model_files,
+    find_tensors,
+    read_tensors,
+    reader_of,
+    shapes_of,
+)
 from .documents import CONFIG, Documents, find_documents
 from .fusion import fuse_locations, published_shapes
 
@@ -54,12 +68,11 @@ class ModelPlan:
         """How many numbers the image model has."""
         return sum(math.prod(self.files.shapes[name]) for name in self.model_names if name in self.files.shapes)
 
-    def empty_model(self, operations: Operations = DEFAULT) -> NextStepModel:
-        """The image model without memory, on the meta device."""
-        model = NextStepModel(self.config, device="meta", operations=operations).eval()
-        if self.recipe is not None:
-            replace_linears(model, self.recipe)
-        return model
+    def empty_model(
+        self, operations: Operations = DEFAULT, quantized_layer: type[QuantizedLinear] = QuantizedLinear
+    ) -> NextStepModel:
+        """The image model without memory, on the meta device, from these families of layers."""
+        return empty_model(self.config, self.recipe, operations, quantized_layer)
 
     def read_model(
         self,
@@ -112,24 +125,38 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     one by itself); NextStepError when they lie in another one already.
     """
     documents = find_documents(path)
-    if quantization is None and path.suffix == gguf_file.SUFFIX:
-        quantization = gguf_file.nearest_recipe(path)
+    if quantization is None and path.is_file():
+        quantization = reader_of(path).recipe(path)
     recipe = None if quantization is None else find_recipe(quantization, torch.device(device))
     if documents.quantization is not None:
-        stored = find_recipe(documents.quantization, torch.device(device))
-        if recipe not in (None, stored):
+        held = find_recipe(documents.quantization, torch.device(device))
+        if recipe not in (None, held):
             raise NextStepError(
-                f"{path} is quantized to {stored.name} already. Choose no quantization, or quantize the original."
+                f"{path} is quantized to {held.name} already. Choose no quantization, or quantize the original."
             )
-        recipe = stored
+        recipe = held
+    stored = documents.quantization is not None
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
-    plan = ModelPlan(documents, config, files, (), (), recipe, stored=documents.quantization is not None)
-    model = shapes_of(plan.empty_model() if plan.stored else NextStepModel(config, device="meta"))
+    model = shapes_of(empty_model(config, recipe if stored else None))
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
     check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
     files = fuse_locations(files, model, config)
-    return replace(plan, files=files, model_names=tuple(model), text_embedding_names=tuple(text_embedding))
+    return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored)
+
+
+def empty_model(
+    config: NextStepConfig,
+    recipe: Recipe | None = None,
+    operations: Operations = DEFAULT,
+    quantized_layer: type[QuantizedLinear] = QuantizedLinear,
+) -> NextStepModel:
+    """The image model without memory, on the meta device; quantized layers where `recipe` has a format for them."""
+    model = NextStepModel(config, device="meta", operations=operations).eval()
+    if recipe is not None:
+        # A host's layers may have no weights yet, so what they will be is read off PyTorch's own.
+        replace_linears(model, NextStepModel(config, device="meta"), recipe, quantized_layer)
+    return model
 
 
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -162,7 +189,7 @@ def load_vae_state(path: Path, dtype: torch.dtype | None = None) -> tuple[VAECon
     """Config and complete, checked state dict (on the CPU) of a VAE folder or file."""
     weights, documents = find_vae(path)
     config = VAEConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
-    files = find_vae_files(weights)
+    files = find_tensors(weights)
     expected = shapes_of(AutoencoderKL(config, device="meta"))
     check_complete(files, expected, optional=())
     return config, dict(read_tensors(files, expected, "cpu", dtype))

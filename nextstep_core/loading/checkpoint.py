@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -25,7 +25,6 @@ from .documents import Documents
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as users call them
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SAFETENSORS = (".safetensors", ".sft")
 MAX_NAMES_SHOWN = 8
 
 Shape: TypeAlias = tuple[int, ...]
@@ -66,24 +65,72 @@ def _readable(path: Path) -> Iterator[None]:
         raise damaged(path, reason) from None
 
 
+Tensors: TypeAlias = Callable[[str], Tensor]  # from a name in a file to its tensor
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one kind of weights file is read. `recipe` names the quantization nearest to what a file holds, if any."""
+
+    shapes: Callable[[Path], dict[str, Shape]]
+    open: Callable[[Path], AbstractContextManager[Tensors]]
+    recipe: Callable[[Path], str | None] = lambda path: None
+    our_name: Callable[[str], str] = lambda name: name.removeprefix("model.")
+
+
 def _safetensors_shapes(path: Path) -> dict[str, Shape]:
-    with _readable(path):
-        if not path.is_file():
-            raise FileNotFoundError
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    if not path.is_file():
+        raise FileNotFoundError
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Tensors]:
+    with safe_open(path, framework="pt") as file:
+        yield file.get_tensor
 
 
 def _read_torch_archive(path: Path) -> dict[str, Tensor]:
-    with _readable(path):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is no NextStep weights file.")
     return state
 
 
-def _strip_prefix(name: str) -> str:
-    return name.removeprefix("model.")
+def _torch_archive_shapes(path: Path) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in _read_torch_archive(path).items()}
+
+
+@contextmanager
+def _open_torch_archive(path: Path) -> Iterator[Tensors]:
+    yield _read_torch_archive(path).__getitem__
+
+
+@contextmanager
+def _open_gguf(path: Path) -> Iterator[Tensors]:
+    yield gguf_file.open_tensors(path)
+
+
+_SAFETENSORS = Reader(_safetensors_shapes, _open_safetensors)
+READERS: dict[str, Reader] = {
+    ".safetensors": _SAFETENSORS,
+    ".sft": _SAFETENSORS,
+    ".pt": Reader(_torch_archive_shapes, _open_torch_archive),
+    gguf_file.SUFFIX: Reader(gguf_file.shapes, _open_gguf, gguf_file.nearest_recipe, gguf_file.our_name),
+}
+
+
+def reader_of(path: Path) -> Reader:
+    """The reader for a file's kind; NextStepError for a kind that holds no weights."""
+    if path.suffix not in READERS:
+        raise NextStepError(f"{path} is not a weights file; expected one that ends in {', '.join(READERS)}.")
+    return READERS[path.suffix]
+
+
+def _shapes(path: Path) -> dict[str, Shape]:
+    with _readable(path):
+        return reader_of(path).shapes(path)
 
 
 def find_model_files(path: Path) -> TensorFiles:
@@ -95,7 +142,7 @@ def find_model_files(path: Path) -> TensorFiles:
     if path.suffix == gguf_file.SUFFIX:
         return _with_gguf(path)
     if path.is_file():
-        return _from_shapes(path, {path: _safetensors_shapes(path)})
+        return find_tensors(path)
     index = path / INDEX_NAME
     if not index.is_file():
         if (path / SINGLE_NAME).is_file():
@@ -108,7 +155,7 @@ def find_model_files(path: Path) -> TensorFiles:
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise NextStepError(f"{index} points outside its folder ({name!r}). Do not use this checkpoint.")
-        shards[path / name] = _safetensors_shapes(path / name)
+        shards[path / name] = _shapes(path / name)
     for tensor, name in weight_map.items():
         if tensor not in shards[path / name]:
             raise NextStepError(f"{path / name} lacks `{tensor}`, which {INDEX_NAME} says it holds.")
@@ -118,23 +165,23 @@ def find_model_files(path: Path) -> TensorFiles:
 def _with_gguf(path: Path) -> TensorFiles:
     has_weights = any((path.parent / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
     beside = find_model_files(path.parent) if has_weights else TensorFiles("", {}, {})
-    held = gguf_file.shapes(path)
-    locations = {gguf_file.our_name(name): ((path, name),) for name in held}
-    shapes = {gguf_file.our_name(name): shape for name, shape in held.items()}
-    return TensorFiles(str(path), beside.locations | locations, beside.shapes | shapes)
+    held = find_tensors(path)
+    return TensorFiles(str(path), beside.locations | held.locations, beside.shapes | held.shapes)
 
 
 def _from_shapes(where: Path, shards: Mapping[Path, Mapping[str, Shape]]) -> TensorFiles:
-    locations = {_strip_prefix(n): ((file, n),) for file, shapes in shards.items() for n in shapes}
-    shapes = {_strip_prefix(n): shape for held in shards.values() for n, shape in held.items()}
+    locations: dict[str, tuple[Place, ...]] = {}
+    shapes: dict[str, Shape] = {}
+    for file, held in shards.items():
+        our_name = reader_of(file).our_name
+        locations |= {our_name(name): ((file, name),) for name in held}
+        shapes |= {our_name(name): shape for name, shape in held.items()}
     return TensorFiles(str(where), locations, shapes)
 
 
-def find_vae_files(path: Path) -> TensorFiles:
-    """Tensor locations of one VAE file, `.pt` or `.safetensors`."""
-    if path.suffix in SAFETENSORS:
-        return _from_shapes(path, {path: _safetensors_shapes(path)})
-    return _from_shapes(path, {path: {name: tuple(t.shape) for name, t in _read_torch_archive(path).items()}})
+def find_tensors(path: Path) -> TensorFiles:
+    """Tensor locations of one file of any kind in READERS."""
+    return _from_shapes(path, {path: _shapes(path)})
 
 
 def check_complete(files: TensorFiles, expected: Mapping[str, Shape], optional: Iterable[str]) -> None:
@@ -184,14 +231,16 @@ def read_tensors(
 def _assemble(
     opened: _OpenFiles, places: tuple[Place, ...], shape: Shape, device: torch.device | str, dtype: torch.dtype | None
 ) -> Tensor:
-    whole, row = None, 0
-    for place in places:
+    first = opened.read(*places[0])
+    to = dtype if first.is_floating_point() else None
+    if len(places) == 1:
+        return first.to(device=device, dtype=to)
+    whole = torch.empty(shape, device=device, dtype=to or first.dtype)
+    whole[: len(first)] = first
+    row = len(first)
+    del first  # one part in memory at a time
+    for place in places[1:]:
         part = opened.read(*place)
-        to = dtype if part.is_floating_point() else None
-        if len(places) == 1:
-            return part.to(device=device, dtype=to)
-        if whole is None:
-            whole = torch.empty(shape, device=device, dtype=to or part.dtype)
         whole[row : row + len(part)] = part
         row += len(part)
     return whole
@@ -202,26 +251,18 @@ class _OpenFiles:
 
     def __init__(self) -> None:
         self._stacks: dict[Path, ExitStack] = {}
-        self._readers: dict[Path, Callable[[str], Tensor]] = {}
+        self._tensors: dict[Path, Tensors] = {}
 
     def read(self, path: Path, name: str) -> Tensor:
-        if path not in self._readers:
-            with _readable(path):
-                self._readers[path] = self._open(path)
         with _readable(path):
-            return self._readers[path](name)
-
-    def _open(self, path: Path) -> Callable[[str], Tensor]:
-        if path.suffix == gguf_file.SUFFIX:
-            return gguf_file.open_tensors(path)
-        if path.suffix not in SAFETENSORS:
-            return _read_torch_archive(path).__getitem__
-        stack = self._stacks[path] = ExitStack()
-        return stack.enter_context(safe_open(path, framework="pt")).get_tensor
+            if path not in self._tensors:
+                stack = self._stacks[path] = ExitStack()
+                self._tensors[path] = stack.enter_context(reader_of(path).open(path))
+            return self._tensors[path](name)
 
     def close(self, paths: Iterable[Path]) -> None:
         for path in set(paths):
-            self._readers.pop(path, None)
+            self._tensors.pop(path, None)
             if path in self._stacks:
                 self._stacks.pop(path).close()
 
@@ -229,7 +270,7 @@ class _OpenFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close(list(self._readers))
+        self.close(list(self._stacks))
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:

@@ -1,13 +1,17 @@
-"""Which family a checkpoint is of, and the settings that its authors publish for it."""
+"""Which family a checkpoint is of, and the settings that its authors publish for it; decided once, while loading."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import logging
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ..errors import NextStepError
 from ..model.config import NextStepConfig
 from ..sampling.settings import GenerationSettings
 from .documents import GENERATION_CONFIG, Documents
+
+log = logging.getLogger(__name__)
 
 # The published settings, by family; the names are those of the released checkpoints.
 TEXT_TO_IMAGE_1_0 = GenerationSettings()
@@ -19,33 +23,52 @@ EDIT_1_0 = GenerationSettings(cfg_img=2.0, shift=3.2)
 FILE_KEYS = {"steps": "num_sampling_steps", "shift": "timesteps_shift"}
 
 
-def is_1_1(config: NextStepConfig, name: str) -> bool:
-    """Whether a checkpoint is of the 1.1 family: its config says so, or the name it was published under."""
-    return config.base_image_grid_size is not None or "nextstep-1.1" in name.lower()
+@dataclass(frozen=True)
+class Published:
+    """What the authors of a checkpoint say of it: whether it is of the 1.1 family, and its settings for making and for
+    editing an image."""
+
+    is_1_1: bool
+    making: GenerationSettings
+    editing: GenerationSettings
 
 
-def published_settings(config: NextStepConfig, name: str, editing: bool) -> GenerationSettings:
+def published(documents: Documents, config: NextStepConfig) -> Published:
+    """What a checkpoint's documents say and, where they are silent, the name it was published under.
+
+    What hangs on a name alone is said in the log: a renamed folder is another checkpoint then. NextStepError when
+    `generation_config.json` holds a wrong value.
+    """
+    stated = documents.read(GENERATION_CONFIG) if documents.has(GENERATION_CONFIG) else {}
+    where, name = documents.where(GENERATION_CONFIG), documents.name
+    newer = config.base_image_grid_size is not None
+    if not newer:
+        newer = "nextstep-1.1" in name.lower()
+        if newer or "sampler" not in stated:
+            log.info(
+                "%s: its config does not tell the model family; by its name it is taken for NextStep-%s",
+                name,
+                "1.1" if newer else "1.0",
+            )
+    making, editing = (_with_stated(published_settings(newer, name, kind), stated, where) for kind in (False, True))
+    return Published(newer, making, editing)
+
+
+def published_settings(is_1_1: bool, name: str, editing: bool) -> GenerationSettings:
     """The published settings for a checkpoint called `name` (folder or hub id), to make or to edit an image."""
     if editing or name.lower().endswith("edit"):
-        sampler = "score-sde-1.1" if is_1_1(config, name) else "score-sde-1.0"
-        return replace(EDIT_1_0, sampler=sampler)
-    if is_1_1(config, name):
+        return replace(EDIT_1_0, sampler="score-sde-1.1" if is_1_1 else "score-sde-1.0")
+    if is_1_1:
         return TEXT_TO_IMAGE_1_1
     return TEXT_TO_IMAGE_PRETRAIN if name.lower().endswith("pretrain") else TEXT_TO_IMAGE_1_0
 
 
-def recommended_settings(documents: Documents, config: NextStepConfig, name: str, editing: bool) -> GenerationSettings:
-    """What `generation_config.json` beside the config states, over the published settings of the family."""
-    published = published_settings(config, name, editing)
-    if not documents.has(GENERATION_CONFIG):
-        return published
-    stated = documents.read(GENERATION_CONFIG)
+def _with_stated(settings: GenerationSettings, stated: dict[str, Any], where: str) -> GenerationSettings:
+    """What `generation_config.json` states, over the published settings."""
     keys = {f.name: FILE_KEYS.get(f.name, f.name) for f in fields(GenerationSettings)}
     for name, key in keys.items():
-        value, default = stated.get(key), getattr(published, name)
+        value, default = stated.get(key), getattr(settings, name)
         fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
         if value is not None and not fits:
-            raise NextStepError(
-                f"{documents.where(GENERATION_CONFIG)}: `{key}` is {value!r}, which is of a wrong type."
-            )
-    return published.override(**{name: stated.get(key) for name, key in keys.items()})
+            raise NextStepError(f"{where}: `{key}` is {value!r}, which is of a wrong type.")
+    return settings.override(**{name: stated.get(key) for name, key in keys.items()})

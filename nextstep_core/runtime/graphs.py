@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -35,6 +36,19 @@ class CudaRecorder:
         return graph.replay
 
 
+@dataclass
+class CaptureState:
+    """Shared by a model's captured steps, which do not refer to each other: a reference cycle would keep their memory
+    and the model until the garbage collector runs."""
+
+    broken: bool = False
+
+    def give_up(self, reason: RuntimeError) -> None:
+        """Capture nothing from here on."""
+        self.broken = True
+        log.warning("CUDA graphs are off for this model, which makes it slower: %s", str(reason).splitlines()[0])
+
+
 class StepGraphs:
     """Keeps the captured steps of the last run, and makes new ones when shapes, settings or weights have changed."""
 
@@ -42,7 +56,12 @@ class StepGraphs:
         self._model, self._make_recorder = model, make_recorder
         self._key: Hashable = None
         self._steps: Any = None
-        self.broken = False
+        self._state = CaptureState()
+
+    @property
+    def broken(self) -> bool:
+        """Whether captures were given up."""
+        return self._state.broken
 
     def fit(self, device: torch.device) -> bool:
         """Whether steps on `device` can be captured: on CUDA, with every weight there. If not, nothing is kept."""
@@ -57,15 +76,9 @@ class StepGraphs:
         key = (key, tuple(tensor.data_ptr() for tensor in self._model.state_dict().values()))
         if key != self._key:
             self.clear()
-            recorder = self._make_recorder()
-            self._steps, self._key = make(lambda step: Replayed(step, recorder, self)), key
+            recorder, state = self._make_recorder(), self._state
+            self._steps, self._key = make(lambda step: Replayed(step, recorder, state)), key
         return self._steps
-
-    def give_up(self, reason: RuntimeError) -> None:
-        """Capture nothing from here on."""
-        self.clear()
-        self.broken = True
-        log.warning("CUDA graphs are off for this model, which makes it slower: %s", str(reason).splitlines()[0])
 
     def clear(self) -> None:
         """Forget everything captured, and with it the memory that it holds."""
@@ -79,13 +92,14 @@ class Replayed:
     on the same inputs and compares. What a call returns is overwritten by the next.
     """
 
-    def __init__(self, step: Step, recorder: Any, graphs: StepGraphs) -> None:
-        self._step, self._recorder, self._graphs = step, recorder, graphs
+    def __init__(self, step: Step, recorder: Any, state: CaptureState) -> None:
+        self._step, self._recorder, self._state = step, recorder, state
         self._inputs: tuple[Tensor, ...] = ()
         self._variants: dict[Hashable, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor, **variant: Hashable) -> Tensor:
-        if self._graphs.broken:
+        if self._state.broken:
+            self._inputs, self._variants = (), {}
             return self._step(*inputs, **variant)
         if not self._inputs:
             self._inputs = tuple(tensor.clone() for tensor in inputs)
@@ -109,5 +123,5 @@ class Replayed:
                 raise RuntimeError(f"a replay differs from the plain run by {error:.1%}")
             self._variants[key] = replay, output
         except RuntimeError as reason:
-            self._graphs.give_up(reason)
+            self._state.give_up(reason)
         return plain

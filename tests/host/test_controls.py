@@ -16,7 +16,7 @@ RED, BLUE = (0xE0, 0x20, 0x20), (0x20, 0x50, 0xE0)
 def kit(graph: ComfyGraph) -> SimpleNamespace:
     """The pack's modules and the embedded model, as the nodes use them."""
     loaders, sampler = graph.pack("nodes.loaders"), graph.pack("nodes.sampler")
-    model = loaders.load_model(graph.pack("nodes.catalog").EMBEDDED_LABEL, "fp32")
+    model = loaders.load_model(graph.pack("nodes.catalog").EMBEDDED_LABEL, loaders.LoadOptions("fp32"))
     return SimpleNamespace(
         model=model,
         vae=model.vae,

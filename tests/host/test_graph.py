@@ -22,7 +22,8 @@ def picture(graph: ComfyGraph, prompt: dict) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def model(graph: ComfyGraph):
-    return graph.pack("nodes.loaders").load_model("tiny-a", "fp32")
+    loaders = graph.pack("nodes.loaders")
+    return loaders.load_model("tiny-a", loaders.LoadOptions("fp32"))
 
 
 def latents_of(graph: ComfyGraph, model, seed: int = 3) -> torch.Tensor:
@@ -80,12 +81,12 @@ def test_a_core_empty_latent_of_16_channels_will_do(graph: ComfyGraph) -> None:
 
 def test_model_is_loaded_once_and_let_go(graph: ComfyGraph) -> None:
     loaders = graph.pack("nodes.loaders")
-    first = loaders.load_model("tiny-a", "bf16")
-    assert loaders.load_model("tiny-a", "bf16") is first
-    assert loaders.load_model("tiny-a", "fp32") is not first
+    first = loaders.load_model("tiny-a", loaders.LoadOptions("bf16"))
+    assert loaders.load_model("tiny-a", loaders.LoadOptions("bf16")) is first
+    assert loaders.load_model("tiny-a", loaders.LoadOptions("fp32")) is not first
     del first
     gc.collect()
-    assert not any("bf16" in key for key in loaders._loaded), "nothing of ours keeps a model alive"
+    assert not any(options.dtype == "bf16" for _, options in loaders._loaded), "nothing of ours keeps a model alive"
 
 
 def test_model_lives_under_the_hosts_memory_management(graph: ComfyGraph, model) -> None:
@@ -117,7 +118,8 @@ def test_memory_estimate_covers_the_cache(graph: ComfyGraph, model, monkeypatch:
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
 def test_every_storage_type_draws_nearly_the_same(graph: ComfyGraph, model, dtype: str) -> None:
-    other = graph.pack("nodes.loaders").load_model("tiny-a", dtype)
+    loaders = graph.pack("nodes.loaders")
+    other = loaders.load_model("tiny-a", loaders.LoadOptions(dtype))
     stored = {p.dtype for p in other.engine.model.parameters()}
     assert stored == {"auto": {torch.float32}, "bf16": {torch.bfloat16}, "fp16": {torch.float16}}[dtype]
     sampler, prompts = graph.pack("nodes.sampler"), graph.pack("nodes.prompts")

@@ -203,7 +203,7 @@ def test_a_model_that_is_partly_pushed_out_comes_back(graph: ComfyGraph, acceler
     import comfy.model_management as mm
 
     model = graph.value(text_to_image(), "model")
-    model.engine.prefilled.max_bytes = 0  # every run reads the prompt itself
+    model.engine.caches.prefilled.max_bytes = 0  # every run reads the prompt itself
     wanted = graph.value(text_to_image(seed=1), "sampler")["samples"]
     graph.value(text_to_image(seed=2), "sampler")
     others = [entry for entry in mm.current_loaded_models if entry.model is not model.patcher]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from ...errors import NextStepError, check_choice
 from .formats import FP8, INT4, INT4_128, INT8, Format, quantize_in_pieces
 from .products import Kernel, choose
+
+Device: TypeAlias = torch.device | str | None
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,14 @@ def find_recipe(name: str, device: torch.device) -> Recipe:
 class QuantizedLinear(nn.Module):
     """A linear layer whose matrix is stored in a `Format`. The weights may lie on another device than the input."""
 
-    def __init__(self, format: Format, rows: int, columns: int, bias: Tensor | None, device=None) -> None:
+    def __init__(self, format: Format, rows: int, columns: int, bias: bool, device: Device = None) -> None:
         super().__init__()
         weight, scale = format.empty(rows, columns, device)
         self.format, self.rows, self.columns = format, rows, columns
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.kernel: Kernel | None = None
+        self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
+        self.kernel: Kernel | None = None  # until `prepare` has chosen one
 
     def pack(self, kernel: Kernel, device: torch.device) -> None:
         """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
@@ -71,11 +74,12 @@ class QuantizedLinear(nn.Module):
             self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        here = {"device": x.device, "non_blocking": True}
-        weight, scale = self.weight.to(**here), self.weight_scale.to(**here)
+        assert self.kernel is not None, "a quantized model is prepared before it runs"
+        weight = self.weight.to(x.device, non_blocking=True)
+        scale = self.weight_scale.to(x.device, non_blocking=True)
         out = self.kernel.run(x.reshape(-1, self.columns), weight, scale)
         if self.bias is not None:
-            out = out + self.bias.to(dtype=x.dtype, **here)
+            out = out + self.bias.to(x.device, x.dtype, non_blocking=True)
         return out.view(*x.shape[:-1], self.rows)
 
     def extra_repr(self) -> str:
@@ -87,28 +91,35 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
 
 
-def _stored_linears(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
+def _stored_linears(
+    model: nn.Module, recipe: Recipe, layer: type[QuantizedLinear]
+) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
     """The linear layers that `recipe` stores in a format, each with an empty meta-device layer to take its place."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            shape = layer.out_features, layer.in_features
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            shape = linear.out_features, linear.in_features
             format = recipe.format_of(name, *shape)
             if format is not None:
-                yield name, layer, QuantizedLinear(format, *shape, layer.bias, "meta")
+                yield name, linear, layer(format, *shape, linear.bias is not None, "meta")
 
 
-def replace_linears(model: nn.Module, recipe: Recipe) -> None:
-    """Put empty quantized layers in the place of a meta-device model's linear layers."""
-    for name, _, quantized in _stored_linears(model, recipe):
+def replace_linears(model: nn.Module, like: nn.Module, recipe: Recipe, layer: type[QuantizedLinear]) -> None:
+    """Put empty layers of the class `layer` in the place of a meta-device model's linear layers.
+
+    `like` is the same model from PyTorch's own layers: only they are sure to tell their shape and whether they have a
+    bias.
+    """
+    for name, _, quantized in _stored_linears(like, recipe, layer):
         model.set_submodule(name, quantized)
 
 
 def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
     """Quantize a filled model in place, one matrix at a time, computing on `device`; `make_ready` must follow."""
-    for path, layer, quantized in _stored_linears(model, find_recipe(name, device)):
-        weight, scale = quantize_in_pieces(quantized.format, layer.weight.to(device))
-        quantized.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
-        quantized.weight_scale = nn.Parameter(scale.to(layer.weight.device), requires_grad=False)
+    for path, linear, quantized in _stored_linears(model, find_recipe(name, device), QuantizedLinear):
+        weight, scale = quantize_in_pieces(quantized.format, linear.weight.to(device))
+        quantized.weight = nn.Parameter(weight.to(linear.weight.device), requires_grad=False)
+        quantized.weight_scale = nn.Parameter(scale.to(linear.weight.device), requires_grad=False)
+        quantized.bias = linear.bias
         model.set_submodule(path, quantized)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.decoding.loop import KnownTokens
-from nextstep_core.decoding.steps import PrefillCache, TokenSequence
+from nextstep_core.decoding.job import KnownTokens
+from nextstep_core.decoding.prefill import PrefillCache
+from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSequence
 from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.model.transformer import span_at, whole_span
 from nextstep_core.request.layout import Caption
@@ -54,7 +55,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
 
     def run() -> torch.Tensor:
-        sequence = TokenSequence(engine.model, len(embeds), embeds.shape[1], embeds.device, embeds.dtype)
+        sequence = TokenSequence(engine.model, StepShape.of(job, embeds.device, embeds.dtype))
         return sequence.prefill(embeds, job.rows.valid, None, "")
 
     whole = run()
@@ -202,7 +203,7 @@ def test_another_picture_under_the_same_words_is_another_prompt(pipeline) -> Non
     """The prefill cache must tell input pictures apart."""
     edit = lambda image: pipeline.generate("<image>Add a hat.", images=image, **FAST).tokens  # noqa: E731
     first, other = edit(IMAGE), edit(1 - IMAGE)
-    fresh = replace(pipeline.engine, prefilled=PrefillCache())
+    fresh = replace(pipeline.engine, caches=StepCaches())
     alone = NextStepPipeline(fresh, pipeline.vae, pipeline.device, pipeline.dtype)
     assert torch.equal(alone.generate("<image>Add a hat.", images=1 - IMAGE, **FAST).tokens, other)
     assert (first - other).abs().max() > 0.01
@@ -311,11 +312,11 @@ def test_another_seed_does_not_prefill_again(pipeline, monkeypatch: pytest.Monke
 
 
 def test_prefill_cache_stays_within_its_bytes(pipeline) -> None:
-    engine = replace(pipeline.engine, prefilled=PrefillCache(max_bytes=20_000))
+    engine = replace(pipeline.engine, caches=StepCaches(prefilled=PrefillCache(max_bytes=20_000)))
     for prompt in ("one", "two", "three", "four"):
         for _ in engine.decode(job_for(pipeline, [prompt]), torch.device("cpu"), torch.float32):
             break
-    sizes = [kv.nbytes for kv, _ in engine.prefilled._entries.values()]
+    sizes = [kv.nbytes for kv, _ in engine.caches.prefilled._entries.values()]
     assert 0 < sum(sizes) <= 20_000
 
 

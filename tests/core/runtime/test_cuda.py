@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepPipeline
+from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.runtime.quantization import RECIPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -26,12 +27,12 @@ def load(dtype: torch.dtype, device: str = "cuda", **options) -> NextStepPipelin
 def test_captured_steps_draw_the_same_tokens(dtype: torch.dtype, sampler: str, caplog) -> None:
     caplog.set_level(logging.WARNING)
     fast = load(dtype)
-    plain = NextStepPipeline(replace(fast.engine, graphs=None), fast.vae, fast.device, dtype)
+    plain = NextStepPipeline(replace(fast.engine, caches=StepCaches()), fast.vae, fast.device, dtype)
     for prompt in (["a red circle", "a small blue square on the left"], ["a green ring", "a red circle"]):
         options = {**SMALL, "sampler": sampler}
         difference = fast.generate(prompt, **options).tokens - plain.generate(prompt, **options).tokens
         assert difference.abs().max() <= ROUNDING[dtype]
-    assert not fast.engine.graphs.broken and not caplog.records, "captured, not given up"
+    assert not fast.engine.caches.graphs.broken and not caplog.records, "captured, not given up"
 
 
 def test_one_seed_draws_the_same_picture_as_on_the_cpu() -> None:
@@ -50,7 +51,7 @@ def test_quantized_weights_multiply_as_on_the_cpu(recipe: str) -> None:
 def test_streamed_weights_draw_the_same_and_leave_the_device() -> None:
     fast = load(torch.float32)
     wanted = fast.generate("a red circle", **SMALL).tokens
-    fast.engine.graphs.clear()
+    fast.engine.release()
     fast.engine.model.to("cpu")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.decoding.loop import KnownTokens
+from nextstep_core.decoding.job import KnownTokens
+from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.graphs import StepGraphs
 
@@ -63,7 +64,7 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graphed(pipeline: NextStepPipeline, recorder: type = TapeRecorder) -> NextStepPipeline:
-    engine = replace(pipeline.engine, graphs=CPUGraphs(pipeline.engine.model, recorder))
+    engine = replace(pipeline.engine, caches=StepCaches(CPUGraphs(pipeline.engine.model, recorder)))
     return NextStepPipeline(engine, pipeline.vae, CPU, torch.float32)
 
 

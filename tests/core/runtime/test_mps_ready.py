@@ -20,7 +20,7 @@ from simulated_mps import MPS, SimulatedMPS, names_with_mps_kernel
 from torch import Tensor
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.decoding.loop import KnownTokens
+from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.images.preview import fit_latent_to_rgb
 from nextstep_core.images.tiling import run_in_tiles
 from nextstep_core.request.layout import Caption

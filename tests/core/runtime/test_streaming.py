@@ -10,7 +10,7 @@ from simulated_mps import MPS, SimulatedMPS
 from torch import Tensor
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.decoding.engine import Progress
+from nextstep_core.decoding.progress import Progress
 from nextstep_core.loading.build import make_ready
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.quantization import quantize_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import torch
 
 from nextstep_core import GenerationSettings, NextStepError, NextStepPipeline
 from nextstep_core.loading.documents import Documents
-from nextstep_core.loading.published import published_settings, recommended_settings
+from nextstep_core.loading.published import published
 from nextstep_core.model.config import NextStepConfig
-from nextstep_core.request.sizes import nearest_ratio, ratio_size
 
 PUBLISHED = {
     "NextStep-1-Large": GenerationSettings(7.5, 1.0, "constant", 50, 1.0, "score-sde-1.0", True),
@@ -30,21 +30,28 @@ def config(golden: Path) -> NextStepConfig:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_settings_by_name(config: NextStepConfig, name: str) -> None:
-    assert published_settings(config, name, editing=False) == PUBLISHED[name]
+def test_published_settings_by_name(checkpoint: Path, config: NextStepConfig, name: str) -> None:
+    says = published(Documents(checkpoint.rename(checkpoint.with_name(name))), config)
+    assert says.making == PUBLISHED[name]
+    assert says.is_1_1 == name.startswith("NextStep-1.1")
 
 
-def test_a_config_of_the_1_1_kind_needs_no_name(config: NextStepConfig) -> None:
+def test_what_only_a_name_tells_is_said_in_the_log(checkpoint: Path, config: NextStepConfig, caplog) -> None:
+    caplog.set_level(logging.INFO)
     newer = replace(config, base_image_grid_size=32)
-    assert published_settings(newer, "renamed", editing=False).sampler == "score-sde-1.1"
-    assert published_settings(newer, "renamed", editing=True).shift == 3.2
+    says = published(Documents(checkpoint), newer)
+    assert says.is_1_1 and says.making.sampler == says.editing.sampler == "score-sde-1.1" and says.editing.shift == 3.2
+    assert not caplog.records, "its config tells"
+    published(Documents(checkpoint.rename(checkpoint.with_name("NextStep-1.1"))), config)
+    assert "by its name it is taken for NextStep-1.1" in caplog.text
 
 
 def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextStepConfig) -> None:
     stated = {"cfg": 4, "num_sampling_steps": 12, "timesteps_shift": 1.5, "sampler": "flow-ode", "use_norm": False}
     (checkpoint / "generation_config.json").write_text(json.dumps({**stated, "eos_token_id": 600}))
-    settings = recommended_settings(Documents(checkpoint), config, "NextStep-1-Large", editing=False)
-    assert settings == GenerationSettings(4, 1.0, "constant", 12, 1.5, "flow-ode", False)
+    assert published(Documents(checkpoint), config).making == GenerationSettings(
+        4, 1.0, "constant", 12, 1.5, "flow-ode", False
+    )
     pipe = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     stated_all = pipe.generate("A red apple.", height=32, width=32)
     by_hand = pipe.generate(
@@ -61,14 +68,9 @@ def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextSte
         ({"cfg": 0.1}, "cfg is 0.1"),
     ],
 )
-def test_a_wrong_generation_config_is_one_sentence(checkpoint: Path, config, stated: dict, sentence: str) -> None:
+def test_a_wrong_generation_config_is_one_sentence(checkpoint: Path, stated: dict, sentence: str) -> None:
+    """Before weights are read: their files are not even looked into."""
     (checkpoint / "generation_config.json").write_text(json.dumps(stated))
     with pytest.raises(NextStepError) as caught:
-        recommended_settings(Documents(checkpoint), config, "any", editing=False)
+        NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     assert sentence in str(caught.value)
-
-
-def test_trained_sizes() -> None:
-    assert ratio_size("18:14 landscape", 512) == (576, 448)
-    assert nearest_ratio(1920, 1080) == "21:12 landscape"
-    assert nearest_ratio(700, 1000) == "13:19 portrait"

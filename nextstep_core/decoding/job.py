@@ -1,0 +1,77 @@
+"""What is to be drawn in one call: prompts laid out, noise started, settings and size checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..images.latents import Grid
+from ..request.layout import PromptRows
+from ..sampling.noise import NoiseStream
+from ..sampling.settings import GenerationSettings
+
+
+@dataclass(frozen=True)
+class KnownTokens:
+    """Tokens that are fed instead of drawn: tokens (M, total, token_dim) and keep (total,) bool, True where known.
+
+    `one_by_one` feeds them as an uninterrupted run would have, which repeats its arithmetic to the last bit; otherwise
+    a stretch of known tokens goes through the transformer at once, which is much faster.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    one_by_one: bool = False
+
+    def fill(self, buffer: Tensor) -> None:
+        """Put the known tokens into their places of buffer (M, total, token_dim)."""
+        keep = self.keep.to(buffer.device)
+        buffer[:, keep] = self.tokens.to(buffer)[:, keep]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call's worth of pictures, checked and laid out, ready to decode."""
+
+    rows: PromptRows
+    grid: Grid
+    settings: GenerationSettings
+    noise: NoiseStream
+    known: KnownTokens | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the job draws."""
+        return len(self.rows.ids) // self.rows.branches
+
+    @property
+    def total(self) -> int:
+        """Token places of one picture."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def length(self) -> int:
+        """Positions that the KV cache holds; the last token is never fed."""
+        return self.rows.ids.shape[1] + self.total - 1
+
+    @property
+    def batch(self) -> int:
+        """Rows of the transformer's batch, all branches counted."""
+        return self.rows.ids.shape[0]
+
+    def part(self, start: int, stop: int) -> Job:
+        """Pictures start..stop-1 alone, with the prompts and the noise that they have in the whole job."""
+        known = self.known and replace(self.known, tokens=self.known.tokens[start:stop])
+        return replace(self, rows=self.rows.part(start, stop), noise=self.noise.part(start, stop), known=known)
+
+    def prompt_key(self, dtype: torch.dtype) -> str:
+        """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""
+        digest = sha256(f"{dtype} {tuple(self.rows.ids.shape)}".encode())
+        digest.update(self.rows.ids.numpy().tobytes() + self.rows.valid.numpy().tobytes())
+        for image in chain.from_iterable(self.rows.images):
+            digest.update(image.tokens.float().cpu().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""How far a run is: after each token of the pictures drawn together, and over all pictures of a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """State after a token: how many places of `total` are done.
+
+    Of the done ones `drawn` were drawn (the others were known), `left` are still to be drawn; `seconds` have passed
+    since the run began.
+    """
+
+    done: int
+    total: int
+    drawn: int
+    left: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Drawn tokens per second so far, prefill included."""
+        return self.drawn / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Time that the tokens still to be drawn will take at this rate."""
+        return self.left * self.seconds / self.drawn if self.drawn else 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands after a token: pictures start..stop-1 are at `step`, those before are finished.
+
+    tokens is the buffer (pictures, total, token_dim) of the whole job: known tokens from the start, and zero where a
+    token is still to be drawn.
+    """
+
+    step: TokenStep
+    start: int
+    stop: int
+    tokens: Tensor
+
+    @property
+    def total(self) -> int:
+        """Token places of one picture."""
+        return self.step.total
+
+    @property
+    def done(self) -> int:
+        """Of `total`, the share that is done, over all pictures of the job."""
+        drawn_together = self.stop - self.start
+        return (self.start * self.total + drawn_together * self.step.done) // len(self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Token places per second, each for all pictures that are drawn together."""
+        return self.step.tokens_per_second
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the last picture is done, if all goes on at this rate."""
+        together = self.step.seconds + self.step.seconds_left
+        return self.step.seconds_left + together * (len(self.tokens) - self.stop) / (self.stop - self.start)
