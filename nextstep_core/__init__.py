@@ -6,17 +6,25 @@ Public names are loaded when they are first used, so that importing the package 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what editors and type checkers see; _HOMES says the same at run time
+    from .decoding.progress import Progress
+    from .errors import NextStepError
+    from .pipeline import GenerationOutput, NextStepPipeline
+    from .sampling.settings import GenerationSettings
+
+__version__ = "0.1.0"
 
 _HOMES = {
-    "NextStepPipeline": ".pipeline",
     "GenerationOutput": ".pipeline",
     "GenerationSettings": ".sampling.settings",
-    "Progress": ".decoding.progress",
     "NextStepError": ".errors",
+    "NextStepPipeline": ".pipeline",
+    "Progress": ".decoding.progress",
 }
 
-__all__ = list(_HOMES)
+__all__ = ["GenerationOutput", "GenerationSettings", "NextStepError", "NextStepPipeline", "Progress"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -156,4 +157,6 @@ class NextStepPipeline:
 def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:
     if images is None:
         return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return [cast(ImageInput, images)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -22,9 +22,7 @@ from typing import Any
 import websocket
 
 ROOT = Path(__file__).resolve().parent.parent
-STUBS = ROOT / "scripts" / "host_stubs"
 PACK_NAME = "ComfyUI-NextStep"
-HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None  # asked before any stand-in is on the path
 PREVIEW_EVENTS = (1, 4)
 TEXT_EVENT = 3
 START_SECONDS = 120
@@ -35,11 +33,6 @@ def find_comfyui() -> Path | None:
     stated = os.environ.get("COMFYUI_PATH")
     candidates = [Path(stated)] if stated else [ROOT.parent.parent, Path.home() / "ComfyUI"]
     return next((path for path in candidates if (path / "comfy" / "model_management.py").is_file()), None)
-
-
-def stub_path() -> list[str]:
-    """Search path of stand-ins for what the host imports and a CPU-only environment lacks."""
-    return [] if HAS_TORCHVISION else [str(STUBS)]
 
 
 def make_base(folder: Path, link: bool = True) -> Path:
@@ -73,6 +66,10 @@ class ComfyServer:
 
     def __init__(self, base: Path, port: int, log: Path) -> None:
         self.base, self.port, self.log = base, port, log
+
+    def said(self) -> str:
+        """The log's messages, without the colored levels that newer versions put before them."""
+        return re.sub(r"^(\x1b\[\d+m)?\[[A-Z]+\](\x1b\[0m)? ", "", self.log.read_text(), flags=re.MULTILINE)
 
     def call(self, path: str, body: dict | None = None) -> Any:
         """GET, or POST a body; the JSON answer, also of a refusal."""
@@ -144,13 +141,14 @@ def free_port() -> int:
 def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cpu") -> Iterator[ComfyServer]:
     """Start the ComfyUI at `comfyui` on `base` and stop it at the end. `memory` is one of its flags for that."""
     port, log = free_port(), base / "server.log"
-    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    frontend = os.environ.get("COMFYUI_FRONTEND")  # another one than the host brings
     command = [
         sys.executable, "main.py", memory, "--listen", "127.0.0.1", "--port", str(port),
         "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
+        *(["--front-end-root", frontend] if frontend else []),
     ]  # fmt: skip
     # One thread: the models here are tiny, and threads that wait for each other on a busy machine cost minutes.
-    environment = os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=comfyui, stdout=output, stderr=subprocess.STDOUT, env=environment)
     server = ComfyServer(base, port, log)

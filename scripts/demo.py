@@ -7,7 +7,6 @@ Run it through `scripts/demo.sh`, which makes the environment.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
 
 PROMPTS = (
     "a red circle on a blue background",
@@ -71,8 +69,8 @@ def wrap(text: str, width: int) -> str:
 
 def run_in_comfyui(comfyui: Path, output: Path) -> Path:
     """Run the first workflow in a real ComfyUI on a throw-away base folder; the saved picture."""
-    from comfy_server import make_base, running_server
-    from workflows import FIRST_RUN, read_workflow, to_prompt
+    from scripts.comfy_server import make_base, running_server
+    from scripts.workflows import FIRST_RUN, read_workflow, to_prompt
 
     workflow = read_workflow(FIRST_RUN)
     with tempfile.TemporaryDirectory() as folder, running_server(comfyui, make_base(Path(folder) / "base")) as server:
@@ -84,7 +82,7 @@ def run_in_comfyui(comfyui: Path, output: Path) -> Path:
 
 def link_pack(comfyui: Path) -> str:
     """The pack's folder name in ComfyUI's custom_nodes; makes a link there unless one is there already."""
-    from comfy_server import PACK_NAME
+    from scripts.comfy_server import PACK_NAME
 
     link = comfyui / "custom_nodes" / PACK_NAME
     if not link.exists():
@@ -98,18 +96,15 @@ def link_pack(comfyui: Path) -> str:
 def serve(comfyui: Path, port: int) -> int:
     """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
     import torch
-    from comfy_server import stub_path
-    from workflows import FIRST_RUN
+
+    from scripts.workflows import FIRST_RUN
 
     pack = link_pack(comfyui)
     on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     paths = ROOT / "scripts" / "demo_page" / "paths.yaml"
     command = [sys.executable, "main.py", "--port", str(port), "--extra-model-paths-config", str(paths)]
-    search = os.pathsep.join([*stub_path(), *filter(None, [os.environ.get("PYTHONPATH")])])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    process = subprocess.Popen(
-        [*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui, env=os.environ | {"PYTHONPATH": search}
-    )
+    process = subprocess.Popen([*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui)
     address = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None and not answers(address):
@@ -140,7 +135,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="start ComfyUI with the pack instead of drawing")
     parser.add_argument("--port", type=int, default=8188, help="where --serve listens (default %(default)s)")
     arguments = parser.parse_args()
-    from comfy_server import find_comfyui
+    from scripts.comfy_server import find_comfyui
 
     if arguments.serve:
         comfyui = find_comfyui()

@@ -22,4 +22,4 @@ if [ "${1:-}" = --comfyui ]; then
 fi
 source "$(dirname "$0")/environment.sh"
 make_environment requirements.txt requirements-dev.txt
-exec "$VENV/bin/python" scripts/demo.py "$@"
+exec "$VENV/bin/python" -m scripts.demo "$@"

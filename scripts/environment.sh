@@ -4,10 +4,12 @@
 #   TORCH         what pip installs as PyTorch (default torch==2.13.0); on Linux, point pip at PyTorch's CPU index
 #                 (PIP_EXTRA_INDEX_URL, see PyTorch's install page) to avoid the much larger CUDA build
 #   COMFYUI_PATH  a ComfyUI checkout (default: the one this pack is installed in, else ~/ComfyUI)
+#   COMFYUI_HOSTS folder of the hosts that scripts/hosts.sh makes for the tests (default ~/comfyui-hosts)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 VENV=${NEXTSTEP_VENV:-.venv}
+HOSTS=${COMFYUI_HOSTS:-$HOME/comfyui-hosts}
 
 find_comfyui() {
     local candidate
@@ -15,6 +17,14 @@ find_comfyui() {
         if [ -f "$candidate/comfy/model_management.py" ]; then (cd "$candidate" && pwd); return; fi
         if [ -n "${COMFYUI_PATH:-}" ]; then return; fi
     done
+}
+
+# find_hosts: the folders of the finished test hosts, in the order of their versions.
+find_hosts() {
+    local folder
+    for folder in "$HOSTS"/*; do
+        if [ -f "$folder/ready" ]; then echo "$folder"; fi
+    done | sort -V
 }
 
 # make_environment REQUIREMENTS_FILE...: create it once, install what is asked for and what the found ComfyUI needs.
@@ -27,12 +37,27 @@ make_environment() {
     for file in "$@"; do arguments+=(-r "$file"); done
     comfyui=$(find_comfyui)
     if [ -n "$comfyui" ]; then
-        # torchvision and torchaudio have no CPU build everywhere, and none of our graphs needs them. spandrel wants
-        # torchvision, so it comes without what it wants; the tests have a stand-in for the little that it imports. The
-        # frontend cannot make a loader node without the core's upscale loader, which needs spandrel.
+        # torchvision and torchaudio have no CPU build everywhere, and none of our graphs needs them: the host imports
+        # stand-ins. spandrel wants torchvision, so it comes without what it wants. The frontend cannot make a loader
+        # node without the core's upscale loader, which needs spandrel.
         grep -vE '^(torch|torchvision|torchaudio|spandrel)\b' "$comfyui/requirements.txt" > "$VENV/comfyui-requirements.txt"
         arguments+=(-r "$VENV/comfyui-requirements.txt")
     fi
     "${pip[@]}" "${arguments[@]}"
-    if [ -n "$comfyui" ]; then "${pip[@]}" --no-deps spandrel; fi
+    if [ -n "$comfyui" ]; then
+        "${pip[@]}" --no-deps spandrel
+        stand_in torchvision torchaudio
+    fi
+}
+
+# stand_in PACKAGE...: a package that has nothing but its names; a real one is left alone.
+stand_in() {
+    local site package
+    site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    for package in "$@"; do
+        if [ ! -e "$site/$package" ] || grep -qs 'class Missing' "$site/$package/__init__.py"; then
+            mkdir -p "$site/$package"
+            cp scripts/host_stand_in.py "$site/$package/__init__.py"
+        fi
+    done
 }

@@ -1,6 +1,6 @@
 """What a user of the published archive would meet, checked before a version is published.
 
-`python scripts/release_check.py` packs the files that `comfy node pack` would, installs them into an empty base
+`python -m scripts.release_check` packs the files that `comfy node pack` would, installs them into an empty base
 directory of a real ComfyUI, runs the first workflow there, and prints one line for each check. It ends with 1 when one
 fails.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from comfy_server import ROOT, ComfyServer, find_comfyui, make_base, running_server
+from scripts.comfy_server import ROOT, ComfyServer, find_comfyui, make_base, running_server
 
 NEEDED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md")
 NEEDED_FOLDERS = ("nodes/", "nextstep_core/assets/tiny/", "web/docs/", "locales/", "example_workflows/")
@@ -103,7 +103,8 @@ class ReleaseCheck:
     def first_run(self) -> str:
         """The first workflow gives a picture."""
         from PIL import Image
-        from workflows import FIRST_RUN, read_workflow, to_prompt
+
+        from scripts.workflows import FIRST_RUN, read_workflow, to_prompt
 
         ensure(self.server, "ComfyUI did not start")
         workflow = read_workflow(FIRST_RUN)

@@ -1,6 +1,6 @@
 """Thumbnails of the templates: every shipped workflow, run with the embedded model in a real ComfyUI.
 
-`python scripts/render_thumbnails.py` writes `example_workflows/<name>.jpg`, which ComfyUI's template browser shows.
+`python -m scripts.render_thumbnails` writes `example_workflows/<name>.jpg`, which ComfyUI's template browser shows.
 The published models' prompts and sizes are replaced by scenes that the embedded model was trained on.
 """
 
@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from comfy_server import ComfyServer, find_comfyui, make_base, running_server
 from PIL import Image, ImageDraw, ImageFont
-from workflows import FOLDER, ON_EMBEDDED, read_workflow, to_prompt
+
+from scripts.comfy_server import ComfyServer, find_comfyui, make_base, running_server
+from scripts.workflows import FOLDER, ON_EMBEDDED, read_workflow, to_prompt
 
 SIDE, GAP, INK, PAPER = 400, 8, (236, 238, 242), (48, 52, 60)
 TINY = {**ON_EMBEDDED, "dtype": "auto", "steps": 20, "cfg": 3.0, "shift": 1.0, "size": "keep"}

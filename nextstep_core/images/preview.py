@@ -24,7 +24,8 @@ def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor:
     latents = encode(pixels).float().cpu()
     scale = TILE // (MOSAIC_SIDE // latents.shape[-1])
     targets = colors.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return torch.linalg.lstsq(_with_constant(latents), targets.movedim(1, -1).reshape(-1, 3)).solution
+    rgb_map: Tensor = torch.linalg.lstsq(_with_constant(latents), targets.movedim(1, -1).reshape(-1, 3)).solution
+    return rgb_map
 
 
 def latents_to_rgb(latents: Tensor, rgb_map: Tensor, finished_rows: int) -> Tensor:

@@ -52,7 +52,9 @@ def cover(images: Tensor, width: int, height: int) -> Tensor:
 
 def to_pixels(image: ImageInput) -> Tensor:
     """One picture (PIL, or array or tensor (H, W, C) in [0, 1]; alpha is laid on white) to (1, 3, H, W) in [-1, 1]."""
-    if hasattr(image, "convert"):
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
     pixels = torch.as_tensor(image)
     return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1

@@ -74,11 +74,11 @@ def _blend(network: Network, x: Tensor, pixels_in: int, pixels_out: int, side: i
     if height % unit or width % unit:
         raise NextStepError(f"A picture of {width}x{height} cannot be cut into tiles; use multiples of {unit} pixels.")
     rows, columns = _spans(height, side, unit), _spans(width, side, unit)
-    blended = None
+    blended = torch.empty(0)  # made when the first piece tells how many channels there are
     for row, down in zip(rows, _feathers(rows, pixels_out)):
         for column, across in zip(columns, _feathers(columns, pixels_out)):
             piece = network(x[..., _cut(row, pixels_in), _cut(column, pixels_in)])
-            if blended is None:
+            if not blended.numel():
                 shape = *piece.shape[:2], height // pixels_out, width // pixels_out
                 blended = piece.new_zeros(shape, dtype=torch.float32)
             weights = torch.outer(down, across).to(piece.device)

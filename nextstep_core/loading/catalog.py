@@ -79,7 +79,7 @@ def _has_weights(folder: Path) -> bool:
 
 def _single_files(roots: Sequence[Path], holds: str) -> dict[str, Path]:
     """Files that carry a config of their own, a few levels down, whose config has the key `holds`."""
-    found = {}
+    found: dict[str, Path] = {}
     for root in roots:
         for depth in range(DEPTH + 1):
             for path in sorted(root.glob("/".join(["*"] * depth + ["*.safetensors"]))):

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import NextStepError, check_choice
 from .store import HUB_FILES
@@ -125,6 +126,7 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
     process = subprocess.Popen(
         command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdin is not None and process.stderr is not None, "both are pipes"
     try:
         process.stdin.write(request + "\n")
         process.stdin.flush()  # and left open: when this process dies, the child sees its end
@@ -166,7 +168,7 @@ def _reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _fetch(request: dict) -> None:
+def _fetch(request: dict[str, Any]) -> None:
     """The child process: one file after another, until done or until the parent is gone."""
     from huggingface_hub import hf_hub_download
 

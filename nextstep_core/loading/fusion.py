@@ -25,7 +25,8 @@ def parts_of(name: str, config: NextStepConfig) -> dict[str, int]:
 
 def published_shapes(shapes: Mapping[str, Shape], held: Iterable[str], config: NextStepConfig) -> dict[str, Shape]:
     """The module's `shapes` as a file with the names `held` must have them: in parts, unless it holds the whole."""
-    held, published = set(held), {}
+    held = set(held)
+    published: dict[str, Shape] = {}
     for name, shape in shapes.items():
         parts = {} if name in held else parts_of(name, config)
         published |= {part: (rows, *shape[1:]) for part, rows in parts.items()} or {name: shape}
@@ -45,7 +46,7 @@ def fuse_locations(files: TensorFiles, names: Iterable[str], config: NextStepCon
 
 def split(state: Mapping[str, Tensor], config: NextStepConfig) -> dict[str, Tensor]:
     """A module's state dict with the names and parts that published checkpoints have."""
-    published = {}
+    published: dict[str, Tensor] = {}
     for name, tensor in state.items():
         parts = parts_of(name, config)
         published |= dict(zip(parts, tensor.split(list(parts.values())))) if parts else {name: tensor}

@@ -139,7 +139,7 @@ def _divide(values: dict[str, Any], above: str, below: str, source: str) -> int:
     _check_types(NextStepConfig, {name: values[name] for name in (above, below)}, source)
     if values[below] < 1 or values[above] % values[below]:
         raise NextStepError(f"{source}: `{above}` ({values[above]}) is not a multiple of `{below}` ({values[below]}).")
-    return values[above] // values[below]
+    return int(values[above] // values[below])
 
 
 def _linear_rope_factor(scaling: dict[str, Any], source: str) -> float:
@@ -171,7 +171,7 @@ class VAEConfig:
     @property
     def downscale(self) -> int:
         """Pixels per latent position along one side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return int(2 ** (len(self.ch_mult) - 1))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "vae/config.json") -> VAEConfig:

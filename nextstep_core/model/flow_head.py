@@ -9,6 +9,7 @@ no guidance.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +32,28 @@ def time_features(times: Tensor) -> Tensor:
 class TimeEmbedding(nn.Module):
     """Linear, SiLU, Linear on the time sinusoids."""
 
-    def __init__(self, dim: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self, dim: int, dtype: ops.DType = None, device: ops.Device = None, operations: ops.Operations = ops.DEFAULT
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.mlp = nn.Sequential(
             operations.Linear(TIME_FEATURES, dim, **kwargs), nn.SiLU(), operations.Linear(dim, dim, **kwargs)
         )
 
     def forward(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(time_features(times).to(dtype))
+        codes: Tensor = self.mlp(time_features(times).to(dtype))
+        return codes
 
 
 class ResidualBlock(nn.Module):
     """h + gate * MLP(LayerNorm(h) * (1 + scale) + shift)."""
 
-    def __init__(self, dim: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self, dim: int, dtype: ops.DType = None, device: ops.Device = None, operations: ops.Operations = ops.DEFAULT
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.in_ln = operations.LayerNorm(dim, eps=NORM_EPS, **kwargs)
         self.mlp = nn.Sequential(
             operations.Linear(dim, dim, **kwargs), nn.SiLU(), operations.Linear(dim, dim, **kwargs)
@@ -62,25 +68,40 @@ class ResidualBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Linear(LayerNorm(h) * (1 + scale) + shift)."""
 
-    def __init__(self, dim: int, token_dim: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        dim: int,
+        token_dim: int,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.linear = operations.Linear(dim, token_dim, **kwargs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(dim, 2 * dim, **kwargs))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
         shift, factor = modulation.chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor))
+        velocity: Tensor = self.linear(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor))
+        return velocity
 
 
 class FlowHead(nn.Module):
     """Velocity network with adaptive layer norm. Its parameter names are the checkpoint's."""
 
     def __init__(
-        self, token_dim: int, condition_dim: int, dim: int, layers: int, dtype=None, device=None, operations=ops.DEFAULT
+        self,
+        token_dim: int,
+        condition_dim: int,
+        dim: int,
+        layers: int,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
     ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.time_embed = TimeEmbedding(dim, operations=operations, **kwargs)
         self.cond_embed = operations.Linear(condition_dim, dim, **kwargs)
         self.input_proj = operations.Linear(token_dim, dim, **kwargs)
@@ -107,4 +128,5 @@ class FlowHead(nn.Module):
         h = self.input_proj(x)
         for block, modulation in zip(self.res_blocks, modulations):
             h = block(h, modulation)
-        return self.final_layer(h, modulations[-1])
+        velocity: Tensor = self.final_layer(h, modulations[-1])
+        return velocity

@@ -5,6 +5,8 @@ The text embedding is a module of its own, because it is read for prompt ids onl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +20,17 @@ from .transformer import Transformer
 class NextStepModel(Transformer):
     """Everything that runs once per image token."""
 
-    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    gen_pos_embed: Tensor  # (1, side * side, hidden), of checkpoints with `use_gen_pos_embed`
+
+    def __init__(
+        self,
+        config: NextStepConfig,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__(config, dtype=dtype, device=device, operations=operations)
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.image_in_projector = operations.Linear(config.token_dim, config.hidden_size, **kwargs)
         self.image_out_projector = operations.Linear(config.hidden_size, config.hidden_size, **kwargs)
         head = FlowHead(
@@ -39,16 +49,25 @@ class NextStepModel(Transformer):
     @property
     def head(self) -> FlowHead:
         """The flow-matching head."""
-        return self.image_head["net"]
+        head = self.image_head["net"]
+        assert isinstance(head, FlowHead)
+        return head
 
 
 class TextEmbedding(nn.Module):
     """Embeddings of prompt ids, on whatever device the weights were put (usually the host)."""
 
-    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: NextStepConfig,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
         self.embed_tokens = operations.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) to embeddings (B, L, hidden)."""
-        return self.embed_tokens(ids.to(self.embed_tokens.weight.device))
+        embeds: Tensor = self.embed_tokens(ids.to(self.embed_tokens.weight.device))
+        return embeds

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import torch
 import torch.nn
 
 Operations: TypeAlias = Any
+DType: TypeAlias = torch.dtype | None
+Device: TypeAlias = torch.device | str | None
 
 DEFAULT: Operations = torch.nn

@@ -7,6 +7,7 @@ in one call; where they stand and what they may see are arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +78,17 @@ def fused_rows(config: NextStepConfig) -> dict[str, dict[str, int]]:
 class Attention(nn.Module):
     """Grouped-query attention of one layer; the projections of queries, keys and values are one matrix."""
 
-    def __init__(self, config: NextStepConfig, layer: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: NextStepConfig,
+        layer: int,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        hidden, dim, kwargs = config.hidden_size, config.head_dim, {"dtype": dtype, "device": device}
+        hidden, dim = config.hidden_size, config.head_dim
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.layer, self.head_dim = layer, dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         rows = sum(fused_rows(config)["self_attn.qkv_proj"].values())
@@ -94,29 +103,45 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(self.layer, span.positions, k, v, span.visible)
         out = grouped_attention(q, k, v, span.mask)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
 
 
 class GatedMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
 
-    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: NextStepConfig,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        hidden, inner, kwargs = config.hidden_size, config.intermediate_size, {"dtype": dtype, "device": device}
+        hidden, inner = config.hidden_size, config.intermediate_size
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.gate_up_proj = operations.Linear(hidden, 2 * inner, bias=config.mlp_bias, **kwargs)
         self.down_proj = operations.Linear(inner, hidden, bias=config.mlp_bias, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out
 
 
 class DecoderLayer(nn.Module):
     """One pre-norm block."""
 
-    def __init__(self, config: NextStepConfig, layer: int, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: NextStepConfig,
+        layer: int,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.input_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
         self.self_attn = Attention(config, layer, operations=operations, **kwargs)
         self.post_attention_layernorm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
@@ -124,15 +149,22 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), span, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Transformer(nn.Module):
     """The decoder stack. Its parameter names are the checkpoint's, but for the projections of `fused_rows`."""
 
-    def __init__(self, config: NextStepConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: NextStepConfig,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device, "operations": operations}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device, "operations": operations}
         self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config, i, **kwargs) for i in range(config.num_hidden_layers))
         self.norm = operations.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, device=device)
@@ -144,4 +176,5 @@ class Transformer(nn.Module):
         """
         for layer in self.layers:
             embeds = layer(embeds, span, cache)
-        return self.norm(embeds)
+        hidden: Tensor = self.norm(embeds)
+        return hidden

@@ -7,7 +7,7 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ Runner: TypeAlias = Callable[[nn.Module, Tensor, int, int], Tensor]
 
 def whole(network: nn.Module, x: Tensor, pixels_in: int, pixels_out: int) -> Tensor:
     """The runner that gives a network its whole input."""
-    return network(x)
+    out: Tensor = network(x)
+    return out
 
 
 def channel_norm(mean: Tensor, patch: int | None) -> Tensor:
@@ -40,7 +41,7 @@ def channel_norm(mean: Tensor, patch: int | None) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two normalized 3x3 convolutions around a skip connection."""
 
-    def __init__(self, channels: int, out_channels: int, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, channels: int, out_channels: int, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         self.norm1 = operations.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS, **kwargs)
         self.conv1 = operations.Conv2d(channels, out_channels, 3, padding=1, **kwargs)
@@ -53,13 +54,14 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return (self.nin_shortcut(x) if self.reshapes else x) + h
+        out: Tensor = (self.nin_shortcut(x) if self.reshapes else x) + h
+        return out
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions."""
 
-    def __init__(self, channels: int, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, channels: int, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         self.norm = operations.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS, **kwargs)
         self.q = operations.Conv2d(channels, channels, 1, **kwargs)
@@ -72,42 +74,46 @@ class AttentionBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (rearrange(proj(h), "b c h w -> b 1 (h w) c").contiguous() for proj in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=height))
+        attended: Tensor = x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=height))
+        return attended
 
 
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, channels: int, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(channels, channels, kwargs, operations)
         self.attn_1 = AttentionBlock(channels, kwargs, operations)
         self.block_2 = ResidualBlock(channels, channels, kwargs, operations)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
 
 
 class Downsample(nn.Module):
     """Halve the resolution; one zero row and column are added at the bottom and right only."""
 
-    def __init__(self, channels: int, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, channels: int, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         self.conv = operations.Conv2d(channels, channels, 3, stride=2, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
 
 
 class Upsample(nn.Module):
     """Double the resolution by nearest neighbour, then smooth."""
 
-    def __init__(self, channels: int, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, channels: int, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         self.conv = operations.Conv2d(channels, channels, 3, padding=1, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
 
 
 class Level(nn.Module):
@@ -124,7 +130,9 @@ class Level(nn.Module):
         return x if resample is None else resample(x)
 
 
-def _levels(widths: list[int], blocks: int, channels: int, kwargs: dict, operations: ops.Operations) -> list[Level]:
+def _levels(
+    widths: list[int], blocks: int, channels: int, kwargs: dict[str, Any], operations: ops.Operations
+) -> list[Level]:
     levels = []
     for width in widths:
         steps = [channels, *[width] * blocks]
@@ -136,7 +144,7 @@ def _levels(widths: list[int], blocks: int, channels: int, kwargs: dict, operati
 class Encoder(nn.Module):
     """Pixels (B, 3, H, W) to moments (B, 2 z, H / f, W / f)."""
 
-    def __init__(self, config: VAEConfig, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, config: VAEConfig, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = operations.Conv2d(config.in_channels, config.ch, 3, padding=1, **kwargs)
@@ -151,13 +159,14 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        moments: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return moments
 
 
 class Decoder(nn.Module):
     """Latents (B, z, h, w) to pixels (B, 3, h * f, w * f). `up.0` is the highest resolution, as in the key names."""
 
-    def __init__(self, config: VAEConfig, kwargs: dict, operations: ops.Operations) -> None:
+    def __init__(self, config: VAEConfig, kwargs: dict[str, Any], operations: ops.Operations) -> None:
         super().__init__()
         widths = [config.ch * m for m in reversed(config.ch_mult)]
         self.conv_in = operations.Conv2d(config.z_channels, widths[0], 3, padding=1, **kwargs)
@@ -173,15 +182,22 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        pixels: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return pixels
 
 
 class AutoencoderKL(nn.Module):
     """The NextStep image tokenizer. Its parameter names are the checkpoint's."""
 
-    def __init__(self, config: VAEConfig, dtype=None, device=None, operations=ops.DEFAULT) -> None:
+    def __init__(
+        self,
+        config: VAEConfig,
+        dtype: ops.DType = None,
+        device: ops.Device = None,
+        operations: ops.Operations = ops.DEFAULT,
+    ) -> None:
         super().__init__()
-        kwargs = {"dtype": dtype, "device": device}
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
         self.encoder = Encoder(config, kwargs, operations)
         self.decoder = Decoder(config, kwargs, operations)

@@ -71,4 +71,5 @@ class NextStepTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out."""
-        return self._backend.decode(ids, skip_special_tokens=False)
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfy_server import ROOT, find_comfyui, free_port
-from workflows import FIRST_RUN, read_workflow
+
+from scripts.comfy_server import ROOT, find_comfyui, free_port
+from scripts.workflows import FIRST_RUN, read_workflow
 
 
 @pytest.fixture

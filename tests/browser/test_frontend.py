@@ -13,22 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import PACK_NAME, ComfyServer
 from PIL import Image, ImageChops
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
-from workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model, save_vae
 from nextstep_core.loading.store import ASSETS
+from scripts.comfy_server import PACK_NAME, ComfyServer
+from scripts.workflows import ALL, FIRST_RUN, TEXT_TO_IMAGE, read_workflow, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),
     values: Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value])),
 }))"""
 RUN = """() => new Promise(async done => {
-    const seen = {progress: 0, previews: 0};
-    app.api.addEventListener('progress', () => seen.progress++);
+    const seen = {progress: [], previews: 0};
+    app.api.addEventListener('progress', e => seen.progress.push([e.detail.value, e.detail.max]));
     for (const name of ['b_preview', 'b_preview_with_metadata']) app.api.addEventListener(name, () => seen.previews++);
     app.api.addEventListener('execution_success', () => done({...seen, ended: 'success'}), {once: true});
     app.api.addEventListener('execution_error', e => done({...seen, ended: e.detail.exception_message}), {once: true});
@@ -151,6 +151,12 @@ def test_a_template_opens_whole(page, model_files: Path, path: Path) -> None:
     screenshot(page, path.stem)
 
 
+def assert_counted(progress: list[list[int]], tokens: int) -> None:
+    """The bar went up to the last token. Newer hosts leave out some events of a quick run."""
+    values = [value for value, most in progress if most == tokens]  # other bars belong to other nodes
+    assert values == sorted(set(values)) and (values[0], values[-1]) == (1, tokens), progress
+
+
 def test_the_first_run_shows_progress_preview_and_picture_and_comes_back_from_its_png(page, host: ComfyServer) -> None:
     import base64
 
@@ -158,7 +164,7 @@ def test_the_first_run_shows_progress_preview_and_picture_and_comes_back_from_it
     before = page.evaluate("JSON.stringify(app.graph.serialize().nodes.map(n => [n.type, n.widgets_values]))")
     seen, saved = run_here(page, host)
     assert seen["ended"] == "success"
-    assert seen["progress"] >= 16, "one event per token"
+    assert_counted(seen["progress"], 16)
     assert seen["previews"] >= 1
     page.wait_for_timeout(1500)
     assert page.evaluate("app.graph._nodes.find(n => n.type === 'SaveImage').imgs?.length") == 1
@@ -254,7 +260,7 @@ def test_our_nodes_work_inside_a_subgraph(page, host: ComfyServer) -> None:
     screenshot(page, "subgraph")
     seen, inside = run_here(page, host)
     assert seen["ended"] == "success"
-    assert seen["progress"] >= 24, "one event per token"
+    assert_counted(seen["progress"], 24)
     set_widget(flat, "NextStepSampler", "seed", 77)
     set_widget(flat, "Positive prompt", "prompt", "a red circle")
     (outside,) = host.images(host.run(to_prompt(flat, host.call("/object_info"))))

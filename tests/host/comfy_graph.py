@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import inspect
 import sys
 import uuid
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from comfy_server import ROOT, make_base, stub_path
+from scripts.comfy_server import ROOT, make_base
 
 PROMPT = "A red apple lies on a wooden table."
 
@@ -80,7 +81,7 @@ class ComfyGraph:
 
     def __init__(self, comfyui: Path, base: Path) -> None:
         self.base = base
-        sys.path[:0] = [str(comfyui), *stub_path()]
+        sys.path.insert(0, str(comfyui))
         from comfy.cli_args import args
 
         args.cpu, args.base_directory = True, str(base)
@@ -103,7 +104,11 @@ class ComfyGraph:
         nodes.NODE_CLASS_MAPPINGS["KeepValue"] = KeepValue
         self.nodes, self._execution = nodes, execution
         self.server = FakeServer()
-        self._executor = execution.PromptExecutor(self.server)
+        # The cache that keeps the last prompt's outputs, however little memory is free.
+        cache: dict[str, Any] = {"cache_type": execution.CacheType.CLASSIC}
+        if "cache_args" in inspect.signature(execution.PromptExecutor).parameters:
+            cache["cache_args"] = {"lru": 0, "ram": 0, "ram_inactive": 0}
+        self._executor = execution.PromptExecutor(self.server, **cache)
 
     def pack(self, module: str) -> ModuleType:
         """A module of the pack as the host imported it, such as "nodes.host"."""

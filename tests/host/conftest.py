@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from comfy_graph import ComfyGraph, make_graph_host
-from comfy_server import ComfyServer, find_comfyui, make_base, running_server
 from PIL import Image
+
+from scripts.comfy_server import ComfyServer, find_comfyui, make_base, running_server
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 MODEL = "tiny-a"

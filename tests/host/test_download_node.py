@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfy_server import ComfyServer, make_base, running_server
 from fake_hub import REPO, Hub
+
+from scripts.comfy_server import ComfyServer, make_base, running_server
 
 PROMPT = {"get": {"class_type": "NextStepDownload", "inputs": {"checkpoint": "NextStep-1.1", "revision": "main"}}}
 

@@ -165,7 +165,9 @@ def test_pictures_go_through_cores_resizers(graph: ComfyGraph) -> None:
     prompt |= {
         "scale": node("ImageScale", width=96, height=32, upscale_method="bicubic", crop="center", **image),
         "by": node("ImageScaleBy", scale_by=1.5, upscale_method="nearest-exact", **image),
-        "total": node("ImageScaleToTotalPixels", megapixels=0.01, upscale_method="area", **image),
+        "total": node(  # resolution_steps: newer hosts ask for it
+            "ImageScaleToTotalPixels", megapixels=0.01, upscale_method="area", resolution_steps=1, **image
+        ),
     }
     shapes = [tuple(graph.value(prompt, source).shape[1:3]) for source in ("scale", "by", "total")]
     assert shapes == [(32, 96), (96, 72), (118, 89)]

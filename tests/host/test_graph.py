@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import PROMPT, ComfyGraph, text_to_image
-from comfy_server import ROOT
 from PIL import Image
-from release_check import requirements
+
+from scripts.comfy_server import ROOT
+from scripts.release_check import requirements
 
 
 def picture(graph: ComfyGraph, prompt: dict) -> np.ndarray:
@@ -42,6 +43,22 @@ def test_every_control_of_the_sampler_reaches_the_picture(graph: ComfyGraph) -> 
     )  # fmt: skip
     for change in changes:
         assert np.abs(picture(graph, text_to_image(**change)) - base).max() > 0, change
+
+
+def test_progress_is_said_for_every_token(graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the host's bar, which may then leave some out on their way to the screen."""
+    import comfy.utils
+
+    said = []
+    update = comfy.utils.ProgressBar.update_absolute
+
+    def recording(bar, value, *arguments, **options) -> None:
+        said.append((value, bar.total))
+        update(bar, value, *arguments, **options)
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", recording)
+    graph.run(text_to_image(seed=41))
+    assert said == [(token, 12) for token in range(1, 13)]
 
 
 def test_negative_prompt_and_suffix_reach_the_picture(graph: ComfyGraph) -> None:

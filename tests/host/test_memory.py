@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import ComfyGraph, node, text_to_image
-from comfy_server import find_comfyui, make_base, running_server
 from PIL import Image
+
+from scripts.comfy_server import find_comfyui, make_base, running_server
 
 DEVICE, HOST = torch.device("cpu:0"), torch.device("cpu")
 PLENTY = 1 << 40
@@ -268,7 +269,7 @@ def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: P
         assert run.ended == "execution_success", run.events[-1]
         (path,) = server.images(run)
     assert np.array_equal(np.asarray(Image.open(path)), wanted)
-    assert said in server.log.read_text()
+    assert said in server.said()
 
 
 GB = 10**9

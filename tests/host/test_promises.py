@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from comfy_graph import ComfyGraph
-from comfy_server import ROOT
+
+from scripts.comfy_server import ROOT
 
 RELEASED = json.loads((Path(__file__).parent / "released_nodes.json").read_text())
 

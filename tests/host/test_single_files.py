@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_graph import ComfyGraph, node, text_to_image
-from workflows import EMBEDDED
 
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model, save_vae
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.config import VAEConfig
 from nextstep_core.model.vae import AutoencoderKL
+from scripts.workflows import EMBEDDED
 
 TINY = ASSETS / "tiny"
 PUBLISHED = {

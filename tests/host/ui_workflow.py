@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workflows import EMBEDDED, TEXT_TO_IMAGE, read_workflow
+from scripts.workflows import EMBEDDED, TEXT_TO_IMAGE, read_workflow
 
 MUTE, BYPASS = 2, 4
 

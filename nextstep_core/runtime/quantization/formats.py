@@ -7,10 +7,12 @@ of int4 (value = (q - 8) * scale + zero, per group of columns) is that of PyTorc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+Device: TypeAlias = torch.device | str | None  # None is PyTorch's default
 
 SCALE_DTYPE = torch.bfloat16
 PIECE = 512  # rows
@@ -20,12 +22,14 @@ TINY = 1e-8  # stands in for the scale of rows that are all zero
 class Format(Protocol):
     """A way to store a matrix (rows, columns) as `weight` and `scale`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What users call it."""
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether a matrix of this shape can be stored so."""
 
-    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
         """Uninitialized weight and scale of the right shapes and dtypes."""
 
     def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +50,7 @@ class PerRow:
     def fits(self, rows: int, columns: int) -> bool:
         return True
 
-    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
         weight = torch.empty(rows, columns, dtype=self.dtype, device=device)
         return weight, torch.empty(rows, dtype=SCALE_DTYPE, device=device)
 
@@ -71,7 +75,7 @@ class Int4:
     def fits(self, rows: int, columns: int) -> bool:
         return columns % self.group == 0 and rows % 16 == 0
 
-    def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
         weight = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
         return weight, torch.empty(columns // self.group, rows, 2, dtype=SCALE_DTYPE, device=device)
 
@@ -96,10 +100,11 @@ class Int4:
 
 def quantize_in_pieces(format: Format, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """What `format.quantize` gives, a few rows at a time: the floats in between never need much memory."""
-    weight, scale = format.empty(*matrix.shape, matrix.device)
+    rows, columns = matrix.shape
+    weight, scale = format.empty(rows, columns, matrix.device)
     for start in range(0, len(matrix), PIECE):
-        rows = slice(start, start + PIECE)
-        weight[rows], scale[rows if scale.ndim == 1 else (slice(None), rows)] = format.quantize(matrix[rows])
+        piece = slice(start, start + PIECE)
+        weight[piece], scale[piece if scale.ndim == 1 else (slice(None), piece)] = format.quantize(matrix[piece])
     return weight, scale
 
 

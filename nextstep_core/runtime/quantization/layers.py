@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
-from .formats import FP8, INT4, INT4_128, INT8, Format, quantize_in_pieces
+from .formats import FP8, INT4, INT4_128, INT8, Device, Format, quantize_in_pieces
 from .products import Kernel, choose
-
-Device: TypeAlias = torch.device | str | None
 
 
 @dataclass(frozen=True)

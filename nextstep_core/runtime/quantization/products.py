@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
             continue
         if weight.device.type != "cuda":
             return kernel
-        working[kernel] = _seconds(lambda run=kernel.run, packed=packed: run(x, packed, scale), weight.device)
+        working[kernel] = _seconds(partial(kernel.run, x, packed, scale), weight.device)
     fastest = min(working, key=working.__getitem__)
     log.info("%s: %s", format.name, ", ".join(f"{k.name} {1e6 * s:.0f} us" for k, s in working.items()))
     return fastest

@@ -1,3 +1,0 @@
-"""See the package's docstring."""
-
-from . import functional as functional
