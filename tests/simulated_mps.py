@@ -38,7 +38,7 @@ RUN_AS = {
     aten.arange.start_step: "arange.start_out",
 }
 # Methods that first switch to their tensor's device, which needs the absent driver: they get tensors of the host.
-SWITCHING_DEVICE = {Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous}
+SWITCHING_DEVICE = {Tensor.__getitem__, Tensor.__setitem__, Tensor.contiguous, Tensor.copy_, Tensor.__float__}
 
 
 def names_with_mps_kernel() -> set[str]:

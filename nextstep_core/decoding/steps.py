@@ -71,7 +71,7 @@ class TransformerStep:
     """One image token through the transformer: project it, write it to the cache, attend to what came before."""
 
     def __init__(self, model: NextStepModel, shape: StepShape) -> None:
-        self.model = model
+        self.model, self.reads = model, (model.layers, model.norm, model.image_in_projector)
         self.cache = KVCache(model.config, shape.rows, shape.positions, shape.device, shape.dtype)
         self.rotary = rotary_table(model.config, shape.positions, shape.device, shape.dtype)
         self.valid = torch.ones(shape.rows, shape.positions, dtype=torch.bool, device=shape.device)
@@ -141,6 +141,7 @@ class FlowIntegration:
 
     def __init__(self, model: NextStepModel, shape: StepShape) -> None:
         self.model, self.head, self.shape = model, model.head, shape
+        self.reads = (model.head, model.image_out_projector)
         self.sampler = SAMPLERS[shape.sampler]
         self.times = self.sampler.grid(shape.steps, shape.shift)
         times = torch.tensor(self.times, device=shape.device)
@@ -189,7 +190,7 @@ class StepCaches:
 
         if self.graphs is None or not self.graphs.fit(shape.device):
             return make(as_it_is)
-        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, make)
+        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, shape.device, make)
         return pair
 
     def release(self) -> None:

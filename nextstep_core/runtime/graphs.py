@@ -2,38 +2,38 @@
 
 An option beside the decoding: without it the same functions run as they are. Method: Gray, "Getting Started with CUDA
 Graphs" (2019), through `torch.cuda.CUDAGraph`. A capture that fails, or whose replay differs from the plain run, is
-given up with one warning.
+given up with one warning; one that fails for want of memory is tried again in the next run.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import is_out_of_memory
+from .capture import CudaRecorder
+
 log = logging.getLogger(__name__)
 
-Step: TypeAlias = Callable[..., Tensor]
 # A replay runs the same kernels on the same numbers; split reductions may still add up in another order.
 TOLERANCE = 0.02
+ON_AMD = "NEXTSTEP_GRAPHS_ON_AMD"
 
 
-class CudaRecorder:
-    """Records what a function launches, without running it, and launches it again in one call."""
+class Step(Protocol):
+    """A function of tensors with fixed shapes; keyword arguments tell variants apart."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    @property
+    def reads(self) -> Sequence[nn.Module]:
+        """The modules whose weights it reads."""
 
-    def record(self, function: Callable[[], Any]) -> Callable[[], None]:
-        """The replay of everything that `function` did to tensors made before."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
-        return graph.replay
+    def __call__(self, *inputs: Any, **variant: Any) -> Tensor: ...
 
 
 @dataclass
@@ -42,42 +42,68 @@ class CaptureState:
     and the model until the garbage collector runs."""
 
     broken: bool = False
+    short_of_memory: bool = False
 
-    def give_up(self, reason: RuntimeError) -> None:
-        """Capture nothing from here on."""
-        self.broken = True
-        log.warning("CUDA graphs are off for this model, which makes it slower: %s", str(reason).splitlines()[0])
+    @property
+    def off(self) -> bool:
+        """Whether nothing is captured at present."""
+        return self.broken or self.short_of_memory
+
+    def give_up(self, reason: Exception) -> None:
+        """Capture nothing from here on, or for this run where there was no memory for it."""
+        self.short_of_memory = isinstance(reason, RuntimeError) and is_out_of_memory(reason)
+        self.broken = not self.short_of_memory
+        span = "in this run, for want of memory" if self.short_of_memory else "for this model"
+        said = str(reason).splitlines() or [type(reason).__name__]
+        log.warning("CUDA graphs are off %s, which makes it slower: %s", span, said[0])
 
 
 class StepGraphs:
     """Keeps the captured steps of the last run, and makes new ones when shapes, settings or weights have changed."""
 
-    def __init__(self, model: nn.Module, make_recorder: Callable[[], Any] = CudaRecorder) -> None:
+    def __init__(self, model: nn.Module, make_recorder: Callable[[torch.device], Any] = CudaRecorder) -> None:
         self._model, self._make_recorder = model, make_recorder
         self._key: Hashable = None
         self._steps: Any = None
         self._state = CaptureState()
+        self._told = False
 
     @property
     def broken(self) -> bool:
-        """Whether captures were given up."""
+        """Whether captures were given up for good."""
         return self._state.broken
 
     def fit(self, device: torch.device) -> bool:
-        """Whether steps on `device` can be captured: on CUDA, with every weight there. If not, nothing is kept."""
-        tensors = self._model.state_dict().values()
-        fit = not self.broken and device.type == "cuda" and all(tensor.device == device for tensor in tensors)
+        """Whether steps can be captured on `device`. If not, nothing is kept."""
+        fit = not self.broken and device.type == "cuda" and not self._on_amd()
         if not fit:
             self.clear()
         return fit
 
-    def steps(self, key: Hashable, make: Callable[[Callable[[Step], Step]], Any]) -> Any:
-        """What `make` returned for an equal `key` before, else anew; `make` gets the wrap for its steps."""
-        key = (key, tuple(tensor.data_ptr() for tensor in self._model.state_dict().values()))
-        if key != self._key:
+    def _on_amd(self) -> bool:
+        if torch.version.hip is None or os.environ.get(ON_AMD) == "1":
+            return False
+        if not self._told:
+            log.info("CUDA graphs are off: on AMD GPUs they are known to corrupt other models. %s=1 has them.", ON_AMD)
+        self._told = True
+        return True
+
+    def steps(self, key: Hashable, device: torch.device, make: Callable[[Callable[[Step], Step]], Any]) -> Any:
+        """What `make` returned for an equal `key` before, else anew; `make` gets the wrap for its steps.
+
+        A step is captured where all that it reads is on `device`; of a model whose layers are streamed, the head's.
+        """
+        key = (key, device, tuple(tensor.data_ptr() for tensor in self._model.state_dict().values()))
+        if key != self._key or self._state.short_of_memory:
             self.clear()
-            recorder, state = self._make_recorder(), self._state
-            self._steps, self._key = make(lambda step: Replayed(step, recorder, state)), key
+            self._state.short_of_memory = False  # there may be some by now
+            recorder, state = self._make_recorder(device), self._state
+
+            def wrap(step: Step) -> Step:
+                weights = (tensor for module in step.reads for tensor in module.state_dict().values())
+                return Replayed(step, recorder, state) if all(w.device == device for w in weights) else step
+
+            self._steps, self._key = make(wrap), key
         return self._steps
 
     def clear(self) -> None:
@@ -86,19 +112,19 @@ class StepGraphs:
 
 
 class Replayed:
-    """A step of tensors with fixed shapes; keyword arguments tell variants apart, each with a recording of its own.
+    """A step whose every variant is recorded, and replayed from then on.
 
     The first call of a variant runs it as it is, which warms up what the recording needs, then records it, replays it
     on the same inputs and compares. What a call returns is overwritten by the next.
     """
 
     def __init__(self, step: Step, recorder: Any, state: CaptureState) -> None:
-        self._step, self._recorder, self._state = step, recorder, state
+        self._step, self._recorder, self._state, self.reads = step, recorder, state, step.reads
         self._inputs: tuple[Tensor, ...] = ()
         self._variants: dict[Hashable, tuple[Callable[[], None], Tensor]] = {}
 
     def __call__(self, *inputs: Tensor, **variant: Hashable) -> Tensor:
-        if self._state.broken:
+        if self._state.off:
             self._inputs, self._variants = (), {}
             return self._step(*inputs, **variant)
         if not self._inputs:
@@ -113,7 +139,7 @@ class Replayed:
         return output
 
     def _first(self, key: Hashable, variant: dict[str, Hashable]) -> Tensor:
-        plain = self._step(*self._inputs, **variant)
+        plain: Tensor = self._recorder.warm_up(lambda: self._step(*self._inputs, **variant))
         output = torch.empty_like(plain)
         try:
             replay = self._recorder.record(lambda: output.copy_(self._step(*self._inputs, **variant)))
@@ -122,6 +148,7 @@ class Replayed:
             if not error <= TOLERANCE:
                 raise RuntimeError(f"a replay differs from the plain run by {error:.1%}")
             self._variants[key] = replay, output
-        except RuntimeError as reason:
+        except Exception as reason:  # a layer of a host may fail in ways of its own
             self._state.give_up(reason)
+            self._recorder.forget()
         return plain

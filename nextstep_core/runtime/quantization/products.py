@@ -105,7 +105,7 @@ def candidates(format: Format, device_type: str) -> list[Kernel]:
     found = []
     if isinstance(format, Int4):
         found.append(_packed_int4(format, device_type == "cpu"))
-    if format == INT8:
+    if format == INT8 and device_type != "cuda":  # its kernel for CUDA reads the weights byte by byte
         found.append(Kernel("packed int8 product", _packed_int8, aligned if device_type == "cpu" else None))
     if format in (INT8, FP8) and device_type == "cuda":
         found.append(_compiled(format))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 
@@ -11,10 +12,12 @@ import torch
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.runtime.quantization import RECIPES
+from nextstep_core.runtime.streaming import streamed_bytes, weights_on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SMALL = {"height": 64, "width": 48, "steps": 4, "cfg": 3.0, "seed": 1}
+ROUNDING_BYTES = 2 << 20  # the allocator's step
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
@@ -59,3 +62,51 @@ def test_streamed_weights_draw_the_same_and_leave_the_device() -> None:
     assert (drawn - wanted).abs().max() <= ROUNDING[torch.float32]
     assert all(parameter.device.type == "cpu" for parameter in fast.engine.model.parameters())
     assert torch.cuda.memory_allocated() <= before, "nothing stays behind"
+
+
+@torch.inference_mode()
+def test_streamed_layers_take_no_more_memory_than_planned_and_the_head_is_captured() -> None:
+    pipe = load(torch.float32)
+    wanted = pipe.generate("a red circle", **SMALL).tokens
+    pipe.engine.release()
+    model = pipe.engine.model
+    model.layers.to("cpu")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    with weights_on(model, model.norm.weight.device):
+        ring = torch.cuda.memory_allocated() - before
+    others = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("layers."))
+    assert 0 < ring <= streamed_bytes(model) - others + ROUNDING_BYTES
+    drawn = pipe.generate("a red circle", **SMALL).tokens
+    assert (drawn - wanted).abs().max() <= ROUNDING[torch.float32]
+    assert not pipe.engine.caches.graphs.broken
+
+
+@torch.inference_mode()
+def test_unloading_one_model_leaves_the_graphs_of_another() -> None:
+    first, second = load(torch.bfloat16), load(torch.bfloat16)
+    wanted = [pipe.generate("a red circle", **SMALL).tokens for pipe in (first, second)]
+    second.engine.release()
+    del second
+    gc.collect()
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        assert torch.equal(first.generate("a red circle", **SMALL).tokens, wanted[0])
+
+
+@torch.inference_mode()
+def test_an_invalid_capture_leaves_a_device_that_works() -> None:
+    """A capture that waits for the device becomes invalid; random numbers and the next model are none the worse."""
+    broken = load(torch.float32)
+
+    def wait(*_: object) -> None:
+        torch.cuda.current_stream().synchronize()
+
+    broken.engine.model.layers[0].mlp.register_forward_pre_hook(wait)
+    broken.generate("a red circle", **SMALL)
+    assert broken.engine.caches.graphs.broken
+    torch.randn(8, device="cuda")
+    torch.cuda.empty_cache()
+    fine = load(torch.float32)
+    fine.generate("a red circle", **SMALL)
+    assert not fine.engine.caches.graphs.broken

@@ -1,61 +1,20 @@
-"""Captured steps: a recorder that replays the very operators on the very memory, as a CUDA graph does, on a CPU."""
+"""Captured steps on a CPU: they draw what plain ones do, and are given up where they do not."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from simulated_mps import MPS, SimulatedMPS
+from taped_graphs import CPU, FAST, FLOAT_NOISE, CPUGraphs, Recorder, TapeRecorder
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.graphs import StepGraphs
-
-CPU = torch.device("cpu")
-FLOAT_NOISE = 1e-5  # kernels round by how memory is aligned
-FAST = {"steps": 3, "cfg": 3.0, "sampler": "score-sde-1.0"}
-
-
-class Tape(TorchDispatchMode):
-    """Replays recorded operators without Python: what Python decided while recording stays as it was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if torch.is_tensor(old) and old.untyped_storage().data_ptr() not in known:
-                    old.copy_(new)
-
-
-class TapeRecorder:
-    recordings = 0
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        TapeRecorder.recordings += 1
-        tape = Tape()
-        with tape:
-            function()
-        return tape.replay
-
-
-class CPUGraphs(StepGraphs):
-    def fit(self, device: torch.device) -> bool:
-        return not self.broken
 
 
 @pytest.fixture
@@ -119,17 +78,23 @@ def test_known_tokens_are_replayed_too(pipeline, small_buckets) -> None:
     assert (tokens[0] - tokens[1]).abs().max() <= FLOAT_NOISE
 
 
-class Refuses:
+class Refuses(Recorder):
+    reason: Exception = RuntimeError("operation not permitted when stream is capturing")
+
     def record(self, function):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise self.reason
 
 
-class Lies:
+class FailsInTheHost(Refuses):
+    reason = AttributeError("'NoneType' object has no attribute 'device'")
+
+
+class Lies(Recorder):
     def record(self, function):
         return lambda: None
 
 
-@pytest.mark.parametrize("recorder", [Refuses, Lies])
+@pytest.mark.parametrize("recorder", [Refuses, FailsInTheHost, Lies])
 def test_a_failed_capture_falls_back_with_one_warning(pipeline, recorder: type, caplog) -> None:
     caplog.set_level(logging.WARNING)
     size = {"height": 32, "width": 32}
@@ -140,3 +105,58 @@ def test_a_failed_capture_falls_back_with_one_warning(pipeline, recorder: type, 
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
         "CUDA graphs are off for this model, which makes it slower"
     ]
+
+
+class ShortOnce(TapeRecorder):
+    left = 1
+
+    def record(self, function):
+        if ShortOnce.left:
+            ShortOnce.left -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().record(function)
+
+
+def test_a_capture_without_memory_is_tried_again_in_the_next_run(pipeline, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    fast, size, before = graphed(pipeline, ShortOnce), {"height": 32, "width": 32}, TapeRecorder.recordings
+    plain = pipeline.generate("A red apple.", **size, **FAST).tokens
+    for recordings in (0, 2):
+        assert (fast.generate("A red apple.", **size, **FAST).tokens - plain).abs().max() <= FLOAT_NOISE
+        assert TapeRecorder.recordings - before == recordings
+    (record,) = caplog.records
+    assert "off in this run, for want of memory" in record.getMessage()
+
+
+@torch.inference_mode()
+def test_the_head_is_captured_while_layers_are_streamed() -> None:
+    captured = []
+
+    class Again(Recorder):
+        def record(self, function):
+            captured.append(function)
+            function()
+            return function
+
+    plain = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
+    options = {"height": 64, "width": 48, **FAST}
+    wanted = plain.generate("a red circle", **options).tokens
+    fast = graphed(plain, Again)
+    with SimulatedMPS():
+        job = fast.engine.prepare([Caption("a red circle")], (4, 3), fast.engine.recommended().override(**FAST), seed=0)
+        *_, progress = fast.engine.decode(job, MPS, torch.float32)
+        drawn = progress.tokens.cpu()
+    assert len(captured) == 1 and not fast.engine.caches.graphs.broken, "the draw, and no step that reads the layers"
+    assert (drawn - wanted).abs().max() <= FLOAT_NOISE
+
+
+def test_on_amd_nothing_is_captured_unless_asked_for(pipeline, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    graphs, device = StepGraphs(pipeline.engine.model), torch.device("cuda", 0)
+    assert graphs.fit(device)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not graphs.fit(device) and not graphs.fit(device)
+    (record,) = caplog.records
+    assert "CUDA graphs are off" in record.getMessage()
+    monkeypatch.setenv("NEXTSTEP_GRAPHS_ON_AMD", "1")
+    assert graphs.fit(device)

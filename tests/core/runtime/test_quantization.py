@@ -75,6 +75,12 @@ def test_an_int8_matrix_may_start_anywhere() -> None:
         assert torch.equal(kernel.run(x, kernel.packed(view), scale), kernel.run(x, kernel.packed(weight), scale))
 
 
+def test_the_packed_int8_product_is_left_to_devices_where_it_is_fast() -> None:
+    packed = {device: [k.name for k in candidates(INT8, device)][0].startswith("packed") for device in ("cpu", "mps")}
+    assert packed == {"cpu": True, "mps": True}
+    assert not any(kernel.name.startswith("packed") for kernel in candidates(INT8, "cuda"))
+
+
 def test_the_row_sums_that_are_compiled_for_cuda_are_the_product() -> None:
     from nextstep_core.runtime.quantization.products import _row_sums
 
