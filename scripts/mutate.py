@@ -2,9 +2,9 @@
 
     python -m scripts.mutate --count 100 --seed 1 [--room loading]
 
-Every change is made in a temporary copy and meets the tests of its room first, then all of tests/core. A survivor is a
-missing test, or a change that makes no difference: read it and decide. Tests run in forked processes that have the
-libraries loaded already, so this needs a system that forks.
+Every change is made in a temporary copy and meets the tests of tests/core that reach the changed function, quick ones
+first. A survivor is a missing test, or a change that makes no difference: read it and decide. Tests run in forked
+processes that have the libraries loaded already, so this needs a system that forks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import multiprocessing
 import os
 import random
@@ -19,12 +20,20 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from types import FrameType
+from typing import TypeAlias
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "nextstep_core"
+FORK = multiprocessing.get_context("fork")
+Place: TypeAlias = tuple[str, int]  # a file of the engine, and the first line of a function in it
 LIMIT = 600  # seconds for one run of tests; a change may make a loop endless
 COPIED = (ENGINE, "nodes", "scripts", "tests", "training", "benchmarks", "pyproject.toml", "requirements.txt")
 OTHER = {
@@ -34,6 +43,7 @@ OTHER = {
     ast.Mod: ast.FloorDiv, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
 CASTS = {"to", "float", "bfloat16", "int", "clone", "clamp", "clamp_min", "cpu", "view_as", "copy", "resolve", "lower"}
+LIBRARIES = ("torch", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
 SILENT = ("log.", "print(", "parser.")  # statements that only say something
 
 
@@ -114,69 +124,125 @@ def changes(path: Path) -> Iterator[Change]:
     yield from walk(ast.parse(source))
 
 
-def _pytest(folder: Path, arguments: list[str]) -> None:
-    import pytest
+class Reached:
+    """A pytest plugin that records which functions of the engine each test reaches, and how long it takes."""
 
+    def __init__(self, folder: Path) -> None:
+        self.engine, self.current = f"{folder / ENGINE}/", set()
+        self.tests: dict[str, tuple[float, set[Place]]] = {}
+        self.shared: set[Place] = set()  # by fixtures of several tests
+
+    def _call(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(self.engine):
+            self.current.add((frame.f_code.co_filename.removeprefix(self.engine), frame.f_code.co_firstlineno))
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.current, started = set(), time.monotonic()
+        sys.setprofile(self._call)
+        yield
+        sys.setprofile(None)
+        self.tests[item.nodeid] = time.monotonic() - started, self.current
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> Iterator[None]:
+        before = self.current
+        self.current = before if fixturedef.scope == "function" else self.shared
+        yield
+        self.current = before
+
+    def order(self, place: Place) -> list[str]:
+        """The tests that may notice a change at a place, the file that takes least first."""
+        file, line = place
+        everywhere = not line or place in self.shared
+        seconds = {
+            test: took
+            for test, (took, reached) in self.tests.items()
+            if everywhere
+            or place in reached
+            or (not reached and f"/{file.split('/')[0]}/" in test)  # in a process of its own
+        }
+        of_file: Counter[str] = Counter()
+        for test, took in seconds.items():
+            of_file[test.split("::")[0]] += took
+        return sorted(seconds, key=lambda test: (of_file[test.split("::")[0]], test.split("::")[0]))
+
+
+def function_at(source: str, offset: int) -> int:
+    """The first line of the function around an offset; 0 for what is done when the module is imported."""
+    line, found = source.count("\n", 0, offset) + 1, 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line <= node.end_lineno:
+            found = max(found, min([node.lineno, *(d.lineno for d in node.decorator_list)]))
+    return found
+
+
+def _run(folder: Path, arguments: list[str], told: SimpleQueue | None) -> None:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
     sys.dont_write_bytecode = True  # a change within a second of another would not be seen
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
-    os._exit(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]))
+    plugin = Reached(folder)
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *arguments]
+    code = pytest.main(options, plugins=[] if told is None else [plugin])
+    if told is not None:
+        told.put(plugin)
+    os._exit(code)
 
 
-def notices(folder: Path, arguments: list[str]) -> bool:
-    """Whether pytest fails in `folder`, or does not end."""
-    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, arguments))
+def notices(folder: Path, arguments: list[str], told: SimpleQueue | None = None) -> Reached | bool:
+    """Whether pytest fails in `folder`, or does not end; `told` gets what the tests reach."""
+    process = FORK.Process(target=_run, args=(folder, arguments, told))
     process.start()
+    reached = None if told is None else told.get()
     process.join(LIMIT)
     if process.is_alive():
         process.kill()
         process.join()
-    return process.exitcode not in (0, 5)  # 5: there is no such test
+    return reached if reached is not None and not process.exitcode else process.exitcode != 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--room", help="a folder or file of the engine, such as loading or runtime/graphs.py")
+    parser.add_argument(
+        "--room", default="", help="a folder or file of the engine, such as loading or runtime/graphs.py"
+    )
     parser.add_argument("--skip", nargs="*", default=[], help="folders or files to leave alone")
     options = parser.parse_args()
-    import einops, numpy, PIL.Image, pytest, safetensors.torch, torch, transformers  # noqa: E401, F401  before the forks
-
-    torch.set_num_threads(1)
-    files = sorted((ROOT / ENGINE).rglob("*.py"))
-    names = {path: path.relative_to(ROOT / ENGINE).as_posix() for path in files}
-    files = [
-        p for p in files if names[p].startswith(options.room or "") and not names[p].startswith(tuple(options.skip))
-    ]
-    every = [change for path in files for change in changes(path)]
+    for library in LIBRARIES:
+        importlib.import_module(library)  # once, and not in every fork
+    names = {path: path.relative_to(ROOT / ENGINE).as_posix() for path in sorted((ROOT / ENGINE).rglob("*.py"))}
+    chosen = [p for p, n in names.items() if n.startswith(options.room) and not n.startswith(tuple(options.skip))]
+    every = [change for path in chosen for change in changes(path)]
     sample = random.Random(options.seed).sample(every, min(options.count, len(every)))
-    print(f"{len(sample)} of {len(every)} changes", flush=True)
-    noticed, started = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
+        folder = Path(temporary).resolve() / "copy"
         folder.mkdir()
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
-        if notices(folder, ["tests/core"]):
+        reached = notices(folder, ["tests/core"], FORK.SimpleQueue())
+        if not isinstance(reached, Reached):
             sys.exit("The tests fail without any change.")
+        noticed, started = 0, time.monotonic()
+        print(f"{len(sample)} of {len(every)} changes", flush=True)
         for n, change in enumerate(sample, 1):
             source, path = change.path.read_text(encoding="utf-8"), folder / change.path.relative_to(ROOT)
             path.write_text(change.apply(source), encoding="utf-8")
-            room = Path("tests/core") / names[change.path].split("/")[0]
-            room = room if (folder / room).is_dir() else Path("tests/core")
-            runs = [[str(room), "-m", "fast"], ["tests/core", "-m", "fast"], [str(room), "-m", "slow"]]
-            seen = any(notices(folder, run) for run in runs)
+            tests = reached.order((names[change.path], function_at(source, change.start)))
+            seen = bool(tests) and notices(folder, tests)
             path.write_text(source, encoding="utf-8")
             noticed += seen
             if not seen:
                 name = str(change.path.relative_to(ROOT))
-                lines = difflib.unified_diff(source.splitlines(), change.apply(source).splitlines(), name, name, n=0)
-                print("\n".join(["", *(line for line in lines if not line.startswith(("---",)))]), flush=True)
+                lines = difflib.unified_diff(
+                    source.splitlines(), change.apply(source).splitlines(), "", name, n=0, lineterm=""
+                )
+                print("\n".join(["", f"{len(tests)} tests reach this:", *list(lines)[1:]]), flush=True)
             if n % 10 == 0 or n == len(sample):
                 print(f"{noticed} of {n} noticed ({noticed / n:.0%}), {time.monotonic() - started:.0f} s", flush=True)
 

@@ -136,7 +136,7 @@ def test_a_sequence_is_used_again_for_a_prompt_with_less_padding(pipeline) -> No
     def hidden(sequence: TokenSequence, job: Job) -> list[Tensor]:
         embeds = engine.embed(job.rows, CPU, torch.float32)
         first = sequence.prefill(embeds, job.rows.valid, None, "")
-        return [first, sequence.feed(torch.ones(2, 1, 64), 0)]
+        return [first, *(sequence.feed(torch.ones(2, 1, 64), place) for place in range(3))]
 
     used = TokenSequence(engine.model, shape)
     hidden(used, padded)

@@ -14,7 +14,7 @@ MIX = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 
 def encode(pixels: Tensor) -> Tensor:
     """A VAE whose latents are colors in another basis, with an offset: a linear map undoes it."""
-    assert pixels.shape[-1] == 3 and 0 <= pixels.min() and pixels.max() <= 1
+    assert pixels.shape[-1] == 3 and pixels.min() >= 0 and pixels.max() <= 1
     small = F.avg_pool2d(pixels.movedim(-1, 1), 8)
     return torch.einsum("lc,bchw->blhw", MIX, small) + 0.3
 

@@ -70,7 +70,7 @@ def test_every_problem_is_listed_and_no_more_than_a_few_by_name() -> None:
     check_complete(files, {"fits": (2,)}, optional=["odd", "may", "absent"])
     check_complete(files, {"fits": (2,), "absent": (1,)}, optional=["odd", "may", "absent"])
     with pytest.raises(NextStepError) as caught:
-        check_complete(files, {name: (1,) for name in names} | {"fits": (2, 1)}, optional=["may"])
+        check_complete(files, dict.fromkeys(names, (1,)) | {"fits": (2, 1)}, optional=["may"])
     said = str(caught.value)
     assert (
         f"{len(names)} missing" in said
@@ -81,7 +81,7 @@ def test_every_problem_is_listed_and_no_more_than_a_few_by_name() -> None:
     assert "1 unexpected: odd in x.safetensors" in said
     assert "1 of a wrong shape: fits is [2] in x.safetensors, the config asks for [2, 1]" in said
     with pytest.raises(NextStepError) as caught:
-        check_complete(files, {name: (1,) for name in names[:-1]}, optional=["odd", "may", "fits"])
+        check_complete(files, dict.fromkeys(names[:-1], (1,)), optional=["odd", "may", "fits"])
     assert "..." not in str(caught.value), "all of them fit"
 
 

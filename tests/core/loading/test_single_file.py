@@ -57,17 +57,17 @@ def test_tensors_come_back_and_begin_aligned(tmp_path: Path, mark: str) -> None:
 
 
 def test_a_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a has 20 bytes, 24 were announced"):
-        with StreamedFile(tmp_path / "x.safetensors", {"a": TENSORS["a"]}, {}) as file:
-            file.write("a", torch.zeros(5))
+    refused = pytest.raises(ValueError, match="a has 20 bytes, 24 were announced")
+    with refused, StreamedFile(tmp_path / "x.safetensors", {"a": TENSORS["a"]}, {}) as file:
+        file.write("a", torch.zeros(5))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="never written: b"):
-        with StreamedFile(path, {"a": TENSORS["a"], "b": TENSORS["b"]}, {}) as file:
-            file.write("a", TENSORS["a"])
+    refused = pytest.raises(ValueError, match="never written: b")
+    with refused, StreamedFile(path, {"a": TENSORS["a"], "b": TENSORS["b"]}, {}) as file:
+        file.write("a", TENSORS["a"])
     assert not path.exists()
 
 
