@@ -43,7 +43,7 @@ OTHER = {
     ast.Mod: ast.FloorDiv, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
 CASTS = {"to", "float", "bfloat16", "int", "clone", "clamp", "clamp_min", "cpu", "view_as", "copy", "resolve", "lower"}
-LIBRARIES = ("torch", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
+LIBRARIES = ("torch", "torch._dynamo", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
 SILENT = ("log.", "print(", "parser.")  # statements that only say something
 
 
@@ -180,8 +180,9 @@ def function_at(source: str, offset: int) -> int:
 def _run(folder: Path, arguments: list[str], told: SimpleQueue | None) -> None:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    sys.dont_write_bytecode = True  # a change within a second of another would not be seen
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    if told is None:  # bytecode of a change would outlive it
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
     plugin = Reached(folder)
@@ -235,7 +236,7 @@ def main() -> None:
             path.write_text(change.apply(source), encoding="utf-8")
             tests = reached.order((names[change.path], function_at(source, change.start)))
             seen = bool(tests) and notices(folder, tests)
-            path.write_text(source, encoding="utf-8")
+            shutil.copy2(change.path, path)  # with its time, so that its bytecode holds again
             noticed += seen
             if not seen:
                 name = str(change.path.relative_to(ROOT))

@@ -22,6 +22,7 @@ SPREADS = {
     "every other layer": lambda name: name.startswith("layers.") and int(name.split(".")[1]) % 2 == 0,
     "all but one layer": lambda name: not name.startswith("layers.2."),
     "large matrices only": lambda name: "mlp.gate_up_proj" in name,
+    "layers on the device, the rest on the host": lambda name: name.startswith("layers."),
     "everything": lambda name: True,
 }
 
