@@ -129,6 +129,7 @@ def test_a_capture_without_memory_is_tried_again_in_the_next_run(pipeline, caplo
     assert "off in this run, for want of memory" in record.getMessage()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_head_is_captured_while_layers_are_streamed() -> None:
     captured = []

@@ -135,6 +135,7 @@ def single_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "int8", "int4", "fp8"])
 def test_a_single_file_is_the_checkpoint(single_files: Path, tmp_path: Path, recipe: str | None) -> None:
     """Alone in a folder: config, tokenizer and settings come from its metadata."""

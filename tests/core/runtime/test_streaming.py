@@ -64,7 +64,12 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    ("spread_name", "recipe"), [*((name, None) for name in SPREADS), ("every other layer", "int8")]
+    ("spread_name", "recipe"),
+    [
+        ("every other layer", None),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in SPREADS if name != "every other layer"),
+        pytest.param("every other layer", "int8", marks=pytest.mark.slow),
+    ],
 )
 @torch.inference_mode()
 def test_streamed_weights_draw_the_same_tokens(spread_name: str, recipe: str | None) -> None:
