@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "nextstep_core"
 FORK = multiprocessing.get_context("fork")
 Place: TypeAlias = tuple[str, int]  # a file of the engine, and the first line of a function in it
-LIMIT = 600  # seconds for one run of tests; a change may make a loop endless
+PATIENCE = 10  # a change may make a loop endless: so many times longer than without it, and not less than a minute
 COPIED = (ENGINE, "nodes", "scripts", "tests", "training", "benchmarks", "pyproject.toml", "requirements.txt")
 OTHER = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -193,12 +193,14 @@ def _run(folder: Path, arguments: list[str], told: SimpleQueue | None) -> None:
     os._exit(code)
 
 
-def notices(folder: Path, arguments: list[str], told: SimpleQueue | None = None) -> Reached | bool:
+def notices(
+    folder: Path, arguments: list[str], told: SimpleQueue | None = None, limit: float | None = None
+) -> Reached | bool:
     """Whether pytest fails in `folder`, or does not end; `told` gets what the tests reach."""
     process = FORK.Process(target=_run, args=(folder, arguments, told))
     process.start()
     reached = None if told is None else told.get()
-    process.join(LIMIT)
+    process.join(limit)
     if process.is_alive():
         process.kill()
         process.join()
@@ -213,6 +215,7 @@ def main() -> None:
         "--room", default="", help="a folder or file of the engine, such as loading or runtime/graphs.py"
     )
     parser.add_argument("--skip", nargs="*", default=[], help="folders or files to leave alone")
+    parser.add_argument("--marks", default="fast or slow", help="which tests; all but the slow ones see nearly as much")
     options = parser.parse_args()
     for library in LIBRARIES:
         importlib.import_module(library)  # once, and not in every fork
@@ -226,7 +229,7 @@ def main() -> None:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
-        reached = notices(folder, ["tests/core"], FORK.SimpleQueue())
+        reached = notices(folder, ["tests/core", "-m", options.marks], FORK.SimpleQueue())
         if not isinstance(reached, Reached):
             sys.exit("The tests fail without any change.")
         noticed, started = 0, time.monotonic()
@@ -235,7 +238,8 @@ def main() -> None:
             source, path = change.path.read_text(encoding="utf-8"), folder / change.path.relative_to(ROOT)
             path.write_text(change.apply(source), encoding="utf-8")
             tests = reached.order((names[change.path], function_at(source, change.start)))
-            seen = bool(tests) and notices(folder, tests)
+            limit = max(60.0, PATIENCE * sum(reached.tests[test][0] for test in tests))
+            seen = bool(tests) and notices(folder, tests, limit=limit)
             shutil.copy2(change.path, path)  # with its time, so that its bytecode holds again
             noticed += seen
             if not seen:
