@@ -27,9 +27,11 @@ ON_AMD = "NEXTSTEP_GRAPHS_ON_AMD"
 
 
 class Step(Protocol):
-    """A function of tensors with fixed shapes; keyword arguments tell variants apart. `reads` has its weights."""
+    """A function of tensors with fixed shapes; keyword arguments tell variants apart."""
 
-    reads: Sequence[nn.Module]
+    @property
+    def reads(self) -> Sequence[nn.Module]:
+        """The modules whose weights it reads."""
 
     def __call__(self, *inputs: Any, **variant: Any) -> Tensor: ...
 

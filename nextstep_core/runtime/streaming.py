@@ -43,7 +43,7 @@ class Away:
     def replace(self, guests: Iterable[Tensor]) -> None:
         """Put tensors in the place of the modules' own, in the order of `tensors`."""
         for (module, name, _), guest in zip(self._home, guests):
-            module._parameters[name] = guest
+            module._parameters[name] = guest  # type: ignore[assignment]  # modules take tensors too
 
     def restore(self) -> None:
         """Put the modules' own tensors back."""
