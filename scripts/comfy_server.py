@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PACK_NAME = "ComfyUI-NextStep"
 PREVIEW_EVENTS = (1, 4)
 TEXT_EVENT = 3
 START_SECONDS = 120
+NO_HOST = "no ComfyUI found: make hosts with scripts/hosts.sh, or set COMFYUI_PATH to a checkout"
 
 
 def find_comfyui() -> Path | None:
@@ -33,6 +35,19 @@ def find_comfyui() -> Path | None:
     stated = os.environ.get("COMFYUI_PATH")
     candidates = [Path(stated)] if stated else [ROOT.parent.parent, Path.home() / "ComfyUI"]
     return next((path for path in candidates if (path / "comfy" / "model_management.py").is_file()), None)
+
+
+def frontend_option() -> list[str]:
+    """COMFYUI_FRONTEND names a folder that pip has put another frontend into than the host brings."""
+    folder = os.environ.get("COMFYUI_FRONTEND")
+    return ["--front-end-root", str(Path(folder) / "comfyui_frontend_package" / "static")] if folder else []
+
+
+def host_version(comfyui: Path) -> str:
+    """Which ComfyUI that is, and its frontend."""
+    (version,) = re.findall(r'__version__ = "(.+)"', (comfyui / "comfyui_version.py").read_text())
+    other = os.environ.get("COMFYUI_FRONTEND")
+    return f"{version} with frontend {Path(other).name if other else metadata.version('comfyui-frontend-package')}"
 
 
 def make_base(folder: Path, link: bool = True) -> Path:
@@ -141,11 +156,10 @@ def free_port() -> int:
 def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cpu") -> Iterator[ComfyServer]:
     """Start the ComfyUI at `comfyui` on `base` and stop it at the end. `memory` is one of its flags for that."""
     port, log = free_port(), base / "server.log"
-    frontend = os.environ.get("COMFYUI_FRONTEND")  # another one than the host brings
     command = [
         sys.executable, "main.py", memory, "--listen", "127.0.0.1", "--port", str(port),
         "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
-        *(["--front-end-root", frontend] if frontend else []),
+        *frontend_option(),
     ]  # fmt: skip
     # One thread: the models here are tiny, and threads that wait for each other on a busy machine cost minutes.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -95,6 +96,8 @@ def link_pack(comfyui: Path) -> str:
 
 def serve(comfyui: Path, port: int) -> int:
     """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
+    if taken(port):
+        sys.exit(f"Port {port} is in use already, perhaps by another ComfyUI. Stop that, or choose another --port.")
     import torch
 
     from scripts.workflows import FIRST_RUN
@@ -103,8 +106,11 @@ def serve(comfyui: Path, port: int) -> int:
     on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     paths = ROOT / "scripts" / "demo_page" / "paths.yaml"
     command = [sys.executable, "main.py", "--port", str(port), "--extra-model-paths-config", str(paths)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    process = subprocess.Popen([*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(0))
+    print("Starting ComfyUI; until it is ready, its own messages follow ...", flush=True)
+    # In a session of its own: Ctrl+C comes here alone, and ComfyUI is told to end, not interrupted wherever it is.
+    process = subprocess.Popen([*command, *([] if on_gpu else ["--cpu"])], cwd=comfyui, start_new_session=True)
     address = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None and not answers(address):
@@ -120,12 +126,18 @@ def serve(comfyui: Path, port: int) -> int:
         process.wait()
 
 
+def taken(port: int) -> bool:
+    """Whether something of this computer listens on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def answers(address: str) -> bool:
     """Whether ComfyUI is ready."""
     try:
         with urlopen(f"{address}/system_stats", timeout=5):
             return True
-    except (URLError, OSError):
+    except (OSError, HTTPException):
         return False
 
 
@@ -144,13 +156,18 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     sheet = output / "contact-sheet.png"
+    print(f"Drawing {len(PROMPTS)} pictures and an edit with the embedded model ...", flush=True)
     contact_sheet(draw_pictures()).save(sheet)
-    print(f"Contact sheet: {sheet}")
+    print(f"Contact sheet: {sheet}", flush=True)
     comfyui = find_comfyui()
     if comfyui is None:
         print("No ComfyUI found (set COMFYUI_PATH to a checkout), so the pictures were drawn by the engine alone.")
     else:
-        print(f"Workflow in the ComfyUI at {comfyui}: {run_in_comfyui(comfyui, output)}")
+        print(f"Running the first workflow in the ComfyUI at {comfyui} ...", flush=True)
+        try:
+            print(f"Workflow's picture: {run_in_comfyui(comfyui, output)}")
+        except RuntimeError as error:  # it did not start
+            sys.exit(str(error))
     print(f"Done in {time.monotonic() - started:.0f} s.")
 
 

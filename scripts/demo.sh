@@ -13,7 +13,8 @@ if [ "${1:-}" = --comfyui ]; then
             echo "$2 is neither empty nor a ComfyUI. Name an empty folder, or the folder with ComfyUI's main.py." >&2
             exit 2
         fi
-        git clone --quiet --depth 1 "${COMFYUI_SOURCE:-https://github.com/Comfy-Org/ComfyUI.git}" "$2"
+        echo "Fetching ComfyUI into $2 ..."
+        git clone --depth 1 "${COMFYUI_SOURCE:-https://github.com/Comfy-Org/ComfyUI.git}" "$2"
     fi
     COMFYUI_PATH=$(cd "$2" && pwd)
     export COMFYUI_PATH

@@ -30,9 +30,15 @@ find_hosts() {
 # make_environment REQUIREMENTS_FILE...: create it once, install what is asked for and what the found ComfyUI needs.
 make_environment() {
     "$PYTHON" -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
-    [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+    if [ ! -x "$VENV/bin/python" ]; then
+        echo "Making a Python environment in $VENV ..."
+        "$PYTHON" -m venv "$VENV"
+    fi
     local pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check) file comfyui
-    "$VENV/bin/python" -c "import torch" 2>/dev/null || "${pip[@]}" "${TORCH:-torch==2.13.0}"
+    if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
+        echo "Installing ${TORCH:-torch==2.13.0} there, which takes some minutes ..."
+        "${pip[@]}" "${TORCH:-torch==2.13.0}"
+    fi
     local arguments=()
     for file in "$@"; do arguments+=(-r "$file"); done
     comfyui=$(find_comfyui)
@@ -43,6 +49,7 @@ make_environment() {
         grep -vE '^(torch|torchvision|torchaudio|spandrel)\b' "$comfyui/requirements.txt" > "$VENV/comfyui-requirements.txt"
         arguments+=(-r "$VENV/comfyui-requirements.txt")
     fi
+    echo "Installing what is missing in $VENV of $*${comfyui:+ and what ComfyUI requires} ..."
     "${pip[@]}" "${arguments[@]}"
     if [ -n "$comfyui" ]; then
         "${pip[@]}" --no-deps spandrel

@@ -73,11 +73,13 @@ if [ $# -gt 0 ]; then
     exit
 fi
 IFS=: read -ra directories <<< "${COMFYUI_GIT:-}"
+status=0
 for host in "${TESTED[@]}"; do
     read -ra words <<< "$host"
     from=$PUBLIC
     for directory in "${directories[@]}"; do
         if git --git-dir="$directory" cat-file -e "${words[1]}^{commit}" 2>/dev/null; then from=$directory; break; fi
     done
-    make_host "${words[0]}" "$from" "${words[@]:1}"
+    bash "$0" "${words[0]}" "$from" "${words[@]:1}" || status=1
 done
+exit $status

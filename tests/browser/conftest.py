@@ -1,4 +1,4 @@
-"""A real browser on a real ComfyUI, or one visible line that says what is missing."""
+"""A real browser on a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.comfy_server import ComfyServer, find_comfyui, make_base, running_server
+from scripts.comfy_server import NO_HOST, ComfyServer, find_comfyui, make_base, running_server
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -18,7 +18,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def missing() -> str | None:
     """What these tests lack here."""
     if find_comfyui() is None:
-        return "no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI"
+        return NO_HOST
     if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
         return (
             "no browser found: install chromium (and the Python package playwright, which needs no browser of its own)"
@@ -31,14 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [
-        r for r in terminalreporter.stats.get("skipped", []) if str(HERE) in str(r.fspath) or "browser" in r.nodeid
-    ]
-    if skipped:
-        terminalreporter.write_line(f"SKIPPED {len(skipped)} browser tests: {missing()}")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The host under test, or one visible line that says how to get these tests to run."""
+"""The host under test."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from comfy_graph import ComfyGraph, make_graph_host
 from PIL import Image
 
-from scripts.comfy_server import ComfyServer, find_comfyui, make_base, running_server
+from scripts.comfy_server import NO_HOST, ComfyServer, find_comfyui, make_base, running_server
 
 GOLDEN = Path(__file__).resolve().parent.parent / "data" / "golden"
 MODEL = "tiny-a"
-NO_HOST = "no ComfyUI found: set COMFYUI_PATH to a checkout of it, or put one at ~/ComfyUI"
 
 
 @pytest.fixture(scope="session")
@@ -47,22 +46,11 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a host none of these tests can run."""
+    """Without a host none of these tests can run; the closing line says how to get one."""
     if find_comfyui() is None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=NO_HOST))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for all skipped tests."""
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_HOST in str(r.longrepr)]
-    if skipped:
-        terminalreporter.write_line(f"SKIPPED {len(skipped)} host tests: {NO_HOST}")
-
-
-def pytest_report_header() -> str:
-    return f"ComfyUI under test: {find_comfyui() or 'none found (set COMFYUI_PATH)'}"
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_progress_is_said_for_every_token(graph: ComfyGraph, monkeypatch: pytest
 
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", recording)
     graph.run(text_to_image(seed=41))
-    assert said == [(token, 12) for token in range(1, 13)]
+    assert [value for value, total in said if total == 12] == list(range(1, 13)), "the loader's bar is longer"
 
 
 def test_negative_prompt_and_suffix_reach_the_picture(graph: ComfyGraph) -> None:
