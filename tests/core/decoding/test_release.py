@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from taped_graphs import CPUGraphs, Recorder
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.model.kv_cache import KVCache
-from nextstep_core.runtime.graphs import StepGraphs
 
 SMALL = {"height": 32, "width": 32, "steps": 2, "sampler": "score-sde-1.1"}
 
@@ -40,17 +40,12 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[KVCache]:
     return made
 
 
-class RunsOnce:
+class RunsOnce(Recorder):
     """A recorder that, as the real one, keeps nothing of the function: what it replays is what came out."""
 
     def record(self, function):
         function()
         return lambda: None
-
-
-class CPUGraphs(StepGraphs):
-    def fit(self, device: torch.device) -> bool:
-        return not self.broken
 
 
 def test_a_run_leaves_no_kv_cache_behind(without_collector, caches, pipeline) -> None:
