@@ -7,6 +7,8 @@
 source "$(dirname "$0")/environment.sh"
 make_environment requirements.txt requirements-dev.txt
 "$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check --quiet .
+"$VENV/bin/mypy"
 
 NEXTSTEP_TALLY=$(mktemp)
 export NEXTSTEP_TALLY

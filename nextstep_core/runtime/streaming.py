@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Away:
     def replace(self, guests: Iterable[Tensor]) -> None:
         """Put tensors in the place of the modules' own, in the order of `tensors`."""
         for (module, name, _), guest in zip(self._home, guests):
-            module._parameters[name] = guest  # type: ignore[assignment]  # modules take tensors too
+            module._parameters[name] = cast(nn.Parameter, guest)  # a plain tensor will do for computing
 
     def restore(self) -> None:
         """Put the modules' own tensors back."""
