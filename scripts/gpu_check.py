@@ -54,7 +54,8 @@ def steps(device: str, dry: bool) -> Iterator[Step]:
             yield Step(f"tests, {allocator}", arguments, 300, writes=False, environment=using(allocator))
     formats = [name for name in FORMATS if not (mps and name == "fp8")]
     for name in formats:
-        yield Step(f"picture, {name}", ("benchmarks", *case, *times, "--quantization", name), 400)
+        scaled = part if mps else ()  # a whole picture takes minutes there
+        yield Step(f"picture, {name}", ("benchmarks", *case, *times, *scaled, "--quantization", name), 400)
     for name, limit in PROBES.items():
         if not (mps and name == "streaming"):
             yield Step(name, ("benchmarks.probes", name, *(case if name != "pair" else two), *probe), limit)
