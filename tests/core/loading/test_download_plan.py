@@ -89,7 +89,12 @@ def test_a_file_of_another_size_or_sum_is_removed(plan: Download) -> None:
 
 
 def test_only_what_the_engine_reads_is_planned(hub: list, tmp_path: Path) -> None:
-    hub += [sibling("config.json", 3), sibling("vae/checkpoint.pt", 5, DIGEST), sibling("modeling.py"), sibling("x.bin")]
+    hub += [
+        sibling("config.json", 3),
+        sibling("vae/checkpoint.pt", 5, DIGEST),
+        sibling("modeling.py"),
+        sibling("x.bin"),
+    ]
     hub += [sibling("big.safetensors", None)]
     plan = plan_download("someone/x", tmp_path, "v1")
     assert hub[0] == ("someone/x", {"revision": "v1", "files_metadata": True})
