@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +89,33 @@ class ProgressReporter:
         check_interrupt()
         if text is not None and time.monotonic() - self._said_at >= TEXT_SECONDS:
             self._said_at = time.monotonic()
-            _send_text(text)
+            show_text(text)
         image = None
         if preview is not None:
             image = ("JPEG", Image.fromarray(preview.numpy()).resize(size, Image.Resampling.BILINEAR), None)
         self._bar.update_absolute(done, preview=image)
 
 
-def _send_text(text: str) -> None:
+def show_text(text: str) -> None:
     """Put a line of text on the running node, where the host has a server (it has none when it runs as a library)."""
     server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
     if server is not None and getattr(server, "instance", None) is not None and context is not None:
         server.instance.send_progress_text(text, context.node_id)
+
+
+def note_in_picture(node: type[io.ComfyNode], facts: dict[str, Any]) -> None:
+    """Put facts of a run into what the host writes into its pictures, beside the workflow, where it writes anything."""
+    notes = getattr(getattr(node, "hidden", None), "extra_pnginfo", None)
+    if isinstance(notes, dict):
+        notes["nextstep"] = facts
+
+
+def card_memory() -> int | None:
+    """Bytes of memory that the host's device has in all, less what it is told to leave alone; None for a CPU."""
+    device = mm.get_torch_device()
+    if mm.is_device_cpu(device):
+        return None
+    return int(mm.get_total_memory(device) - mm.extra_reserved_memory())
 
 
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
@@ -136,8 +151,12 @@ class HostQuantizedLinear(QuantizedLinear):
         self.bias_function: list[Any] = []
 
 
-def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> Any:
-    """Put a meta-device module under the host's memory management and give it its weights; returns the patcher."""
+def adopt(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], compute: torch.dtype) -> Any:
+    """Put a meta-device module under the host's memory management and give it its weights; returns the patcher.
+
+    `tensors` is read up here, so that nothing else holds a tensor while its layer lays it out anew.
+    """
+    state = dict(tensors)
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     if hasattr(mm, "archive_model_dtypes"):
         mm.archive_model_dtypes(model)
@@ -146,6 +165,7 @@ def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> A
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
+    del state
     make_ready(model, patcher.load_device, compute)
     return patcher
 
