@@ -114,6 +114,8 @@ def changes(path: Path) -> Iterator[Change]:
             return
         for variant in variants(node):
             text = variant if isinstance(variant, str) else ast.unparse(variant)
+            if text == ast.unparse(node):  # arguments that are the same
+                continue
             text = f"({text})" if isinstance(node, ast.expr) and not isinstance(node, ast.Constant) else text
             start, stop = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
             yield Change(path, start, stop, text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from nextstep_core.loading.build import find_vae, load_vae_state, plan_model
 from nextstep_core.loading.checkpoint import (
     MAX_NAMES_SHOWN,
     TensorFiles,
+    _readable,
     check_complete,
     find_model_files,
     find_tensors,
@@ -89,6 +92,32 @@ def test_optional_tensors_of_a_wrong_shape_are_named() -> None:
     files = TensorFiles("here", {"may": ((Path("x"), "may"),)}, {"may": (9,)})
     with pytest.raises(NextStepError, match="may is"):
         check_complete(files, {"may": (8,)}, optional=["may"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("broken\npipe"), "broken)"),
+        (EOFError(), "EOFError"),
+        (ValueError("odd"), "odd"),
+        (pickle.UnpicklingError("code"), "code"),
+        (zipfile.BadZipFile("short"), "short"),
+        (FileNotFoundError("no such"), "x.pt"),
+        (NextStepError("as it is"), "as it is"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_however_a_file_is_broken_it_is_one_sentence(error: Exception, reason: str) -> None:
+    with pytest.raises(NextStepError) as caught, _readable(Path("x.pt")):
+        raise error
+    said = str(caught.value)
+    assert reason in said and "\n" not in said
+    assert "x.pt" in said or isinstance(error, NextStepError)
+
+
+def test_other_errors_are_ours_and_stay() -> None:
+    with pytest.raises(KeyError), _readable(Path("x.pt")):
+        raise KeyError("a bug")
 
 
 def test_the_index_comes_before_a_single_file(checkpoint: Path) -> None:
