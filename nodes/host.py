@@ -121,8 +121,18 @@ def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]
 
 
 def operations(storage: torch.dtype, compute: torch.dtype) -> Any:
-    """The host's layer classes, which cast and stream their weights as its memory management wants."""
-    return comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
+    """The host's layer classes, which cast their weights as its memory management wants.
+
+    Newer hosts make linear layers that have no parameters, not even empty ones, until a file is read; but not of
+    classes that load by a function of their own, as these do, if only by PyTorch's.
+    """
+    picked = comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
+    linear = type("Linear", (picked.Linear,), {"_load_from_state_dict": _load_from_state_dict})
+    return type("Operations", (picked,), {"Linear": linear})
+
+
+def _load_from_state_dict(module: nn.Module, *arguments: Any) -> None:
+    nn.Module._load_from_state_dict(module, *arguments)
 
 
 class HostQuantizedLinear(QuantizedLinear):
@@ -137,12 +147,14 @@ class HostQuantizedLinear(QuantizedLinear):
 
 
 def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> Any:
-    """Put a meta-device module under the host's memory management and give it its weights; returns the patcher."""
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    if hasattr(mm, "archive_model_dtypes"):
-        mm.archive_model_dtypes(model)
+    """Put a meta-device module under the host's memory management and give it its weights; returns the patcher.
+
+    The plain one, where newer hosts have another that leaves weights with the host and has its layers fetch them at
+    each use: every token uses all weights, our quantized layers know nothing of it, and what is captured needs weights
+    that stay where they are. In return, memory that others need comes back in layers, not in pages.
+    """
     size = sum(tensor.nbytes for tensor in state.values())
-    patcher = patcher_class(
+    patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
