@@ -108,11 +108,10 @@ def sample(
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP))
     job = prepare(model, positive, negative, latent, seed, settings)
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
+    streamed = streamed_bytes(model.engine.model)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
-    if plan.tight:
-        model.engine.release()
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])

@@ -15,8 +15,6 @@ import torch
 from simulated_mps import MPS, SimulatedMPS, SimulatedTensor
 from torch import Tensor
 
-ABSENT = "this ComfyUI has no dynamic VRAM"
-
 
 class Card(SimulatedMPS):
     """The simulated card; counts the bytes that cross to it from the host. `memory` is its size, None: plenty."""
@@ -78,13 +76,6 @@ class HostBuffer:
 
     def get_raw_address(self) -> int:
         return 0
-
-
-def has_dynamic_vram() -> bool:
-    """Whether the host that is imported has it at all."""
-    import comfy.model_patcher
-
-    return hasattr(comfy.model_patcher, "ModelPatcherDynamic")
 
 
 def put_in(card: Card, patch: pytest.MonkeyPatch) -> None:
