@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,56 +15,86 @@ from nextstep_core.runtime.cpu import PackedLinear
 from nextstep_core.runtime.quantization.formats import FP8, INT4, INT8
 from nextstep_core.runtime.quantization.products import candidates
 
-SIDE, MATRICES, ROWS = 1536, 24, 2  # the flow head's blocks, for one picture with guidance
+from .clock import device_seconds
+
+Product: TypeAlias = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """`count` matrices (outputs, inputs), together more than a cache holds, each times `rows` rows."""
+
+    outputs: int
+    inputs: int
+    count: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.count} matrices of {self.outputs}x{self.inputs}, {self.rows} rows"
+
+
+HEAD = Matrices(1536, 1536, 24, rows=2)  # the flow head's blocks, for one picture with guidance
 
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Milliseconds for all matrices, one after another."""
+    """Milliseconds for all matrices, one after another, and the bytes of their weights as they are stored."""
 
     stored: str
     product: str
     milliseconds: float
+    bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Stored bytes per second."""
+        return self.bytes / (1e-3 * self.milliseconds)
 
 
-def kernel_times(device: torch.device, repeat: int) -> list[KernelTime]:
+def kernel_times(device: torch.device, repeat: int, shape: Matrices = HEAD) -> list[KernelTime]:
     """Time every product that works on `device`; what fails there is left out."""
-    matrices = [torch.randn(SIDE, SIDE, device=device) * 0.02 for _ in range(MATRICES)]
-    x = torch.randn(ROWS, SIDE, device=device)
+    matrices = [torch.randn(shape.outputs, shape.inputs, device=device) * 0.02 for _ in range(shape.count)]
+    x = torch.randn(shape.rows, shape.inputs, device=device)
     found: list[KernelTime] = []
 
-    def add(stored: str, product: str, make: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+    def add(stored: str, product: str, make: Callable[[Tensor], tuple[Product, int]]) -> None:
         try:
-            calls = [make(matrix) for matrix in matrices]
-            found.append(KernelTime(stored, product, _milliseconds(calls, device, repeat)))
+            products, sizes = zip(*map(make, matrices))
+            seconds = device_seconds(products, device, repeat)
+            found.append(KernelTime(stored, product, 1e3 * seconds, sum(sizes)))
         except Exception as reason:  # a device's or a library's own kinds of failure
-            print(f"{stored}, {product}: not here ({str(reason).splitlines()[0][:80]})")
+            print(f"{stored}, {product}: not here ({str(reason).splitlines()[:1]})")
 
     for dtype in (torch.float32, torch.bfloat16):
-        rows, name = x.to(dtype), str(dtype).removeprefix("torch.")
-        add(name, "plain", lambda m, rows=rows: partial(F.linear, rows, m.to(rows.dtype)))
+        name = str(dtype).removeprefix("torch.")
+        add(name, "plain", partial(_plain, x.to(dtype)))
     if device.type == "cpu":
-        add("float32", "oneDNN's layout", lambda m: partial(PackedLinear(_linear(m)), x))
+        add("float32", "oneDNN's layout", lambda m: (partial(PackedLinear(_linear(m)), x), m.nbytes))
     rows = x.bfloat16()
     for format in (INT8, INT4, FP8):
         for kernel in candidates(format, device.type):
 
-            def make(matrix: Tensor, format=format, kernel=kernel) -> Callable[[], Tensor]:
+            def make(matrix: Tensor, format=format, kernel=kernel) -> tuple[Product, int]:
                 weight, scale = format.quantize(matrix)
-                return partial(kernel.run, rows, kernel.packed(weight), scale)
+                return partial(kernel.run, rows, kernel.packed(weight), scale), weight.nbytes + scale.nbytes
 
             add(format.name, kernel.name, make)
-    add("int8", "torchao, weight only", lambda m: _torchao(m.bfloat16(), rows))
+    add("int8", "torchao, weight only", lambda m: (_torchao(m.bfloat16(), rows), m.numel()))
     return found
 
 
+def _plain(rows: Tensor, matrix: Tensor) -> tuple[Product, int]:
+    weight = matrix.to(rows.dtype)
+    return partial(F.linear, rows, weight), weight.nbytes
+
+
 def _linear(matrix: Tensor) -> nn.Linear:
-    layer = nn.Linear(SIDE, SIDE, bias=False, device="meta")
+    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(matrix, requires_grad=False)
     return layer
 
 
-def _torchao(matrix: Tensor, rows: Tensor) -> Callable[[], Tensor]:
+def _torchao(matrix: Tensor, rows: Tensor) -> Product:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = nn.Sequential(_linear(matrix))
@@ -73,20 +102,8 @@ def _torchao(matrix: Tensor, rows: Tensor) -> Callable[[], Tensor]:
     return partial(model, rows)
 
 
-def _milliseconds(calls: list[Callable[[], Tensor]], device: torch.device, repeat: int) -> float:
-    times = []
-    for _ in range(repeat + 1):
-        started = time.perf_counter()
-        for call in calls:
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
-
-
-def show_kernels(found: list[KernelTime]) -> None:
+def show_kernels(found: list[KernelTime], shape: Matrices = HEAD) -> None:
     """Print a table, the fastest first."""
-    print(f"{MATRICES} matrices of {SIDE}x{SIDE}, {ROWS} rows")
+    print(shape)
     for row in sorted(found, key=lambda row: row.milliseconds):
-        print(f"{row.stored:10}{row.product:36}{row.milliseconds:10.2f} ms")
+        print(f"{row.stored:10}{row.product:36}{row.milliseconds:10.2f} ms{1e-9 * row.rate:10.0f} GB/s")

@@ -62,6 +62,7 @@ class NextStepTextToImage(DrawingNode):
                 *setting_inputs(steps=28, shift=1.0),
             ],
             outputs=_outputs(),
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -77,6 +78,7 @@ class NextStepTextToImage(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
+        host.note_in_picture(cls, model.facts)
         latent = empty_latent(width, height, batch_size)
         return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
 
@@ -110,6 +112,7 @@ class NextStepImageEdit(DrawingNode):
                 cfg_img_input(),
             ],
             outputs=_outputs(),
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -126,6 +129,7 @@ class NextStepImageEdit(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
+        host.note_in_picture(cls, model.facts)
         if IMAGE_SLOT not in instruction:
             instruction = IMAGE_SLOT + instruction
         positive, latent = encode_edit(model, vae, image, instruction, size, width, height)

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from comfy.cli_args import args
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
@@ -91,18 +92,33 @@ class ProgressReporter:
         check_interrupt()
         if text is not None and time.monotonic() - self._said_at >= TEXT_SECONDS:
             self._said_at = time.monotonic()
-            _send_text(text)
+            show_text(text)
         image = None
         if preview is not None:
             image = ("JPEG", Image.fromarray(preview.numpy()).resize(size, Image.Resampling.BILINEAR), None)
         self._bar.update_absolute(done, preview=image)
 
 
-def _send_text(text: str) -> None:
+def show_text(text: str) -> None:
     """Put a line of text on the running node, where the host has a server (it has none when it runs as a library)."""
     server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
     if server is not None and getattr(server, "instance", None) is not None and context is not None:
         server.instance.send_progress_text(text, context.node_id)
+
+
+def note_in_picture(node: type[io.ComfyNode], facts: dict[str, Any]) -> None:
+    """Put facts of a run into what the host writes into its pictures, beside the workflow, where it writes anything."""
+    notes = getattr(getattr(node, "hidden", None), "extra_pnginfo", None)
+    if isinstance(notes, dict):
+        notes["nextstep"] = facts
+
+
+def card_memory() -> int | None:
+    """Bytes of memory that the host's device has in all, less what it is told to leave alone; None for a CPU."""
+    device = mm.get_torch_device()
+    if mm.is_device_cpu(device):
+        return None
+    return int(mm.get_total_memory(device) - mm.extra_reserved_memory())
 
 
 def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
@@ -148,18 +164,22 @@ class HostQuantizedLinear(QuantizedLinear):
         self.bias_function: list[Any] = []
 
 
-def adopt(model: nn.Module, state: dict[str, Tensor], compute: torch.dtype) -> Any:
+def adopt(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], compute: torch.dtype) -> Any:
     """Put a meta-device module under the host's memory management and give it its weights; returns the patcher.
 
-    The plain one, where newer hosts have another that leaves weights with the host and has its layers fetch them at
-    each use: every token uses all weights, our quantized layers know nothing of it, and what is captured needs weights
-    that stay where they are. In return, memory that others need comes back in layers, not in pages.
+    `tensors` is read up here, so that nothing else holds a tensor while its layer lays it out anew.
+
+    The patcher is the plain one. Newer hosts have another, which leaves weights with the host and has its layers fetch
+    them at each use; but every token uses all weights, our quantized layers know nothing of it, and what is captured
+    needs weights that stay where they are. In return, memory that others need comes back in layers, not in pages.
     """
+    state = dict(tensors)
     size = sum(tensor.nbytes for tensor in state.values())
     patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
+    del state
     make_ready(model, patcher.load_device, compute)
     return patcher
 
@@ -210,6 +230,11 @@ def _headroom() -> int:
     return int(getattr(args, "vram_headroom", 0) * 2**30)
 
 
+def graphs_allowed() -> bool:
+    """Whether CUDA graphs are not turned off for the whole host."""
+    return not getattr(args, "disable_cuda_graphs", False)
+
+
 def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:
     """Load a model's weights (in part, where memory is short), leaving the plan's working memory free; the device."""
     mm.load_models_gpu([patcher], memory_required=plan.working + _headroom())
@@ -238,6 +263,14 @@ def vae_bytes(vae: Any, latents: tuple[int, ...]) -> int:
 def intermediate_device() -> torch.device:
     """Where values that travel between nodes are kept."""
     return mm.intermediate_device()
+
+
+class NoOutput(ExecutionBlocker):
+    """An output that is not there: what needs it is not run, and its message is shown."""
+
+    def is_dynamic(self) -> bool:
+        """See `stays_cached`."""
+        return stays_cached()
 
 
 class ChannelNorm(nn.Module):
@@ -276,4 +309,16 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale
     vae.first_stage_model.regularization = ChannelNorm(config)
+    vae.is_dynamic = stays_cached
     return vae
+
+
+def stays_cached() -> bool:
+    """For `is_dynamic` of values that the host's cache is to keep while the workflow that made them is in use.
+
+    Newer hosts drop cached outputs where RAM is short, and our model would be read again, all 27 GB, for the next
+    picture. Outputs of the current workflow that say yes to this are spared; those of earlier ones go first, and
+    `/free` drops all. A cache of our own could do no better: it would not know which workflow is current, nor of
+    `/free`.
+    """
+    return True

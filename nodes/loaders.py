@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from comfy_api.latest import io
-from comfy_execution.graph import ExecutionBlocker
 
 from ..nextstep_core.decoding.engine import NextStepEngine
+from ..nextstep_core.decoding.memory import fitting_recipe
 from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.images.latents import LatentSpace
-from ..nextstep_core.loading.build import load_vae_state, plan_model
+from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.model.nextstep import NextStepModel
+from ..nextstep_core.runtime.memory import in_words
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .types import CATEGORY, HostModel, ModelSocket
 
 log = logging.getLogger(__name__)
 
-AS_IT_IS = "none"
+AS_IT_IS, AUTO = "none", "auto"
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,41 @@ def load_model(name: str, options: LoadOptions) -> HostModel:
 
 def _load(path: Path, options: LoadOptions) -> HostModel:
     device = host.compute_device()
-    plan = plan_model(path, None if options.quantization == AS_IT_IS else options.quantization, device)
+    stated = None if options.quantization in (AS_IT_IS, AUTO) else options.quantization
+    plan = plan_model(path, stated, device)
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
+    if options.quantization == AUTO:
+        plan = _with_fitting_recipe(plan, compute)
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
         read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
-        adopted.append(host.adopt(model, dict(read), compute))
+        adopted.append(host.adopt(model, read, compute))
         return model
 
-    engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs)
+    engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs and host.graphs_allowed())
     (patcher,) = adopted
     host.on_unload(patcher, engine.release)
-    stored = plan.recipe.name if plan.recipe is not None else storage
+    stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
-    return HostModel(engine, patcher, compute, vae)
+    host.show_text(f"weights stored as {stored}")
+    return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
+
+
+def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
+    """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
+
+    The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
+    """
+    room = host.card_memory()
+    if room is None or plan.recipe is not None:
+        return plan
+    name = fitting_recipe(plan, dtype, room)
+    log.info("NextStep: quantization auto takes %s for a card of %s", name or AS_IT_IS, in_words(room))
+    return plan if name is None else replace(plan, recipe=RECIPES[name])
 
 
 def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:
@@ -110,11 +129,12 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[AS_IT_IS, *RECIPES],
-                    default=AS_IT_IS,
+                    options=[AS_IT_IS, *RECIPES, AUTO],
+                    default=AUTO,
                     optional=True,
-                    tooltip="Store the weights in fewer bits while loading. The 14B model takes 27 GB as it is, 14 GB "
-                    "as int8 or fp8, 8 GB as int4. none keeps what the file has.",
+                    tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "
+                    "that leaves room for a 512x512 picture in the card's memory. The 14B model takes 27 GB as it is, "
+                    "14 GB as int8 or fp8, 8 GB as int4. none keeps what the file has.",
                 ),
                 io.Boolean.Input(
                     "cuda_graphs",
@@ -152,7 +172,7 @@ class NextStepModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
         model = load_model(model_name, LoadOptions(**options))
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
-        return io.NodeOutput(model, model.vae or ExecutionBlocker(missing))
+        return io.NodeOutput(model, model.vae or host.NoOutput(missing))
 
 
 class NextStepVAELoader(io.ComfyNode):

@@ -212,6 +212,7 @@ class NextStepSampler(DrawingNode):
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -226,5 +227,6 @@ class NextStepSampler(DrawingNode):
         **settings: Any,
     ) -> io.NodeOutput:
         chosen = settings_for(model, positive.editing, **settings)
+        host.note_in_picture(cls, model.facts)
         with torch.inference_mode():
             return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen, on_interrupt))

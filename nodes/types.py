@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.request.layout import Caption
+from .host import stays_cached
 
 CATEGORY = "NextStep"
 
@@ -23,14 +24,20 @@ class HostModel:
     """A loaded checkpoint under the host's memory management.
 
     The patcher owns where the weights are; dtype is the one to compute in. `vae` is the one that goes with the
-    checkpoint as a native VAE, or None where there is none; `rgb_map` is fitted to it when the first preview is due.
+    checkpoint as a native VAE, or None where there is none; `rgb_map` is fitted to it before a run that shows previews.
+    `facts` are what pictures tell of the model they were drawn by.
     """
 
     engine: NextStepEngine
     patcher: Any
     dtype: torch.dtype
     vae: Any
+    facts: dict[str, str]
     rgb_map: Tensor | None = None
+
+    def is_dynamic(self) -> bool:
+        """Asked by the host's cache of a loader's outputs."""
+        return stays_cached()
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def setting_inputs(steps: int, shift: float) -> list[io.Input]:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="One seed gives one picture on every device.",
+            tooltip="One seed gives one picture on every device, as long as the weights are stored in one format.",
         ),
         io.Int.Input(
             "steps",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the ComfyUI hosts that scripts/test.sh tests in: for each a checkout, an environment for a CPU, and frontends.
-# bash scripts/hosts.sh
-#   The hosts that are promised to work, of TESTED below. Each comes from the first git directory of COMFYUI_GIT
+# bash scripts/hosts.sh [NAME]
+#   The hosts that are promised to work, of TESTED below, or one of them. Each comes from the first git directory of COMFYUI_GIT
 #   (separated by colons) that has its commit, else from the public repository.
 # bash scripts/hosts.sh NAME SOURCE [COMMIT [FRONTEND_VERSION...]]
 #   Another one. SOURCE is an address or a git directory to take COMMIT from, or a ComfyUI folder, which is used as it is
@@ -68,18 +68,24 @@ make_host() {
     touch "$folder/ready"
 }
 
-if [ $# -gt 0 ]; then
-    make_host "$1" "${2:?Say where to take ComfyUI from: an address, a git directory or a ComfyUI folder}" "${@:3}"
+if [ $# -gt 1 ]; then
+    make_host "$@"
     exit
 fi
 IFS=: read -ra directories <<< "${COMFYUI_GIT:-}"
-status=0
+status=0 made=
 for host in "${TESTED[@]}"; do
     read -ra words <<< "$host"
+    if [ $# = 1 ] && [ "$1" != "${words[0]}" ]; then continue; fi
     from=$PUBLIC
     for directory in "${directories[@]}"; do
         if git --git-dir="$directory" cat-file -e "${words[1]}^{commit}" 2>/dev/null; then from=$directory; break; fi
     done
     bash "$0" "${words[0]}" "$from" "${words[@]:1}" || status=1
+    made=yes
 done
+if [ -z "$made" ]; then
+    echo "$1 is none of the tested hosts. Say where to take it from: an address, a git directory or a ComfyUI folder." >&2
+    exit 1
+fi
 exit $status

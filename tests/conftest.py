@@ -12,6 +12,20 @@ pytest_plugins = ["tally"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
+COSTS = ("host", "browser", "slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by its cost: its folder says it, or the test itself that it is slow; all others are fast."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in ("host", "browser"):
+            item.add_marker(folder)
+        elif folder in ("benchmarks", "training"):
+            item.add_marker("slow")
+        if not any(item.get_closest_marker(cost) for cost in COSTS):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")

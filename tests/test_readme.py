@@ -36,7 +36,9 @@ def test_troubleshooting_quotes_the_code() -> None:
     assert not [message for message in messages if not any(message in text for text in spoken)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "BENCHMARKS.md", "CHANGELOG.md", "docs/samplers.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "CHANGELOG.md", "docs/samplers.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text)

@@ -17,7 +17,6 @@ from ..images.latents import Grid, LatentSpace
 from ..loading.build import ModelPlan
 from ..loading.published import Published, published
 from ..model.config import NextStepConfig
-from ..model.kv_cache import KVCache
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
 from ..request.layout import Caption, EncodedImage, PromptRows, build_rows
@@ -28,6 +27,7 @@ from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
 from .job import Job, KnownTokens
 from .loop import decode
+from .memory import RunSize, working_bytes
 from .progress import Progress, TokenStep
 from .steps import CHUNK, StepCaches
 
@@ -126,13 +126,8 @@ class NextStepEngine:
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
-        config = self.config
         fed_at_once = min(CHUNK, job.rows.ids.shape[1] if job.known is None else job.length)
-        prefill = job.batch * fed_at_once * (8 * config.hidden_size + 3 * config.intermediate_size)
-        scores = job.batch * config.num_attention_heads * fed_at_once * job.length
-        head = job.batch * (job.settings.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
-        cache = KVCache.bytes_needed(config, job.batch, job.length, dtype)
-        return cache + (prefill + scores + head) * dtype.itemsize
+        return working_bytes(self.config, RunSize(job.batch, job.length, fed_at_once, job.settings.steps), dtype)
 
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""

@@ -23,6 +23,7 @@ from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from ..runtime.cpu import pack_linears
 from ..runtime.quantization import (
+    RECIPES,
     QuantizedLinear,
     Recipe,
     find_recipe,
@@ -88,20 +89,30 @@ class ModelPlan:
         """
         quantized = {} if self.recipe is None else dict(quantized_linears(self.empty_model()))
         stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
+        to_quantize = {} if self.stored else {f"{name}.weight": layer.format for name, layer in quantized.items()}
         present = [name for name in self.model_names if name in self.files.locations]
-        read = read_tensors(self.files, present, work_on or device, dtype, keep=stored if self.stored else ())
+        # What is only read goes where it stays; a trip over another device would cost time and fresh host memory.
+        where = dict.fromkeys(to_quantize, work_on or device)
+        read = read_tensors(self.files, present, device, dtype, keep=stored if self.stored else (), where=where)
         for done, (name, tensor) in enumerate(read):
             if on_tensor is not None:
                 on_tensor(done, len(present))
-            layer = None if self.stored else quantized.get(name.removesuffix(".weight"))
-            if layer is None:
-                yield name, tensor.to(device)
-            else:
-                weight, scale = quantize_in_pieces(layer.format, tensor)
-                yield name, weight.to(device)
-                yield f"{name}_scale", scale.to(device)
+            if name not in to_quantize:
+                yield name, tensor
+                continue
+            weight, scale = quantize_in_pieces(to_quantize[name], tensor)
+            del tensor  # one in flight: while the pieces are taken up, it is not needed any more
+            yield name, weight.to(device)
+            yield f"{name}_scale", scale.to(device)
         if GRID_CODES in self.model_names and GRID_CODES not in present:
             yield GRID_CODES, grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)
+
+    def weight_bytes(self, recipe: str | None, dtype: torch.dtype) -> int:
+        """Bytes that the image model's weights would take, stored by a recipe of this name (None: as they are)."""
+        model = empty_model(self.config, None if recipe is None else RECIPES[recipe])
+        own = {f"{name}.{part}" for name, _ in quantized_linears(model) for part in ("weight", "weight_scale")}
+        state = model.state_dict()
+        return sum(t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items())
 
     def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
         """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
@@ -213,9 +214,11 @@ def read_tensors(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     keep: Container[str] = (),
+    where: Mapping[str, torch.device | str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors by name, each moved to its device and dtype before the next is touched; those of `keep` keep theirs.
+    """Read tensors by name, each moved to its device and dtype before the next is touched.
 
+    Those of `keep` keep their dtype, and those of `where` go to the device that is named there instead.
     On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file.
     """
     order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
@@ -224,7 +227,7 @@ def read_tensors(
     with _OpenFiles() as opened:
         for name in names:
             to = None if name in keep else dtype
-            yield name, _assemble(opened, files.locations[name], files.shapes[name], device, to)
+            yield name, _assemble(opened, files.locations[name], files.shapes[name], where.get(name, device), to)
             opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.errors import is_out_of_memory
-from nextstep_core.images.tiling import in_tiles, run_in_tiles, within_memory
+from nextstep_core.images.tiling import check_tile, in_tiles, run_in_tiles, within_memory
 from training.scenes import COLORS
 
 DECODER, ENCODER = (8, 1), (1, 8)  # pixels per position of a network's input and output
@@ -56,6 +56,41 @@ def test_neighbours_fade_into_each_other_linearly() -> None:
     assert (line[0, 0] - expected).abs().max() <= FLOAT_NOISE
 
 
+@pytest.mark.parametrize("length", [129, 160, 224, 225, 1000])
+def test_neighbours_share_a_quarter_or_more(length: int) -> None:
+    """As few tiles as that allows, whole latent positions, from the first pixel to the last."""
+    length = -(-length // 8) * 8
+    seen = []
+    in_tiles(lambda x: seen.append(x[0, 0, 0]) or x, torch.arange(length).expand(1, 3, 8, length), 1, 1, 128)
+    starts = [int(line[0]) for line in seen]
+    assert starts[0] == 0 and seen[-1][-1] == length - 1
+    assert all(0 < b - a <= 96 for a, b in zip(starts, starts[1:]))
+    assert len(starts) == 1 + -(-(length - 128) // 96)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(256, 300), (300, 256)])
+def test_both_sides_must_be_whole_positions(rows: int, columns: int) -> None:
+    with pytest.raises(NextStepError, match=f"A picture of {columns}x{rows} cannot be cut"):
+        in_tiles(lambda x: x, torch.zeros(1, 3, rows, columns), *ENCODER, 128)
+
+
+def test_the_smallest_tile_and_whole_positions_are_allowed() -> None:
+    for tile in (128, 136, 512):
+        check_tile(tile, 8)
+    for tile in (120, 132):
+        with pytest.raises(NextStepError):
+            check_tile(tile, 8)
+
+
+def test_tiles_of_a_batch_keep_its_dtype_and_order() -> None:
+    pictures = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 128, 256).bfloat16()
+    sizes = []
+    out = in_tiles(lambda x: sizes.append(len(x)) or x, pictures, 1, 1, 128, together=2)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, pictures)
+    assert sizes == [2] * 3 + [1] * 3
+
+
+@pytest.mark.slow
 @torch.inference_mode()
 def test_tiles_are_close_to_the_whole_picture(vae) -> None:
     """Measured: 0.9 and 0.3 of 255 for decoding by 128 and 256 pixels, 0.05 of a standard deviation for encoding."""
@@ -96,6 +131,7 @@ class SmallDevice:
         return self.network(x)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_out_of_memory_goes_picture_by_picture_then_in_ever_smaller_tiles(pipeline, monkeypatch) -> None:
     vae = pipeline.vae
@@ -155,8 +191,3 @@ def test_a_tile_that_cannot_be_is_one_sentence_before_any_work(pipeline, monkeyp
     monkeypatch.setattr(pipeline.engine.model, "forward", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(NextStepError, match=rf"tile is {tile} pixels; use a multiple of 8, at least 128\."):
         pipeline.generate("A red apple.", height=64, width=64, vae_tile=tile)
-
-
-def test_a_picture_that_cannot_be_cut_is_one_sentence() -> None:
-    with pytest.raises(NextStepError, match="A picture of 300x256 cannot be cut"):
-        in_tiles(lambda x: x, torch.zeros(1, 3, 256, 300), *ENCODER, 128)

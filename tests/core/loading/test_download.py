@@ -50,6 +50,7 @@ def test_a_dry_run_says_the_size_and_fetches_nothing(hub: Hub, tmp_path: Path) -
     assert not hub.asked and not any(tmp_path.glob("NextStep*"))
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
     hub.pause = 0.2
     command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
@@ -90,6 +91,7 @@ def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatc
     assert "cannot be had from the hub" in offline.stderr and "Traceback" not in offline.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_an_interrupt_stop_it(hub: Hub, tmp_path: Path) -> None:
     """In a process of its own, because huggingface_hub reads its settings when it is imported."""
     code = f"""

@@ -213,6 +213,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_stays_below_model_plus_one_shard(checkpoint: Path, golden: Path) -> None:
     """Converting float32 files to bf16 must not hold the float32 model: wide layers make the difference visible."""
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}

@@ -112,6 +112,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)  # much faster on models this small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_operator_has_an_mps_kernel_for_its_tensors(name: str, dtype: torch.dtype, no_cuda) -> None:

@@ -217,6 +217,7 @@ print(size, saving, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_quantizing_needs_no_more_than_a_shard_beside_the_result(checkpoint: Path) -> None:
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
     edit_json(checkpoint / "config.json", **sizes, intermediate_size=8192, num_hidden_layers=5)

@@ -1,0 +1,50 @@
+"""What a run needs beside the weights, as arithmetic, and the weight format that leaves room for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..loading.build import ModelPlan
+from ..model.config import NextStepConfig
+from ..model.kv_cache import KVCache
+
+# Of the weights as they are, then of the recipes, the first that fits is taken: each loses more than the one before.
+AUTOMATIC = (None, "int8", "int4")
+# The published VAE's weights in bfloat16, and what decoding 512x512 takes at its largest layer.
+VAE_BYTES = 1_500_000_000
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """What a run's memory depends on: rows of the transformer's batch, the positions of their prompt and in all, how
+    many are fed in one call, and the flow steps."""
+
+    rows: int
+    length: int
+    fed_at_once: int
+    steps: int
+
+
+# A picture of 512x512 with guidance, a long prompt and the published number of steps.
+PICTURE_512 = RunSize(rows=2, length=1280, fed_at_once=256, steps=50)
+
+
+def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache, of the activations of one call, and of the head's modulations for all steps."""
+    # A position holds residual, queries, keys and values, about eight times hidden, and the MLP's gate, up and product.
+    activations = size.rows * size.fed_at_once * (8 * config.hidden_size + 3 * config.intermediate_size)
+    scores = size.rows * config.num_attention_heads * size.fed_at_once * size.length
+    # Three vectors a block and two for the last layer, for every step and one more.
+    head = size.rows * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
+    cache = KVCache.bytes_needed(config, size.rows, size.length, dtype)
+    return cache + (activations + scores + head) * dtype.itemsize
+
+
+def fitting_recipe(plan: ModelPlan, dtype: torch.dtype, room: int) -> str | None:
+    """The recipe for a device with `room` bytes in all: as they are (None), int8 or int4, the first that leaves room
+    for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming."""
+    beside = working_bytes(plan.config, PICTURE_512, dtype) + VAE_BYTES
+    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, dtype) + beside <= room)
+    return next(fitting, AUTOMATIC[-1])

@@ -1,0 +1,87 @@
+"""Input pictures of any kind, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextstep_core import NextStepError
+from nextstep_core.images.rgb import cover, to_pixels, to_rgb
+
+COLORS = torch.rand(1, 4, 6, 3, generator=torch.Generator().manual_seed(0))
+
+
+def with_alpha(colors: torch.Tensor, alpha: float) -> torch.Tensor:
+    return torch.cat([colors, torch.full((*colors.shape[:-1], 1), alpha)], dim=-1)
+
+
+def test_opaque_is_its_color_clear_is_white_and_between_is_mixed() -> None:
+    assert torch.equal(to_rgb(with_alpha(COLORS, 1.0)), COLORS)
+    assert torch.equal(to_rgb(with_alpha(COLORS, 0.0)), torch.ones_like(COLORS))
+    assert (to_rgb(with_alpha(COLORS, 0.25)) - (0.25 * COLORS + 0.75)).abs().max() <= 1e-6
+
+
+def test_gray_is_repeated_with_and_without_alpha() -> None:
+    gray = COLORS[..., :1]
+    assert torch.equal(to_rgb(gray), gray.repeat(1, 1, 1, 3))
+    assert torch.equal(to_rgb(with_alpha(gray, 1.0)), gray.repeat(1, 1, 1, 3))
+
+
+def test_values_come_as_float32_in_range() -> None:
+    out = to_rgb(COLORS.double() * 4 - 2)
+    assert out.dtype == torch.float32 and torch.equal(out, (COLORS * 4 - 2).clamp(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (1, 0, 6, 3), (1, 4, 6, 5), (1, 4, 6, 0)], ids=str)
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(NextStepError, match=rf"the shape \({', '.join(map(str, shape))}\)"):
+        to_rgb(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_must_be_finite(value: float) -> None:
+    broken = COLORS.clone()
+    broken[0, 1, 2, 0] = value
+    with pytest.raises(NextStepError, match="NaN"):
+        to_rgb(broken)
+
+
+def test_the_middle_is_kept_in_both_directions() -> None:
+    """A bar in the middle fills the picture; what is left and right, or above and below, is cut off."""
+    wide, high = torch.zeros(1, 32, 64, 3), torch.zeros(1, 64, 32, 3)
+    wide[:, :, 16:48] = 1
+    high[:, 16:48] = 1
+    for picture in (wide, high):
+        assert torch.equal(cover(picture, 32, 32), torch.ones(1, 32, 32, 3))
+
+
+def test_covering_keeps_proportions() -> None:
+    """Half as large: 40x60 covers 10x30 as 20x30, of which the middle 10 columns stay."""
+    picture = (torch.arange(40.0) / 40).view(1, 1, 40, 1).expand(1, 60, 40, 3)
+    out = cover(picture, width=10, height=30)
+    assert out.shape == (1, 30, 10, 3)
+    halved = picture[:, ::2, ::2] + 0.0125  # between two columns of 1/40
+    assert (out - halved[:, :, 5:15]).abs().max() <= 1e-3
+    assert torch.equal(cover(picture, 40, 60), picture), "a picture of the size stays as it is"
+
+
+@pytest.mark.parametrize("size", [(33, 7), (7, 33), (1, 1), (100, 3), (64, 64)])
+def test_any_size_is_covered(size: tuple[int, int]) -> None:
+    out = cover(torch.rand(2, 31, 47, 3), *size)
+    assert out.shape == (2, size[1], size[0], 3) and out.min() >= 0 and out.max() <= 1
+
+
+def test_every_kind_of_picture_is_the_same_pixels() -> None:
+    array = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
+    floats = array.astype(np.float32) / 255
+    expected = torch.from_numpy(floats).permute(2, 0, 1)[None] * 2 - 1
+    clear = np.concatenate([array, np.zeros((2, 3, 1), np.uint8)], axis=2)
+    pictures = [Image.fromarray(array), Image.fromarray(array).convert("RGBA"), floats, torch.from_numpy(floats)]
+    pictures.append(torch.from_numpy(floats)[None].repeat(2, 1, 1, 1))  # of a batch, the first
+    for picture in pictures:
+        assert (to_pixels(picture) - expected).abs().max() <= 1e-6
+    assert torch.equal(to_pixels(Image.fromarray(clear)), torch.ones(1, 3, 2, 3))
+    gray = Image.fromarray(array[..., 0])
+    assert (to_pixels(gray) - expected[:, :1]).abs().max() <= 1e-6

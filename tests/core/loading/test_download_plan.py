@@ -1,0 +1,112 @@
+"""What a download consists of and what counts as done, without a hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nextstep_core import NextStepError
+from nextstep_core.loading import download
+from nextstep_core.loading.download import Download, RemoteFile, check_room, plan_download, verify
+
+DIGEST = hashlib.sha256(b"12345").hexdigest()
+FILES = (RemoteFile("config.json", 3, None), RemoteFile("vae/checkpoint.pt", 5, DIGEST))
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Download:
+    return Download("someone/x", "c0ffee", tmp_path / "deep" / "x", FILES)
+
+
+def put(plan: Download, name: str, data: bytes) -> Path:
+    path = plan.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def sibling(name: str, size: int | None = 1, sha256: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(rfilename=name, size=size, lfs=None if sha256 is None else {"sha256": sha256})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The siblings that the hub lists; the first entry records what was asked."""
+    listed = [None]
+
+    def model_info(self, repo: str, **options):
+        listed[0] = (repo, options)
+        return SimpleNamespace(siblings=listed[1:] or None, sha="c0ffee")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    return listed
+
+
+def test_what_is_on_disk_counts(plan: Download) -> None:
+    assert (plan.size, plan.fetched) == (8, 0)
+    put(plan, "config.json", b"123")
+    put(plan, "vae/checkpoint.pt", b"1234")
+    assert plan.fetched == 3 and plan.is_whole(FILES[0]) and not plan.is_whole(FILES[1])
+    put(plan, ".cache/huggingface/download/vae/x.incomplete", b"1234")
+    assert plan.fetched == 7
+    put(plan, ".cache/huggingface/download/vae/y.incomplete", b"1234")
+    assert plan.fetched == 8, "never more than all"
+    assert all(word in plan.describe() for word in ("someone/x", "0.00 GB", "2 files", str(plan.folder)))
+
+
+@pytest.mark.parametrize(("free", "fits"), [(5, True), (4, False)])
+def test_there_must_be_room_for_what_is_missing(plan: Download, monkeypatch, free: int, fits: bool) -> None:
+    put(plan, "config.json", b"123")
+    asked = []
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda path: asked.append(path) or namedtuple("usage", "free")(free)
+    )
+    if fits:
+        check_room(plan)
+    else:
+        with pytest.raises(NextStepError, match="someone/x needs 0.00 GB more"):
+            check_room(plan)
+    assert asked == [plan.folder]
+    check_room(Download("x", "c", plan.folder / "not" / "there", ()))
+    assert asked[-1] == plan.folder, "the disk of the folder that is there"
+
+
+def test_a_file_of_another_size_or_sum_is_removed(plan: Download) -> None:
+    told = []
+    config, weights = put(plan, "config.json", b"123"), put(plan, "vae/checkpoint.pt", b"12345")
+    verify(plan, lambda done, size: told.append((done, size)))
+    assert told[-1] == (8, 8) and len(told) == 2, "one block, and the end"
+    for path, wrong, right in ((config, b"12", b"123"), (weights, b"12346", b"12345")):
+        path.write_bytes(wrong)
+        with pytest.raises(NextStepError, match=f"{path.name} arrived damaged"):
+            verify(plan, lambda *_: None)
+        assert not path.exists()
+        path.write_bytes(right)
+
+
+def test_only_what_the_engine_reads_is_planned(hub: list, tmp_path: Path) -> None:
+    hub += [
+        sibling("config.json", 3),
+        sibling("vae/checkpoint.pt", 5, DIGEST),
+        sibling("modeling.py"),
+        sibling("x.bin"),
+    ]
+    hub += [sibling("big.safetensors", None)]
+    plan = plan_download("someone/x", tmp_path, "v1")
+    assert hub[0] == ("someone/x", {"revision": "v1", "files_metadata": True})
+    assert plan == Download("someone/x", "c0ffee", tmp_path / "x", (*FILES, RemoteFile("big.safetensors", 0, None)))
+    assert plan_download("NextStep-1.1", tmp_path).repo_id == "stepfun-ai/NextStep-1.1"
+    assert hub[0][1]["revision"] == "main"
+
+
+def test_what_is_no_checkpoint_is_refused(hub: list, tmp_path: Path) -> None:
+    with pytest.raises(NextStepError, match="someone/x has no config.json"):
+        plan_download("someone/x", tmp_path)
+    for name in ("../config.json", "a/../../x.json", "/etc/x.json"):
+        hub[1:] = [sibling("config.json"), sibling(name)]
+        with pytest.raises(NextStepError, match="names files outside its folder"):
+            plan_download("someone/x", tmp_path)

@@ -1,0 +1,78 @@
+"""GGUF files: names, plain floats, and files that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nextstep_core import NextStepError
+from nextstep_core.loading.checkpoint import find_model_files, find_tensors, read_tensors
+from nextstep_core.loading.gguf_file import nearest_recipe, our_name
+
+gguf = pytest.importorskip("gguf")
+
+MATRIX = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], architecture: str = "qwen2", dtype=None) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("token_embd.weight", "embed_tokens.weight"),
+        ("output_norm.weight", "norm.weight"),
+        ("output.weight", "lm_head.weight"),
+        ("blk.17.attn_q.bias", "layers.17.self_attn.q_proj.bias"),
+        ("blk.3.ffn_norm.weight", "layers.3.post_attention_layernorm.weight"),
+        ("blk.3.attn_output.weight", "layers.3.self_attn.o_proj.weight"),
+        ("model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight"),
+        ("image_head.net.input_proj.weight", "image_head.net.input_proj.weight"),
+        ("model.norm.weight", "norm.weight"),
+    ],
+)
+def test_names_by_hand(theirs: str, ours: str) -> None:
+    assert our_name(theirs) == ours
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_plain_floats_are_read_as_they_are(tmp_path: Path, dtype: type) -> None:
+    path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX.astype(dtype), "output_norm.weight": MATRIX[0]})
+    files = find_tensors(path)
+    assert files.shapes == {"layers.0.self_attn.q_proj.weight": (64, 32), "norm.weight": (32,)}
+    read = dict(read_tensors(files, files.shapes))
+    assert torch.equal(read["layers.0.self_attn.q_proj.weight"], torch.from_numpy(MATRIX))
+    assert torch.equal(read["norm.weight"], torch.from_numpy(MATRIX[0]))
+    assert nearest_recipe(path) is None
+
+
+def test_the_nearest_recipe_counts_matrices_alone(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    raw = gguf.quantize(MATRIX, kind)
+    assert nearest_recipe(write(tmp_path / "eight.gguf", {"blk.0.attn_q.weight": raw}, dtype=kind)) == "int8"
+
+
+def test_another_family_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX}, architecture="llama")
+    with pytest.raises(NextStepError, match="x.gguf has the architecture llama"):
+        find_tensors(path)
+
+
+def test_what_it_holds_comes_before_the_folder_it_lies_in(checkpoint: Path) -> None:
+    norm = np.full(96, 3.0, dtype=np.float32)
+    path = write(checkpoint / "x.gguf", {"output_norm.weight": norm})
+    files = find_model_files(path)
+    assert files.locations["norm.weight"] == ((path, "output_norm.weight"),) and files.where == str(path)
+    assert files.locations["layers.0.mlp.up_proj.weight"][0][0].suffix == ".safetensors"
+    assert dict(read_tensors(files, ["norm.weight"]))["norm.weight"].eq(3).all()

@@ -1,0 +1,112 @@
+"""Stored matrices by hand: values, layout, dtypes, and which layers they are used for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.store import ASSETS
+from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, quantized_linears
+from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_128, INT8, Format, Int4
+from nextstep_core.runtime.quantization.products import candidates, choose
+
+FORMATS = [INT8, INT4, INT4_128, FP8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_int8_by_hand() -> None:
+    """The largest magnitude of a row is 127; scales are bfloat16."""
+    weight, scale = INT8.quantize(torch.tensor([[127.0, -63.4, 0.6, 0.4], [0.0, 0.0, 0.0, 0.0], [-254.0, 2.0, 3.2, 0]]))
+    assert scale.tolist() == pytest.approx([1, 0, 2], abs=1e-7) and scale.dtype == torch.bfloat16
+    assert weight.tolist() == [[127, -63, 1, 0], [0, 0, 0, 0], [-127, 1, 2, 0]] and weight.dtype == torch.int8
+    assert INT8.dequantize(weight, scale, torch.float32)[2].tolist() == [-254, 2, 4, 0]
+
+
+def test_fp8_by_hand() -> None:
+    weight, scale = FP8.quantize(torch.tensor([[448.0, -224.0, 1.0, 0.0]]) * 2)
+    assert scale.tolist() == [2] and weight.float().tolist() == [[448, -224, 1, 0]]
+
+
+def test_int4_by_hand() -> None:
+    """Groups of four columns: 16 steps from their least to their greatest, two values in a byte."""
+    format = Int4("test", 4)
+    matrix = torch.tensor([[0.0, 15.0, 1.0, 7.0, -8.0, 7.0, 0.0, -1.0]])
+    weight, scale = format.quantize(matrix)
+    assert format.values(weight).tolist() == [[0, 15, 1, 7, 0, 15, 8, 7]]
+    assert weight.tolist() == [[0 << 4 | 15, 1 << 4 | 7, 0 << 4 | 15, 8 << 4 | 7]]
+    assert scale.tolist() == [[[1, 8]], [[1, 0]]], "[scale, zero] by group and row"
+    assert torch.equal(format.dequantize(weight, scale, torch.float32), matrix)
+
+
+def test_which_shapes_fit() -> None:
+    assert [INT4.fits(*shape) for shape in ((16, 64), (32, 128), (16, 96), (8, 64), (24, 64))] == [1, 1, 0, 0, 0]
+    assert not INT4_128.fits(16, 64) and INT4_128.fits(16, 128)
+    assert INT8.fits(3, 5) and FP8.fits(3, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_results_have_the_dtype_of_the_input(format: Format, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, scale = format.quantize(torch.randn(64, 256))
+    assert format.dequantize(weight, scale, dtype).dtype == dtype
+    for kernel in [*candidates(format, "cpu"), choose(format, weight, scale, dtype)]:
+        packed = kernel.packed(weight)
+        for rows in (1, 16, 17):
+            assert kernel.run(torch.randn(rows, 256).to(dtype), packed, scale).dtype == dtype, kernel.name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_the_packed_product_comes_first_and_the_plain_one_last(device: str) -> None:
+    for format in FORMATS:
+        names = [kernel.name for kernel in candidates(format, device)]
+        assert names[-1] == "product with dequantized weights"
+        too_slow = device == "cuda" and format is INT8
+        assert ("packed" in names[0]) == (format is not FP8 and not too_slow)
+        assert ("compiled row sums" in names) == (device == "cuda" and format in (INT8, FP8))
+
+
+@torch.inference_mode()
+def test_a_quantized_layer_is_a_linear_layer() -> None:
+    """Any number of axes before the last, with and without a bias."""
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = QuantizedLinear(INT8, 32, 64, bias)
+        layer.weight.data, layer.weight_scale.data = INT8.quantize(torch.randn(32, 64))
+        if bias:
+            layer.bias.data.normal_()
+        layer.pack(candidates(INT8, "cpu")[-1], torch.device("cpu"))
+        x = torch.randn(2, 3, 64)
+        expected = torch.nn.functional.linear(x, INT8.dequantize(layer.weight, layer.weight_scale, x.dtype), layer.bias)
+        assert (layer(x) - expected).abs().max() <= 1e-5 and layer(x).shape == (2, 3, 32)
+
+
+def test_which_layers_are_stored_in_what() -> None:
+    """The transformer in the recipe's own format where its shape fits, the head's wide matrices in the safer one."""
+    recipe = RECIPES["int4"]
+    names = {
+        "layers.0.self_attn.qkv_proj": ((48, 64), INT4),
+        "layers.0.mlp.down_proj": ((64, 96), INT8),  # 96 columns are no whole groups
+        "image_head.net.res_blocks.2.mlp.0": ((64, 64), INT8),
+        "image_out_projector": ((64, 64), INT8),
+        "image_in_projector": ((64, 64), None),
+        "image_head.net.cond_embed": ((64, 64), None),
+        "image_head.net.final_layer.linear": ((64, 64), None),
+    }
+    assert {name: recipe.format_of(name, *shape) for name, (shape, _) in names.items()} == {
+        name: format for name, (_, format) in names.items()
+    }
+
+
+def test_the_embedded_models_layers_are_stored_so() -> None:
+    plan = plan_model(ASSETS / "tiny", "int4")
+    stored = {name: layer.format.name for name, layer in quantized_linears(plan.empty_model())}
+    layers, blocks = plan.config.num_hidden_layers, plan.config.fm_head_layers
+    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    in_blocks = ("mlp.0", "mlp.2", "adaLN_modulation.1")
+    assert stored == (
+        {f"layers.{n}.{part}": "int4" for n in range(layers) for part in parts}
+        | {f"image_head.net.res_blocks.{n}.{part}": "int8" for n in range(blocks) for part in in_blocks}
+        | {"image_out_projector": "int8"}
+    )
