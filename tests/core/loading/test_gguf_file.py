@@ -65,7 +65,7 @@ def test_the_nearest_recipe_counts_matrices_alone(tmp_path: Path) -> None:
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX}, architecture="llama")
-    with pytest.raises(NextStepError, match="x.gguf has the architecture llama"):
+    with pytest.raises(NextStepError, match="x.gguf.*llama"):
         find_tensors(path)
 
 
