@@ -34,8 +34,16 @@ OUT_OF_MEMORY_SIGNS = (
 )
 
 
+CUDA_OUT_OF_MEMORY = 2  # in a newer torch's error of any call to CUDA, whose text is the driver's
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether less work at once would have gone through, whatever the device calls it."""
-    from torch import OutOfMemoryError
+    import torch
 
-    return isinstance(error, OutOfMemoryError) or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)
+    of_cuda = isinstance(error, getattr(torch, "AcceleratorError", ()))
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or (of_cuda and getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY)
+        or any(sign in str(error).lower() for sign in OUT_OF_MEMORY_SIGNS)
+    )

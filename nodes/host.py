@@ -17,8 +17,10 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy.patcher_extension import CallbacksMP
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
 from ..nextstep_core.runtime.cpu import fastest_dtype
-from ..nextstep_core.runtime.memory import MemoryPlan, plan_host_memory
+from ..nextstep_core.runtime.memory import MemoryPlan, in_words, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
 
 Interrupted = mm.InterruptProcessingException
@@ -41,6 +43,7 @@ DTYPE_CHOICES = ("auto", *DTYPES)
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
 SMALL_MODEL = 10**8  # parameters; below, no dtype makes a CPU noticeably faster
 TEXT_SECONDS = 0.5
+TOLERATED = 0.05  # share of the weights that may be away where all fit: hosts round
 log = logging.getLogger(__name__)
 NATIVE_SHAPE = (128, (1, 2, 4, 4), 2)  # the one width, multiplier list and depth that the host infers from keys
 
@@ -136,8 +139,18 @@ def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]
 
 
 def operations(storage: torch.dtype, compute: torch.dtype) -> Any:
-    """The host's layer classes, which cast and stream their weights as its memory management wants."""
-    return comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
+    """The host's layer classes, which cast their weights as its memory management wants.
+
+    Newer hosts make linear layers that have no parameters, not even empty ones, until a file is read; but not of
+    classes that load by a function of their own, as these do, if only by PyTorch's.
+    """
+    picked = comfy.ops.pick_operations(storage, compute, load_device=mm.get_torch_device())
+    linear = type("Linear", (picked.Linear,), {"_load_from_state_dict": _load_from_state_dict})
+    return type("Operations", (picked,), {"Linear": linear})
+
+
+def _load_from_state_dict(module: nn.Module, *arguments: Any) -> None:
+    nn.Module._load_from_state_dict(module, *arguments)
 
 
 class HostQuantizedLinear(QuantizedLinear):
@@ -155,13 +168,14 @@ def adopt(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], compute: torc
     """Put a meta-device module under the host's memory management and give it its weights; returns the patcher.
 
     `tensors` is read up here, so that nothing else holds a tensor while its layer lays it out anew.
+
+    The patcher is the plain one. Newer hosts have another, which leaves weights with the host and has its layers fetch
+    them at each use; but every token uses all weights, our quantized layers know nothing of it, and what is captured
+    needs weights that stay where they are. In return, memory that others need comes back in layers, not in pages.
     """
     state = dict(tensors)
-    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    if hasattr(mm, "archive_model_dtypes"):
-        mm.archive_model_dtypes(model)
     size = sum(tensor.nbytes for tensor in state.values())
-    patcher = patcher_class(
+    patcher = comfy.model_patcher.ModelPatcher(
         model, load_device=mm.get_torch_device(), offload_device=mm.unet_offload_device(), size=size
     )
     fill(model, state)
@@ -175,19 +189,65 @@ def on_unload(patcher: Any, forget: Callable[[], None]) -> None:
     patcher.add_callback(CallbacksMP.ON_DETACH, lambda _, unpatch_all: unpatch_all and forget())
 
 
-def plan_memory(patcher: Any, pictures: int, each: int, streamed: int) -> MemoryPlan:
-    """The plan for drawing `pictures` with a model on its device; see `runtime.memory.plan_memory`."""
+def plan_memory(
+    patcher: Any, pictures: int, each: int, streamed: int, forget: Callable[[], None] = lambda: None
+) -> MemoryPlan:
+    """The plan for drawing `pictures` with a model on its device; see `runtime.memory.plan_memory`.
+
+    `forget` frees what earlier runs have left there, and is called where otherwise not all would fit.
+    """
     device, weights = patcher.load_device, patcher.model_size()
     if mm.is_device_cpu(device):
         return plan_host_memory(weights, int(mm.get_free_memory(device)), pictures, each)
-    room = int(mm.get_total_memory(device) - mm.extra_reserved_memory())
-    return runtime_memory.plan_memory(weights, room, pictures, each, streamed)
+    if weights + pictures * each > _room(patcher):
+        forget()
+    return runtime_memory.plan_memory(
+        weights,
+        _room(patcher),
+        pictures,
+        each,
+        streamed,
+        spare=int(mm.minimum_inference_memory() - mm.extra_reserved_memory()),  # the host leaves as much in any case
+        stay=mm.vram_state != mm.VRAMState.NO_VRAM,
+    )
+
+
+def _room(patcher: Any) -> int:
+    """What a model can have of its device: what is free, and what the host would free for it or lies there for it.
+
+    Not what others hold there: the desktop, other programs, and in this one all that is no model of the host.
+    """
+    device = patcher.load_device
+    models = [loaded for loaded in mm.current_loaded_models if loaded.device == device and loaded.model is not None]
+    room = mm.get_free_memory(device) + sum(loaded.model_loaded_memory() for loaded in models)
+    if mm.vram_state == mm.VRAMState.SHARED:  # what lies with the host lies in the same memory
+        room += patcher.model_size() - patcher.loaded_size()
+    return int(min(room, mm.get_total_memory(device)) - mm.extra_reserved_memory()) - _headroom()
+
+
+def _headroom() -> int:
+    """What `--vram-headroom` keeps free. Hosts that have it look after it only in models of their own kind."""
+    return int(getattr(args, "vram_headroom", 0) * 2**30)
+
+
+def graphs_allowed() -> bool:
+    """Whether CUDA graphs are not turned off for the whole host."""
+    return not getattr(args, "disable_cuda_graphs", False)
 
 
 def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:
     """Load a model's weights (in part, where memory is short), leaving the plan's working memory free; the device."""
-    mm.load_models_gpu([patcher], memory_required=plan.working)
-    return patcher.load_device
+    mm.load_models_gpu([patcher], memory_required=plan.working + _headroom())
+    device = torch.empty(0, device=patcher.load_device).device  # as its tensors call it
+    away = sum(weight.nbytes for weight in patcher.model.parameters() if weight.device != device)
+    if plan.resident == plan.weights and away > TOLERATED * plan.weights:
+        log.warning(
+            "%s of %s of weights are streamed for every token although all of them fit: ComfyUI kept them off the "
+            "device. This makes it much slower; please report it.",
+            in_words(away),
+            in_words(plan.weights),
+        )
+    return device
 
 
 def compute_device() -> torch.device:
@@ -203,6 +263,14 @@ def vae_bytes(vae: Any, latents: tuple[int, ...]) -> int:
 def intermediate_device() -> torch.device:
     """Where values that travel between nodes are kept."""
     return mm.intermediate_device()
+
+
+class NoOutput(ExecutionBlocker):
+    """An output that is not there: what needs it is not run, and its message is shown."""
+
+    def is_dynamic(self) -> bool:
+        """See `stays_cached`."""
+        return stays_cached()
 
 
 class ChannelNorm(nn.Module):
@@ -241,4 +309,16 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale
     vae.first_stage_model.regularization = ChannelNorm(config)
+    vae.is_dynamic = stays_cached
     return vae
+
+
+def stays_cached() -> bool:
+    """For `is_dynamic` of values that the host's cache is to keep while the workflow that made them is in use.
+
+    Newer hosts drop cached outputs where RAM is short, and our model would be read again, all 27 GB, for the next
+    picture. Outputs of the current workflow that say yes to this are spared; those of earlier ones go first, and
+    `/free` drops all. A cache of our own could do no better: it would not know which workflow is current, nor of
+    `/free`.
+    """
+    return True

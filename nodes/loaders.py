@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph import ExecutionBlocker
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
@@ -70,7 +69,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
         adopted.append(host.adopt(model, read, compute))
         return model
 
-    engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs)
+    engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs and host.graphs_allowed())
     (patcher,) = adopted
     host.on_unload(patcher, engine.release)
     stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
@@ -141,8 +140,8 @@ class NextStepModelLoader(io.ComfyNode):
                     "cuda_graphs",
                     default=True,
                     optional=True,
-                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if a driver "
-                    "makes trouble; the pictures are the same.",
+                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if your "
+                    "driver has problems with it; the pictures are the same.",
                 ),
             ],
             outputs=[
@@ -173,7 +172,7 @@ class NextStepModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
         model = load_model(model_name, LoadOptions(**options))
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
-        return io.NodeOutput(model, model.vae or ExecutionBlocker(missing))
+        return io.NodeOutput(model, model.vae or host.NoOutput(missing))
 
 
 class NextStepVAELoader(io.ComfyNode):

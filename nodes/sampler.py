@@ -58,7 +58,7 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:
-    """How many pictures of a batch each caption gets; NextStepError when they do not go round."""
+    """How many pictures of a batch each caption gets; NextStepError when the batch is not a multiple."""
     captions = len(positive.captions)
     if batch % captions:
         raise NextStepError(
@@ -108,11 +108,10 @@ def sample(
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP))
     job = prepare(model, positive, negative, latent, seed, settings)
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed_bytes(model.engine.model))
+    streamed = streamed_bytes(model.engine.model)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
-    if plan.tight:
-        model.engine.release()
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
@@ -194,12 +193,12 @@ class NextStepSampler(DrawingNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
-                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is finished.",
+                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is completed.",
                 ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to stay away from; works with cfg above 1. May be left open.",
+                    tooltip="What to avoid; works with cfg above 1. May be left open.",
                 ),
                 *setting_inputs(steps=28, shift=1.0),
                 cfg_img_input(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.request.layout import Caption
+from .host import stays_cached
 
 CATEGORY = "NextStep"
 
@@ -33,6 +34,10 @@ class HostModel:
     vae: Any
     facts: dict[str, str]
     rgb_map: Tensor | None = None
+
+    def is_dynamic(self) -> bool:
+        """Asked by the host's cache of a loader's outputs."""
+        return stays_cached()
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,12 @@ from ..errors import NextStepError
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures.
-
-    `tight` says that there is no room for what an earlier run has left on the device.
-    """
+    """What a run will take, in bytes: weights in all and on the device, and working memory for so many pictures."""
 
     weights: int
     resident: int
     working: int
     at_once: int
-    tight: bool
 
     def __str__(self) -> str:
         where, streamed = "", self.weights - self.resident
@@ -32,25 +28,30 @@ def in_words(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def plan_memory(weights: int, room: int, pictures: int, each: int, streamed: int) -> MemoryPlan:
+def plan_memory(
+    weights: int, room: int, pictures: int, each: int, streamed: int, *, spare: int = 0, stay: bool = True
+) -> MemoryPlan:
     """How many of `pictures` to draw together, each needing `each` bytes beside the weights, and what stays where.
 
-    All sizes are in bytes: `weights` of the model, `room` that the device has for it, and `streamed`, the room that
-    weights pass through when not all of them stay on the device. NextStepError when not even one picture fits.
+    All sizes are in bytes: `weights` of the model, `room` that the device has for it, `streamed`, the room that weights
+    pass through when not all of them stay on the device, and `spare`, what has to be left beside those that stay.
+    Without `stay` all are streamed. NextStepError when not even one picture fits.
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
             f"One picture needs {in_words(each)} of working memory and {in_words(streamed)} for weights on their "
             f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
         )
-    at_once = max(1, min(pictures, (room - weights) // max(1, each)))
+    beside = weights if stay else streamed
+    at_once = max(1, min(pictures, (room - beside) // max(1, each)))
     working = at_once * each
-    if weights + working <= room:
-        return MemoryPlan(weights, weights, working, at_once, tight=weights + 2 * working > room)
-    return MemoryPlan(weights, max(0, room - working - streamed), working + streamed, at_once, tight=True)
+    if stay and weights + max(working, spare) <= room:
+        return MemoryPlan(weights, weights, working, at_once)
+    working += streamed
+    return MemoryPlan(weights, max(0, room - max(working, spare)) if stay else 0, working, at_once)
 
 
 def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
     """The plan for a CPU, where all weights lie already and `free` bytes are left."""
     at_once = max(1, min(pictures, free // max(1, each)))
-    return MemoryPlan(weights, weights, at_once * each, at_once, tight=False)
+    return MemoryPlan(weights, weights, at_once * each, at_once)

@@ -11,9 +11,13 @@ import importlib
 import inspect
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
+
+import pytest
 
 from scripts.comfy_server import ROOT, make_base
 
@@ -105,10 +109,30 @@ class ComfyGraph:
         self.nodes, self._execution = nodes, execution
         self.server = FakeServer()
         # The cache that keeps the last prompt's outputs, however little memory is free.
-        cache: dict[str, Any] = {"cache_type": execution.CacheType.CLASSIC}
-        if "cache_args" in inspect.signature(execution.PromptExecutor).parameters:
-            cache["cache_args"] = {"lru": 0, "ram": 0, "ram_inactive": 0}
-        self._executor = execution.PromptExecutor(self.server, **cache)
+        self._executor = self._make_executor("CLASSIC")
+
+    def _make_executor(self, cache: str, headroom: float = 0.0) -> Any:
+        options: dict[str, Any] = {"cache_type": self._execution.CacheType[cache]}
+        if "cache_args" in inspect.signature(self._execution.PromptExecutor).parameters:
+            options["cache_args"] = {"lru": 0, "ram": headroom, "ram_inactive": headroom}
+        return self._execution.PromptExecutor(self.server, **options)
+
+    @contextmanager
+    def short_of_ram(self) -> Iterator[None]:
+        """Inside, graphs run with the cache that drops outputs where RAM is short, and it is."""
+        if not hasattr(self._execution.CacheType, "RAM_PRESSURE"):
+            pytest.skip("this ComfyUI has no cache that looks at free RAM")
+        import comfy_execution.caching
+
+        kept, self._executor = self._executor, self._make_executor("RAM_PRESSURE", headroom=1.0)
+        full = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=0))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (self._execution, comfy_execution.caching):
+                patch.setattr(module, "psutil", full)
+            try:
+                yield
+            finally:
+                self._executor = kept
 
     def pack(self, module: str) -> ModuleType:
         """A module of the pack as the host imported it, such as "nodes.host"."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from comfy_graph import PROMPT, ComfyGraph, text_to_image
+from comfy_graph import PROMPT, ComfyGraph, node, text_to_image
 from PIL import Image
 
 from scripts.comfy_server import ROOT
@@ -106,6 +107,41 @@ def test_model_is_loaded_once_and_let_go(graph: ComfyGraph) -> None:
     assert not any(options.dtype == "bf16" for _, options in loaders._loaded), "nothing of ours keeps a model alive"
 
 
+@pytest.mark.parametrize("own_vae", [True, False])
+def test_short_of_ram_a_model_is_kept_while_its_workflow_is_in_use(
+    graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch, own_vae: bool
+) -> None:
+    loaders, loaded = graph.pack("nodes.loaders"), []
+    load = loaders._load
+
+    def recording(*arguments):
+        model = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loaders, "_load", recording)
+    if not own_vae:
+        monkeypatch.setattr(graph.pack("nodes.catalog"), "vae_of", lambda path: None)
+    prompt = {seed: text_to_image(seed) for seed in (1, 2, 3)}
+    for each in prompt.values():
+        each["model"]["inputs"]["dtype"] = "bf16"
+        each["vae"] = node("NextStepVAELoader", vae_name="tiny-a/vae")
+        each["decode"]["inputs"]["vae"] = ["vae", 0]
+    other = {"picture": node("EmptyImage", width=16, height=16, batch_size=1, color=0)}
+    other["save"] = node("SaveImage", images=["picture", 0], filename_prefix="test")
+    with graph.short_of_ram():
+        graph.run(prompt[1])
+        graph.run(prompt[2])
+        assert len(loaded) == 1
+        graph.run(other)
+        gc.collect()
+        assert loaded[0]() is None, "another workflow may have the memory"
+        graph.run(prompt[2])
+        assert len(loaded) == 2 and loaded[1]() is not None
+        graph.free()
+        assert loaded[1]() is None
+
+
 def test_model_lives_under_the_hosts_memory_management(graph: ComfyGraph, model) -> None:
     import comfy.model_management as mm
 
@@ -114,6 +150,16 @@ def test_model_lives_under_the_hosts_memory_management(graph: ComfyGraph, model)
     mm.unload_all_models()
     assert not any(loaded.model is model.patcher for loaded in mm.current_loaded_models)
     assert torch.equal(latents_of(graph, model), before)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_hosts_flag_turns_cuda_graphs_off(graph: ComfyGraph, monkeypatch, disabled: bool) -> None:
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "disable_cuda_graphs", disabled, raising=False)
+    loaders = graph.pack("nodes.loaders")
+    model = loaders.load_model("tiny-a", loaders.LoadOptions("bf16", cuda_graphs=True))
+    assert (model.engine.caches.graphs is None) == disabled
 
 
 def test_memory_estimate_covers_the_cache(graph: ComfyGraph, model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +262,9 @@ def test_an_empty_model_folder_says_what_to_do(graph: ComfyGraph, tmp_path: Path
 
 
 def test_every_node_has_tooltips_and_a_help_page(graph: ComfyGraph) -> None:
-    for name, node in graph.nodes.NODE_CLASS_MAPPINGS.items():
+    for name, node_class in graph.nodes.NODE_CLASS_MAPPINGS.items():
         if name.startswith("NextStep"):
-            schema = node.define_schema()
+            schema = node_class.define_schema()
             assert schema.category == "NextStep"
             assert all(item.tooltip for item in (*schema.inputs, *schema.outputs)), name
             help_page = (ROOT / "web" / "docs" / f"{name}.md").read_text()

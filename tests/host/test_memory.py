@@ -64,6 +64,7 @@ class Accelerator:
 
     def __init__(self) -> None:
         self.memory = PLENTY
+        self.held = 0  # by others than the host's models
         self.fits = 1.0  # share of a model's weights that the host may put here
         self.log: list[tuple[str, str]] = []
 
@@ -87,7 +88,8 @@ def accelerator(graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         if device == HOST:
             return free_of(device, torch_free_too)
         used = sum(loaded.model_loaded_memory() for loaded in mm.current_loaded_models if loaded.device == DEVICE)
-        return (stand_in.memory - used, 0) if torch_free_too else stand_in.memory - used
+        left = stand_in.memory - stand_in.held - used
+        return (left, 0) if torch_free_too else left
 
     def loading(self: Any, lowvram_model_memory: float = 0, **options: Any) -> Any:
         stand_in.log.append(("load", type(self.model.model).__name__))
@@ -273,6 +275,7 @@ def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: P
 
 
 GB = 10**9
+MODEL = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
 
 
 @pytest.mark.parametrize(
@@ -288,19 +291,70 @@ def test_memory_is_planned_before_a_run(
     graph: ComfyGraph, accelerator: Accelerator, memory: int, pictures: int, resident: int, at_once: int
 ) -> None:
     """27 GB of weights, 2 GB for every picture, 2 GB for weights on their way."""
-    patcher = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
     accelerator.memory = memory * GB
-    plan = graph.pack("nodes.host").plan_memory(patcher, pictures, 2 * GB, 2 * GB)
+    plan = graph.pack("nodes.host").plan_memory(MODEL, pictures, 2 * GB, 2 * GB)
     assert (plan.resident, plan.at_once) == (resident * GB, at_once)
     assert plan.resident + plan.working <= memory * GB
-    assert plan.tight == (memory < 80)
     assert ("streamed from the host" in str(plan)) == (resident < 27)
 
 
+def test_memory_is_planned_with_what_is_free_or_would_be_freed(
+    graph: ComfyGraph, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+    from comfy.cli_args import args
+
+    host, forgotten = graph.pack("nodes.host"), []
+
+    def at_once() -> int:
+        return host.plan_memory(MODEL, 8, 2 * GB, 2 * GB, lambda: forgotten.append(True)).at_once
+
+    accelerator.memory = 53 * GB
+    assert (at_once(), forgotten) == (8, [])
+    accelerator.held = 14 * GB
+    assert (at_once(), forgotten) == (6, [True]), "others hold it"
+
+    def forget() -> None:
+        accelerator.held = 8 * GB
+
+    assert host.plan_memory(MODEL, 8, 2 * GB, 2 * GB, forget).at_once == 8, "an earlier run's, which is let go"
+    loaded = SimpleNamespace(device=DEVICE, model=object(), model_loaded_memory=lambda: 20 * GB)
+    elsewhere = SimpleNamespace(device=HOST, model=object(), model_loaded_memory=lambda: 20 * GB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mm, "current_loaded_models", [loaded, elsewhere])
+        assert at_once() == 8, "the host unloads the one on the device"
+    for where, name, value, planned in (
+        (mm, "EXTRA_RESERVED_VRAM", 4 * GB, (7, 27)),  # --reserve-vram
+        (args, "vram_headroom", 4 * GB / 2**30, (7, 27)),
+        (mm, "minimum_inference_memory", lambda: 40 * GB, (8, 5)),
+        (mm, "vram_state", mm.VRAMState.NO_VRAM, (8, 0)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, name, value, raising=False)
+            plan = host.plan_memory(MODEL, 8, 2 * GB, 2 * GB)
+            assert (plan.at_once, plan.resident // GB) == planned, name
+
+
+def test_headroom_is_kept_free_while_weights_are_loaded(
+    graph: ComfyGraph, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+    from comfy.cli_args import args
+
+    model = graph.value(text_to_image(), "model")
+    size = model.patcher.model_size()
+    monkeypatch.setattr(args, "vram_headroom", size / 2 / 2**30, raising=False)
+    asked = []
+    monkeypatch.setattr(mm, "load_models_gpu", lambda models, memory_required: asked.append(memory_required))
+    host = graph.pack("nodes.host")
+    plan = host.plan_memory(model.patcher, 1, 1000, 1000)
+    host.bring_to_device(model.patcher, plan)
+    assert asked == [plan.working + size // 2]
+
+
 def test_what_cannot_fit_is_said_before_a_run(graph: ComfyGraph, accelerator: Accelerator) -> None:
-    patcher = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
     accelerator.memory = 3 * GB
     host = graph.pack("nodes.host")
     error = graph.pack("nextstep_core.errors").NextStepError
     with pytest.raises(error, match="One picture needs 2.00 GB of working memory and 2.00 GB for weights"):
-        host.plan_memory(patcher, 1, 2 * GB, 2 * GB)
+        host.plan_memory(MODEL, 1, 2 * GB, 2 * GB)

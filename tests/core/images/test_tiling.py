@@ -191,3 +191,13 @@ def test_a_tile_that_cannot_be_is_one_sentence_before_any_work(pipeline, monkeyp
     monkeypatch.setattr(pipeline.engine.model, "forward", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(NextStepError, match=rf"tile is {tile} pixels; use a multiple of 8, at least 128\."):
         pipeline.generate("A red apple.", height=64, width=64, vae_tile=tile)
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has one error type for all")
+def test_an_error_of_cuda_is_known_by_its_number() -> None:
+    error = torch.AcceleratorError("CUDA error: the driver says something else")
+    assert not is_out_of_memory(error)
+    error.error_code = 2
+    assert is_out_of_memory(error)
+    error.error_code = 700
+    assert not is_out_of_memory(error)
