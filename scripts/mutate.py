@@ -85,7 +85,8 @@ def variants(node: ast.AST) -> Iterator[ast.AST | str]:
 def calls(node: ast.Call) -> Iterator[ast.AST]:
     """What may stand in the place of a call: other arguments, another function, or what it converts."""
     name = getattr(node.func, "id", None)
-    if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
+    starred = any(isinstance(argument, ast.Starred) for argument in node.args[:2])
+    if len(node.args) > 1 and not starred and name not in ("max", "min"):
         yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
     if node.keywords and node.keywords[-1].arg not in (None, "dtype", "device"):
         yield ast.Call(node.func, node.args, node.keywords[:-1])

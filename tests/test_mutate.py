@@ -28,7 +28,6 @@ CHANGED = [
     "and (b):",
     "        pass\n    print(9)",
     "return (a.float().sum(dim=0) if a else max(a, -b))",
-    "(max(-b, a)) if a",
     "(min(a, -b)) if a",
     "max(a, (b)) if a",
     "(a.float().sum())",
