@@ -87,6 +87,8 @@ def test_what_is_stated_is_taken() -> None:
     assert (config.mlp_bias, config.base_image_grid_size, config.rope_theta) == (True, 8, 5)
     assert (config.num_key_value_heads, config.o_attention_bias, config.token_dim) == (2, False, 64)
     assert NextStepConfig.from_dict(MODEL | {"boi": 0, "eoi": 639}).eoi == 639, "both ends of the vocabulary"
+    one = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": None}
+    assert NextStepConfig.from_dict(MODEL | one).head_dim == 96
 
 
 @pytest.mark.parametrize(
