@@ -126,9 +126,9 @@ class Reference:
 def find_reference(checkout: Path, python: str) -> None:
     """NextStepError, before any long work, where the checkout or its interpreter is not there."""
     if not (checkout / "nextstep").is_dir():
-        raise NextStepError(f"{checkout} is no checkout of the public inference code: it has no folder `nextstep`.")
+        raise NextStepError(f"{checkout} is not a checkout of the public inference code: it has no folder `nextstep`.")
     if shutil.which(python) is None:
-        raise NextStepError(f"--reference-python is {python}, which is no program.")
+        raise NextStepError(f"--reference-python is {python}, which is not a program.")
 
 
 def check_comparable(settings: GenerationSettings, only: int | None) -> None:

@@ -57,7 +57,7 @@ class NextStepTextToImage(DrawingNode):
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
                 io.String.Input("prompt", multiline=True, default="", tooltip="What to draw, in plain sentences."),
-                io.String.Input("negative_prompt", multiline=True, default="", tooltip="What to stay away from."),
+                io.String.Input("negative_prompt", multiline=True, default="", tooltip="What to avoid."),
                 *canvas_inputs(),
                 *setting_inputs(steps=28, shift=1.0),
             ],
@@ -104,9 +104,7 @@ class NextStepImageEdit(DrawingNode):
                     default="Make it snow.",
                     tooltip="What to change. The picture is put in front, unless <image> says where it belongs.",
                 ),
-                io.String.Input(
-                    "negative_prompt", multiline=True, default=EDIT_NEGATIVE, tooltip="What to stay away from."
-                ),
+                io.String.Input("negative_prompt", multiline=True, default=EDIT_NEGATIVE, tooltip="What to avoid."),
                 *size_inputs(),
                 *setting_inputs(steps=50, shift=3.2),
                 cfg_img_input(),

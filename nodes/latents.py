@@ -43,7 +43,7 @@ class NextStepEmptyLatent(io.ComfyNode):
             node_id="NextStepEmptyLatent",
             display_name="NextStep Empty Latent",
             category=CATEGORY,
-            description="Size of the picture and how many to draw. NextStep-1 was trained at 512x512 and its ratios.",
+            description="Size of the picture and how many to draw. 512x512, or about that area, is recommended.",
             search_aliases=["nextstep", "empty latent", "size"],
             inputs=canvas_inputs(),
             outputs=[io.Latent.Output("latent", display_name="latent", tooltip="Goes to NextStep Sampler.")],
@@ -63,7 +63,7 @@ class NextStepEmptyLatent(io.ComfyNode):
 
 
 class NextStepAspectRatio(io.ComfyNode):
-    """A trained size by name."""
+    """A size by the name of its ratio."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,7 +79,7 @@ class NextStepAspectRatio(io.ComfyNode):
                     "base",
                     options=[str(base) for base in BASES],
                     default="512",
-                    tooltip="Side of the square with the same area, in pixels. Published checkpoints: 512.",
+                    tooltip="Side of the square with the same area, in pixels: 512 is recommended, 1024 never trained.",
                 ),
             ],
             outputs=[

@@ -140,8 +140,8 @@ class NextStepModelLoader(io.ComfyNode):
                     "cuda_graphs",
                     default=True,
                     optional=True,
-                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if a driver "
-                    "makes trouble; the pictures are the same.",
+                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if your "
+                    "driver has problems with it; the pictures are the same.",
                 ),
             ],
             outputs=[

@@ -58,7 +58,7 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:
-    """How many pictures of a batch each caption gets; NextStepError when they do not go round."""
+    """How many pictures of a batch each caption gets; NextStepError when the batch is not a multiple."""
     captions = len(positive.captions)
     if batch % captions:
         raise NextStepError(
@@ -193,12 +193,12 @@ class NextStepSampler(DrawingNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
-                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is finished.",
+                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is completed.",
                 ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to stay away from; works with cfg above 1. May be left open.",
+                    tooltip="What to avoid; works with cfg above 1. May be left open.",
                 ),
                 *setting_inputs(steps=28, shift=1.0),
                 cfg_img_input(),

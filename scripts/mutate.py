@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = "nextstep_core"
 FORK = multiprocessing.get_context("fork")
 Place: TypeAlias = tuple[str, int]  # a file of the engine, and the first line of a function in it
-LIMIT = 600  # seconds for one run of tests; a change may make a loop endless
+PATIENCE = 10  # a change may make a loop endless: so many times longer than without it, and not less than a minute
 COPIED = (ENGINE, "nodes", "scripts", "tests", "training", "benchmarks", "pyproject.toml", "requirements.txt")
 OTHER = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -43,8 +43,8 @@ OTHER = {
     ast.Mod: ast.FloorDiv, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
 CASTS = {"to", "float", "bfloat16", "int", "clone", "clamp", "clamp_min", "cpu", "view_as", "copy", "resolve", "lower"}
-LIBRARIES = ("torch", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
-SILENT = ("log.", "print(", "parser.")  # statements that only say something
+LIBRARIES = ("torch", "torch._dynamo", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
+SILENT = ("log.", "print(", "parser.", "'", '"')  # statements that only say something, and docstrings
 
 
 @dataclass(frozen=True)
@@ -62,37 +62,39 @@ class Change:
 
 def variants(node: ast.AST) -> Iterator[ast.AST | str]:
     """What may stand in the place of a node."""
-    unparse, kind = ast.unparse, type(node)
     if isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
         yield ast.Compare(node.left, [OTHER[type(node.ops[0])](), *node.ops[1:]], node.comparators)
-    if isinstance(node, ast.BoolOp):
-        yield ast.BoolOp(OTHER[type(node.op)](), node.values)
-        yield from node.values
-    if isinstance(node, ast.BinOp) and type(node.op) in OTHER:
+    elif isinstance(node, ast.BoolOp):
+        yield from (ast.BoolOp(OTHER[type(node.op)](), node.values), *node.values)
+    elif isinstance(node, ast.BinOp) and type(node.op) in OTHER:
         yield ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
-    if isinstance(node, ast.UnaryOp):
+    elif isinstance(node, ast.UnaryOp):
         yield node.operand
-    if isinstance(node, ast.IfExp):
+    elif isinstance(node, ast.IfExp):
         yield ast.IfExp(node.test, node.orelse, node.body)
-    if isinstance(node, ast.Constant) and kind is ast.Constant and type(node.value) in (bool, int, float):
-        value = node.value
-        yield (
-            repr(not value)
-            if isinstance(value, bool)
-            else repr(value + 1 if isinstance(value, int) else value * 1.5 or 1.0)
-        )
-    if isinstance(node, ast.Call):
-        if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
-            yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
-        if isinstance(node.func, ast.Attribute) and node.func.attr in CASTS:
-            yield node.func.value
-        if isinstance(node.func, ast.Name) and node.func.id in ("float", "int", "round", "abs", "max", "min", "list"):
-            other = {"max": "min", "min": "max"}.get(node.func.id)
-            yield ast.Call(ast.Name(other), node.args, node.keywords) if other else node.args[0]
-        if node.keywords and node.keywords[-1].arg not in (None, "dtype", "device"):
-            yield ast.Call(node.func, node.args, node.keywords[:-1])
-    if isinstance(node, (ast.Expr, ast.AugAssign, ast.Raise)) and not unparse(node).startswith(SILENT):
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield repr(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield repr(node.value + 1 if isinstance(node.value, int) else node.value * 1.5 or 1.0)
+    elif isinstance(node, ast.Call):
+        yield from calls(node)
+    elif isinstance(node, (ast.Expr, ast.AugAssign, ast.Raise)):
         yield "pass"
+
+
+def calls(node: ast.Call) -> Iterator[ast.AST]:
+    """What may stand in the place of a call: other arguments, another function, or what it converts."""
+    name = getattr(node.func, "id", None)
+    if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args[:2]):
+        yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
+    if node.keywords and node.keywords[-1].arg not in (None, "dtype", "device"):
+        yield ast.Call(node.func, node.args, node.keywords[:-1])
+    if isinstance(node.func, ast.Attribute) and node.func.attr in CASTS:
+        yield node.func.value
+    if name in ("max", "min"):
+        yield ast.Call(ast.Name("min" if name == "max" else "max"), node.args, node.keywords)
+    if name in ("float", "int", "round", "abs", "list"):
+        yield node.args[0]
 
 
 def changes(path: Path) -> Iterator[Change]:
@@ -107,11 +109,13 @@ def changes(path: Path) -> Iterator[Change]:
 
     def walk(node: ast.AST) -> Iterator[Change]:
         skipped = isinstance(node, (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert))
-        if skipped or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+        silent = isinstance(node, ast.Expr) and ast.unparse(node).startswith(SILENT)
+        if skipped or silent or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
             return
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for variant in () if docstring else variants(node):
+        for variant in variants(node):
             text = variant if isinstance(variant, str) else ast.unparse(variant)
+            if text == ast.unparse(node):  # arguments that are the same
+                continue
             text = f"({text})" if isinstance(node, ast.expr) and not isinstance(node, ast.Constant) else text
             start, stop = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
             yield Change(path, start, stop, text)
@@ -180,8 +184,9 @@ def function_at(source: str, offset: int) -> int:
 def _run(folder: Path, arguments: list[str], told: SimpleQueue | None) -> None:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    sys.dont_write_bytecode = True  # a change within a second of another would not be seen
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+    if told is None:  # bytecode of a change would outlive it
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
     plugin = Reached(folder)
@@ -192,12 +197,14 @@ def _run(folder: Path, arguments: list[str], told: SimpleQueue | None) -> None:
     os._exit(code)
 
 
-def notices(folder: Path, arguments: list[str], told: SimpleQueue | None = None) -> Reached | bool:
+def notices(
+    folder: Path, arguments: list[str], told: SimpleQueue | None = None, limit: float | None = None
+) -> Reached | bool:
     """Whether pytest fails in `folder`, or does not end; `told` gets what the tests reach."""
     process = FORK.Process(target=_run, args=(folder, arguments, told))
     process.start()
     reached = None if told is None else told.get()
-    process.join(LIMIT)
+    process.join(limit)
     if process.is_alive():
         process.kill()
         process.join()
@@ -208,10 +215,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--room", default="", help="a folder or file of the engine, such as loading or runtime/graphs.py"
-    )
+    parser.add_argument("--room", default="", help="a folder or file of the engine: loading, or runtime/graphs.py")
     parser.add_argument("--skip", nargs="*", default=[], help="folders or files to leave alone")
+    parser.add_argument("--marks", default="fast or slow", help="which tests; all but the slow ones see nearly as much")
     options = parser.parse_args()
     for library in LIBRARIES:
         importlib.import_module(library)  # once, and not in every fork
@@ -225,7 +231,7 @@ def main() -> None:
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)
-        reached = notices(folder, ["tests/core"], FORK.SimpleQueue())
+        reached = notices(folder, ["tests/core", "-m", options.marks], FORK.SimpleQueue())
         if not isinstance(reached, Reached):
             sys.exit("The tests fail without any change.")
         noticed, started = 0, time.monotonic()
@@ -234,14 +240,14 @@ def main() -> None:
             source, path = change.path.read_text(encoding="utf-8"), folder / change.path.relative_to(ROOT)
             path.write_text(change.apply(source), encoding="utf-8")
             tests = reached.order((names[change.path], function_at(source, change.start)))
-            seen = bool(tests) and notices(folder, tests)
-            path.write_text(source, encoding="utf-8")
+            limit = max(60.0, PATIENCE * sum(reached.tests[test][0] for test in tests))
+            seen = bool(tests) and notices(folder, tests, limit=limit)
+            shutil.copy2(change.path, path)  # with its time, so that its bytecode holds again
             noticed += seen
             if not seen:
                 name = str(change.path.relative_to(ROOT))
-                lines = difflib.unified_diff(
-                    source.splitlines(), change.apply(source).splitlines(), "", name, n=0, lineterm=""
-                )
+                before, after = source.splitlines(), change.apply(source).splitlines()
+                lines = difflib.unified_diff(before, after, "", name, n=0, lineterm="")
                 print("\n".join(["", f"{len(tests)} tests reach this:", *list(lines)[1:]]), flush=True)
             if n % 10 == 0 or n == len(sample):
                 print(f"{noticed} of {n} noticed ({noticed / n:.0%}), {time.monotonic() - started:.0f} s", flush=True)

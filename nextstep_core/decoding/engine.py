@@ -144,7 +144,7 @@ class NextStepEngine:
         """Draw the pictures' tokens on `device` in `dtype`, yielding after each.
 
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
-        all). Where memory runs out, the rest goes in halves; each picture comes out as it would have in one batch.
+        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch.
         """
         tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
         start, size = 0, min(at_once or job.pictures, job.pictures)

@@ -95,7 +95,7 @@ def _open_safetensors(path: Path) -> Iterator[Tensors]:
 def _read_torch_archive(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is no NextStep weights file.")
+        raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")
     return state
 
 

@@ -91,11 +91,11 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main") -> Down
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     except Exception as error:  # the hub's exception types moved between versions
-        raise NextStepError(f"{repo_id} at {revision} cannot be had from the hub ({_reason(error)}).") from None
+        raise NextStepError(f"{repo_id} at {revision} could not be found on Hugging Face ({_reason(error)}).") from None
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(RemoteFile(s.rfilename, s.size or 0, s.lfs["sha256"] if s.lfs else None) for s in wanted)
     if CONFIG not in {file.path for file in files}:
-        raise NextStepError(f"{repo_id} has no {CONFIG}, so it is no NextStep checkpoint.")
+        raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
     if any(".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute() for file in files):
         raise NextStepError(f"{repo_id} names files outside its folder. Do not use it.")
     plan = Download(repo_id, info.sha or revision, root / repo_id.split("/")[-1], files)
@@ -138,7 +138,7 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
         process.wait()
     if process.returncode != 0:
         reason = (process.stderr.read().strip().splitlines() or ["it stopped"])[-1]
-        raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to go on where it stopped.")
+        raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to resume.")
     verify(plan, on_progress)
     return plan.folder
 

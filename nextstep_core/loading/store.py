@@ -42,7 +42,7 @@ def _from_hub(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise NextStepError(f"{hub_id} is no local path and could not be downloaded ({reason}).") from error
+        raise NextStepError(f"{hub_id} is not a local path and could not be downloaded ({reason}).") from error
 
 
 def vae_beside(checkpoint: Path, stated: str | None) -> Path:

@@ -1,4 +1,7 @@
-"""Sizes that the model was trained at: 17 ratios, each at a base of 256, 512, 768 or 1024 pixels."""
+"""The 17 ratios that the model was trained at, and their sizes at a base of 256, 512, 768 or 1024 pixels.
+
+The authors recommend 512 and say that 1024 was not part of the training; of 768 they say nothing.
+"""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def page_locked(layers: Sequence[Sequence[Tensor]]) -> Iterator[Sequence[Sequenc
 
 
 def _locked_block(size: int) -> Tensor:
-    """Page-locked bytes on the host; RuntimeError where they cannot be had.
+    """Page-locked bytes on the host; RuntimeError where the system refuses them.
 
     Registered, because PyTorch's own page-locked memory comes in powers of two.
     """

@@ -56,7 +56,7 @@ def _dequantized(format: Format) -> Kernel:
 
 
 def _packed_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    rounded = x.bfloat16()  # the packed product is fast in bfloat16 only; it adds up in float32
+    rounded = x.bfloat16().contiguous()  # the packed product is fast in bfloat16 only; it adds up in float32
     if len(x) > FEW_ROWS:
         return F.linear(rounded, INT8.dequantize(weight, scale, rounded.dtype)).to(x.dtype)
     return torch._weight_int8pack_mm(rounded, weight, scale.bfloat16()).to(x.dtype)

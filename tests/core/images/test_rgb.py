@@ -81,6 +81,7 @@ def test_every_kind_of_picture_is_the_same_pixels() -> None:
     pictures = [Image.fromarray(array), Image.fromarray(array).convert("RGBA"), floats, torch.from_numpy(floats)]
     pictures.append(torch.from_numpy(floats)[None].repeat(2, 1, 1, 1))  # of a batch, the first
     for picture in pictures:
+        assert to_pixels(picture).shape == expected.shape
         assert (to_pixels(picture) - expected).abs().max() <= 1e-6
     assert torch.equal(to_pixels(Image.fromarray(clear)), torch.ones(1, 3, 2, 3))
     gray = Image.fromarray(array[..., 0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from nextstep_core.loading.build import find_vae, load_vae_state, plan_model
 from nextstep_core.loading.checkpoint import (
     MAX_NAMES_SHOWN,
     TensorFiles,
+    _readable,
     check_complete,
     find_model_files,
     find_tensors,
@@ -91,6 +94,32 @@ def test_optional_tensors_of_a_wrong_shape_are_named() -> None:
         check_complete(files, {"may": (8,)}, optional=["may"])
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("broken\npipe"), "broken)"),
+        (EOFError(), "EOFError"),
+        (ValueError("odd"), "odd"),
+        (pickle.UnpicklingError("code"), "code"),
+        (zipfile.BadZipFile("short"), "short"),
+        (FileNotFoundError("no such"), "x.pt"),
+        (NextStepError("as it is"), "as it is"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_however_a_file_is_broken_it_is_one_sentence(error: Exception, reason: str) -> None:
+    with pytest.raises(NextStepError) as caught, _readable(Path("x.pt")):
+        raise error
+    said = str(caught.value)
+    assert reason in said and "\n" not in said
+    assert "x.pt" in said or isinstance(error, NextStepError)
+
+
+def test_other_errors_are_ours_and_stay() -> None:
+    with pytest.raises(KeyError), _readable(Path("x.pt")):
+        raise KeyError("a bug")
+
+
 def test_the_index_comes_before_a_single_file(checkpoint: Path) -> None:
     save_file({"norm.weight": torch.zeros(96)}, checkpoint / "model.safetensors")
     assert len(find_model_files(checkpoint).shapes) > 1
@@ -110,20 +139,20 @@ def test_an_index_stays_in_its_folder_though_the_file_is_there(checkpoint: Path,
     for target in (checkpoint.parent / "x.safetensors", checkpoint / "vae" / "x.safetensors"):
         save_file({"norm.weight": torch.zeros(96)}, target)
     edit_json(checkpoint / INDEX, weight_map={"norm.weight": name})
-    with pytest.raises(NextStepError, match="outside its folder"):
+    with pytest.raises(NextStepError, match=f"{INDEX}.*{name}"):
         find_model_files(checkpoint)
 
 
 def test_a_file_of_another_kind_is_one_sentence(checkpoint: Path) -> None:
     (checkpoint / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(NextStepError, match=r"model.ckpt is not a weights file; expected .*\.gguf"):
+    with pytest.raises(NextStepError, match=r"model.ckpt.*\.gguf"):
         find_tensors(checkpoint / "model.ckpt")
 
 
 def test_a_state_dict_of_something_else_is_one_sentence(checkpoint: Path) -> None:
     for content in ([torch.zeros(1)], {"a": torch.zeros(1), "epoch": 3}):
         torch.save(content, checkpoint / "x.pt")
-        with pytest.raises(NextStepError, match="x.pt is not a plain dictionary of tensors"):
+        with pytest.raises(NextStepError, match="x.pt"):
             find_tensors(checkpoint / "x.pt")
 
 
@@ -183,16 +212,16 @@ def test_documents_lie_in_a_folder_or_in_a_file(checkpoint: Path, tmp_path: Path
     with file.as_file("config.json") as written:
         assert written.read_text() == '{"a": 1}'
     assert not written.exists()
-    with pytest.raises(NextStepError, match=r"file.safetensors \(tokenizer.json in its metadata\) does not exist"):
+    with pytest.raises(NextStepError, match="file.safetensors.*tokenizer.json"):
         file.text("tokenizer.json")
     assert not is_marked(tmp_path / "absent") and not is_marked(checkpoint / SHARDS[0])
 
 
 def test_what_is_no_object_is_one_sentence(checkpoint: Path) -> None:
-    with pytest.raises(NextStepError, match="there holds a JSON list"):
+    with pytest.raises(NextStepError, match="there.*list"):
         parse_object("[1]", "there")
     (checkpoint / "config.json").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(NextStepError, match="config.json is not readable"):
+    with pytest.raises(NextStepError, match="config.json"):
         Documents(checkpoint).read("config.json")
 
 
@@ -202,7 +231,7 @@ def test_a_vae_is_found_by_its_weights(checkpoint: Path) -> None:
     for name in ("diffusion_pytorch_model.safetensors", "model.safetensors", "checkpoint.pt"):
         (folder / name).touch()
         assert find_vae(folder) == (folder / name, Documents(folder)), "the first of the known names"
-    with pytest.raises(NextStepError, match="holds no VAE"):
+    with pytest.raises(NextStepError, match="VAE"):
         find_vae(checkpoint.parent)
 
 

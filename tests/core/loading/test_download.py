@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from fake_hub import REPO, Hub
 
+pytestmark = pytest.mark.slow  # every run is a process of its own
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -50,7 +52,6 @@ def test_a_dry_run_says_the_size_and_fetches_nothing(hub: Hub, tmp_path: Path) -
     assert not hub.asked and not any(tmp_path.glob("NextStep*"))
 
 
-@pytest.mark.slow
 def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
     hub.pause = 0.2
     command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
@@ -76,22 +77,21 @@ def test_a_damaged_file_is_found_and_removed(hub: Hub, tmp_path: Path) -> None:
     hub.lie_about = "model-00001-of-00002.safetensors"
     done = run(tmp_path)
     assert done.returncode != 0
-    assert "arrived damaged and was removed. Start the download again" in done.stderr
+    assert hub.lie_about in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "NextStep-1.1" / hub.lie_about).exists()
 
 
 def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--to", str(tmp_path)]
     unknown = subprocess.run([*command, "someone/else"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "someone/else at main cannot be had from the hub" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert "someone/else" in unknown.stderr and "main" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
     misspelt = subprocess.run([*command, "NextStep-2"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "name is 'NextStep-2'; choose one of NextStep-1.1" in misspelt.stderr
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline = run(tmp_path)
-    assert "cannot be had from the hub" in offline.stderr and "Traceback" not in offline.stderr
+    assert REPO in offline.stderr and len(offline.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_full_disk_and_an_interrupt_stop_it(hub: Hub, tmp_path: Path) -> None:
     """In a process of its own, because huggingface_hub reads its settings when it is imported."""
     code = f"""
@@ -118,4 +118,4 @@ except NextStepError as error: print(error)
     sent = hub.bytes_sent
     time.sleep(1)
     assert hub.bytes_sent - sent < 200_000, "the transfer was killed"
-    assert "GB free. Make room" in done.stdout
+    assert "GB free" in done.stdout

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 
 from nextstep_core import NextStepError
@@ -42,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list:
         listed[0] = (repo, options)
         return SimpleNamespace(siblings=listed[1:] or None, sha="c0ffee")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     return listed
 
 
@@ -68,7 +69,7 @@ def test_there_must_be_room_for_what_is_missing(plan: Download, monkeypatch, fre
     if fits:
         check_room(plan)
     else:
-        with pytest.raises(NextStepError, match="someone/x needs 0.00 GB more"):
+        with pytest.raises(NextStepError, match="someone/x.*0.00 GB"):
             check_room(plan)
     assert asked == [plan.folder]
     check_room(Download("x", "c", plan.folder / "not" / "there", ()))
@@ -82,7 +83,7 @@ def test_a_file_of_another_size_or_sum_is_removed(plan: Download) -> None:
     assert told[-1] == (8, 8) and len(told) == 2, "one block, and the end"
     for path, wrong, right in ((config, b"12", b"123"), (weights, b"12346", b"12345")):
         path.write_bytes(wrong)
-        with pytest.raises(NextStepError, match=f"{path.name} arrived damaged"):
+        with pytest.raises(NextStepError, match=path.name):
             verify(plan, lambda *_: None)
         assert not path.exists()
         path.write_bytes(right)
@@ -104,9 +105,9 @@ def test_only_what_the_engine_reads_is_planned(hub: list, tmp_path: Path) -> Non
 
 
 def test_what_is_no_checkpoint_is_refused(hub: list, tmp_path: Path) -> None:
-    with pytest.raises(NextStepError, match="someone/x has no config.json"):
+    with pytest.raises(NextStepError, match="config.json"):
         plan_download("someone/x", tmp_path)
     for name in ("../config.json", "a/../../x.json", "/etc/x.json"):
         hub[1:] = [sibling("config.json"), sibling(name)]
-        with pytest.raises(NextStepError, match="names files outside its folder"):
+        with pytest.raises(NextStepError, match="outside"):
             plan_download("someone/x", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,14 @@ def test_the_nearest_recipe_counts_matrices_alone(tmp_path: Path) -> None:
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX}, architecture="llama")
-    with pytest.raises(NextStepError, match="x.gguf has the architecture llama"):
+    with pytest.raises(NextStepError, match="x.gguf.*llama"):
+        find_tensors(path)
+
+
+def test_a_broken_file_is_named_first(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 40)
+    with pytest.raises(NextStepError, match=f"^{re.escape(str(path))} "):
         find_tensors(path)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from checkpoint_files import INDEX, edit_json, make_wide
@@ -168,9 +169,9 @@ def test_a_hub_id_is_taken_from_the_cache(checkpoint: Path, monkeypatch: pytest.
         calls.append((hub_id, options.get("local_files_only", False)))
         return str(snapshot)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load("someone/NextStep-1.1").engine.recommended().sampler == "score-sde-1.1"
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **_: str(checkpoint / "vae"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **_: str(checkpoint / "vae"))
     assert load(checkpoint, vae="someone/tokenizer").vae.config.ch == 32
     assert calls and all(call == ("someone/NextStep-1.1", True) for call in calls), "the network was not asked"
 

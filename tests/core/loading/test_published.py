@@ -12,7 +12,7 @@ import torch
 
 from nextstep_core import GenerationSettings, NextStepError, NextStepPipeline
 from nextstep_core.loading.documents import Documents
-from nextstep_core.loading.published import published
+from nextstep_core.loading.published import published, published_settings
 from nextstep_core.model.config import NextStepConfig
 
 PUBLISHED = {
@@ -34,6 +34,36 @@ def test_published_settings_by_name(checkpoint: Path, config: NextStepConfig, na
     says = published(Documents(checkpoint.rename(checkpoint.with_name(name))), config)
     assert says.making == PUBLISHED[name]
     assert says.is_1_1 == name.startswith("NextStep-1.1")
+
+
+@pytest.mark.parametrize(
+    ("newer", "name", "editing", "settings"),
+    [
+        (False, "NextStep-1-Large", True, PUBLISHED["NextStep-1-Large-Edit"]),
+        (False, "nextstep-1-large-EDIT", False, PUBLISHED["NextStep-1-Large-Edit"]),
+        (True, "NextStep-1.1", True, replace(PUBLISHED["NextStep-1-Large-Edit"], sampler="score-sde-1.1")),
+        (True, "NextStep-1.1-Edit", False, replace(PUBLISHED["NextStep-1-Large-Edit"], sampler="score-sde-1.1")),
+        (True, "mine", False, PUBLISHED["NextStep-1.1"]),
+        (False, "mine-PRETRAIN", False, PUBLISHED["NextStep-1-Large-Pretrain"]),
+        (False, "pretrain-mine", False, PUBLISHED["NextStep-1-Large"]),
+    ],
+)
+def test_settings_by_family_name_and_task(newer: bool, name: str, editing: bool, settings: GenerationSettings) -> None:
+    assert published_settings(newer, name, editing) == settings
+
+
+def test_a_stated_sampler_or_family_leaves_nothing_to_the_name(
+    checkpoint: Path, config: NextStepConfig, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    (checkpoint / "generation_config.json").unlink(missing_ok=True)
+    assert not published(Documents(checkpoint), config).is_1_1
+    assert "by its name it is taken for NextStep-1.0" in caplog.text
+    caplog.clear()
+    (checkpoint / "generation_config.json").write_text('{"sampler": "flow-ode", "cfg_img": 3}')
+    says = published(Documents(checkpoint), config)
+    assert not caplog.records
+    assert (says.making.cfg_img, says.editing.cfg_img, says.editing.sampler) == (3, 3, "flow-ode")
 
 
 def test_what_only_a_name_tells_is_said_in_the_log(checkpoint: Path, config: NextStepConfig, caplog) -> None:
@@ -66,6 +96,9 @@ def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextSte
         ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many', which is of a wrong type"),
         ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
         ({"cfg": 0.1}, "cfg is 0.1"),
+        ({"cfg": "4"}, "`cfg` is '4'"),
+        ({"use_norm": 1}, "`use_norm` is 1"),
+        ({"num_sampling_steps": 12.5}, "`num_sampling_steps` is 12.5"),
     ],
 )
 def test_a_wrong_generation_config_is_one_sentence(checkpoint: Path, stated: dict, sentence: str) -> None:

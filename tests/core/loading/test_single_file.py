@@ -95,7 +95,7 @@ def test_the_config_beside_a_file_that_carries_none(pipeline, checkpoint: Path) 
     save_file(tensors, checkpoint / "plain.safetensors")
     assert plan_model(checkpoint / "plain.safetensors").config == pipeline.engine.config
     (checkpoint / "config.json").unlink()
-    with pytest.raises(NextStepError, match="config.json does not exist"):
+    with pytest.raises(NextStepError, match="config.json"):
         plan_model(checkpoint / "plain.safetensors")
 
 
@@ -122,4 +122,4 @@ def test_the_command(tmp_path: Path) -> None:
     drawn = NextStepPipeline.from_pretrained(model, vae=vae, dtype=torch.float32)
     assert drawn.generate("a red circle", height=32, width=32, steps=2).images.shape == (1, 32, 32, 3)
     wrong = run("--to", tmp_path / "model.bin")
-    assert wrong.returncode != 0 and "ends in .safetensors" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode != 0 and "model.bin" in wrong.stderr and "Traceback" not in wrong.stderr

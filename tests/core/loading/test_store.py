@@ -6,6 +6,7 @@ import fnmatch
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from checkpoint_files import edit_json
 
@@ -21,16 +22,16 @@ def outside(checkpoint: Path) -> Path:
 
 def test_a_whole_vae_outside_the_checkpoint_is_refused(checkpoint: Path, outside: Path) -> None:
     for stated in ("../outside", str(outside)):
-        with pytest.raises(NextStepError, match="holds no VAE"):
+        with pytest.raises(NextStepError, match="VAE"):
             vae_beside(checkpoint, stated)
         edit_json(checkpoint / "config.json", vae_name_or_path=stated)
-        with pytest.raises(NextStepError, match="holds no VAE"):
+        with pytest.raises(NextStepError, match="VAE"):
             NextStepPipeline.from_pretrained(checkpoint)
 
 
 def test_a_link_out_of_the_checkpoint_is_refused(checkpoint: Path, outside: Path) -> None:
     (checkpoint / "vae").symlink_to(outside)
-    with pytest.raises(NextStepError, match="holds no VAE"):
+    with pytest.raises(NextStepError, match="VAE"):
         vae_beside(checkpoint, None)
 
 
@@ -53,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
             raise FileNotFoundError
         return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return calls
 
 
@@ -71,14 +72,14 @@ def test_what_the_hub_does_not_have_is_one_sentence(monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> str:
         raise OSError("no route\nto host")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(NextStepError, match=r"^someone/else .*\(no route\)\.$"):
         resolve_source("someone/else")
 
 
 def test_names_of_no_checkpoint_do_not_reach_the_hub(asked: list[dict]) -> None:
     for name in ("/nowhere/at/all", "one", "a/b/c", "someone/na me", "../x/y"):
-        with pytest.raises(NextStepError, match="does not exist"):
+        with pytest.raises(NextStepError, match=f"^{name} "):
             resolve_source(name)
     assert not asked
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from nextstep_core.model.flow_head import TIME_FEATURES, FlowHead, time_features
 from nextstep_core.model.kv_cache import KVCache, bucketed
-from nextstep_core.model.transformer import fused_rows, grouped_attention, span_at
+from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
+from nextstep_core.model.transformer import fused_rows, grouped_attention, span_at, whole_span
 from nextstep_core.model.vae import AutoencoderKL, channel_norm
 
 
@@ -55,6 +56,29 @@ def test_fused_rows_by_hand(pipeline) -> None:
     rows = fused_rows(replace(pipeline.engine.config, num_attention_heads=6, num_key_value_heads=2, head_dim=16))
     assert rows["self_attn.qkv_proj"] == {"q_proj": 96, "k_proj": 32, "v_proj": 32}
     assert rows["mlp.gate_up_proj"] == {"gate_proj": 192, "up_proj": 192}
+
+
+def test_layers_whose_heads_are_not_as_wide_as_the_hidden_state(pipeline) -> None:
+    """Two biases and no square matrix: each projection goes from and to the width that is its own."""
+    config = replace(pipeline.engine.config, head_dim=8, num_hidden_layers=1, o_attention_bias=True, mlp_bias=True)
+    config = replace(config, vocab_size=700, fm_head_dim=40)
+    model = NextStepModel(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith(("weight", "bias"))}
+    wanted = {
+        "self_attn.qkv_proj": (80, 96),  # (6 + 2 + 2) heads of 8
+        "self_attn.o_proj": (96, 48),
+        "mlp.gate_up_proj": (384, 96),
+        "mlp.down_proj": (96, 192),
+    }
+    for name, shape in wanted.items():
+        assert shapes[f"layers.0.{name}.weight"] == shape and shapes[f"layers.0.{name}.bias"] == shape[:1], name
+    wanted = {"image_in_projector": (96, 64), "image_out_projector": (96, 96)}
+    wanted |= {"image_head.net.cond_embed": (40, 96), "image_head.net.input_proj": (40, 64)}
+    wanted |= {"image_head.net.final_layer.linear": (64, 40)}
+    assert {name: shapes[f"{name}.weight"] for name in wanted} == wanted
+    assert TextEmbedding(config).embed_tokens.weight.shape == (700, 96)
+    span = whole_span(config, torch.ones(1, 5, dtype=torch.bool), torch.float32)
+    assert model(torch.randn(1, 5, 96), span).shape == (1, 5, 96)
 
 
 def test_time_features_by_hand() -> None:

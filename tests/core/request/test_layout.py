@@ -108,9 +108,7 @@ def test_the_context_holds_just_so_many(pipeline) -> None:
     """On a grid that is not square: 12 image tokens."""
     length = rows(pipeline, [Caption("Two birds.")]).ids.shape[1]
     assert rows(pipeline, [Caption("Two birds.")], limit=length + 12).ids.shape[1] == length
-    with pytest.raises(
-        NextStepError, match=f"{length} tokens long and the image 12; together {length + 12} .* {length + 11} "
-    ):
+    with pytest.raises(NextStepError, match=f"{length}.*12.*{length + 12}.*{length + 11}"):
         rows(pipeline, [Caption("Two birds.")], limit=length + 11)
 
 
@@ -122,7 +120,7 @@ def test_a_text_alone_may_fill_the_context(pipeline, tokenizer) -> None:
             text
         )
     small = replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=length - 1))
-    with pytest.raises(NextStepError, match=f"{length} tokens long; this model can hold {length - 1}"):
+    with pytest.raises(NextStepError, match=f"{length}.*{length - 1}"):
         small.check_prompt(text)
 
 

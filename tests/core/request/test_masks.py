@@ -31,12 +31,12 @@ def test_one_pixel_redraws_its_square_and_no_other() -> None:
 
 @pytest.mark.parametrize("size", [(3, 5), (4, 4), (6, 4), (2, 3), (0, 4), (3, 0), (1, 1), (64, 48)])
 def test_other_proportions_are_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(NextStepError, match=f"mask is {size[1]}x{size[0]}, .* 64x48"):
+    with pytest.raises(NextStepError, match=f"{size[1]}x{size[0]}.*64x48"):
         kept_tokens(torch.ones(size), (3, 4))
 
 
 def test_a_mask_smaller_than_the_grid_is_refused() -> None:
-    with pytest.raises(NextStepError, match="mask is 4x2, .* 128x64"):
+    with pytest.raises(NextStepError, match="4x2.*128x64"):
         kept_tokens(torch.ones(2, 4), (4, 8))
 
 
@@ -44,5 +44,5 @@ def test_a_mask_smaller_than_the_grid_is_refused() -> None:
 def test_values_must_be_finite(value: float) -> None:
     mask = torch.ones(3, 4)
     mask[2, 3] = value
-    with pytest.raises(NextStepError, match="NaN or infinite"):
+    with pytest.raises(NextStepError, match="NaN"):
         kept_tokens(mask, (3, 4))

@@ -59,11 +59,11 @@ def test_tokens_that_only_the_settings_declare_are_added(checkpoint: Path, pipel
 
 @pytest.mark.parametrize("name", ["boi", "eoi", "image_placeholder_id"])
 def test_an_id_of_another_token_is_one_sentence(checkpoint: Path, pipeline, name: str) -> None:
-    with pytest.raises(NextStepError, match="tokenizer.json .* belong to different checkpoints"):
+    with pytest.raises(NextStepError, match="tokenizer.json.*config.json"):
         load(checkpoint, pipeline, **{name: 639})
 
 
 def test_what_is_no_tokenizer_is_one_sentence(checkpoint: Path, pipeline) -> None:
     (checkpoint / "tokenizer.json").write_text("{}")
-    with pytest.raises(NextStepError, match="tokenizer.json is not a usable tokenizer"):
+    with pytest.raises(NextStepError, match="tokenizer.json"):
         load(checkpoint, pipeline)

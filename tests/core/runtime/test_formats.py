@@ -58,7 +58,7 @@ def test_results_have_the_dtype_of_the_input(format: Format, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_the_packed_product_comes_first_and_the_plain_one_last(device: str) -> None:
+def test_a_packed_product_comes_first_and_the_plain_one_last(device: str) -> None:
     for format in FORMATS:
         names = [kernel.name for kernel in candidates(format, device)]
         assert names[-1] == "product with dequantized weights"

@@ -13,13 +13,14 @@ from taped_graphs import CPU, FAST, FLOAT_NOISE, CPUGraphs, Recorder, TapeRecord
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.decoding.steps import StepCaches
+from nextstep_core.model import kv_cache
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.graphs import StepGraphs
 
 
 @pytest.fixture
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nextstep_core.model.kv_cache.BUCKET", 8)
+    monkeypatch.setattr(kv_cache, "BUCKET", 8)
 
 
 def graphed(pipeline: NextStepPipeline, recorder: type = TapeRecorder) -> NextStepPipeline:
@@ -128,6 +129,7 @@ def test_a_capture_without_memory_is_tried_again_in_the_next_run(pipeline, caplo
     assert "off in this run, for want of memory" in record.getMessage()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_head_is_captured_while_layers_are_streamed() -> None:
     captured = []

@@ -34,7 +34,7 @@ def test_weights_that_do_not_stay_leave_their_room_to_pictures() -> None:
 
 
 def test_what_cannot_fit_is_said_with_its_numbers() -> None:
-    with pytest.raises(NextStepError, match=r"10\.0 MB of working memory and 5\.0 MB .* device has 14\.0 MB"):
+    with pytest.raises(NextStepError, match=r"10\.0 MB.*5\.0 MB.*14\.0 MB"):
         plan_memory(60_000_000, 14_000_000, 1, 10_000_000, 5_000_000)
     assert plan_memory(3, 13, 1, each=10, streamed=5).resident == 3, "weights smaller than what streams need no more"
 
@@ -49,5 +49,5 @@ def test_a_cpu_holds_its_weights_already() -> None:
 def test_bytes_for_people() -> None:
     assert [in_words(n) for n in (999_000_000, 1_000_000_000, 27_540_000_000)] == ["999.0 MB", "1.00 GB", "27.54 GB"]
     plan = str(MemoryPlan(5 * 10**9, 2 * 10**9, 10**9, 1))
-    assert all(size in plan for size in ("5.00 GB", "2.00 GB on the device", "3.00 GB streamed", "activations 1.00 GB"))
-    assert "streamed" not in str(MemoryPlan(5, 5, 1, 1))
+    assert all(size in plan for size in ("5.00 GB", "2.00 GB", "3.00 GB", "1.00 GB"))
+    assert str(MemoryPlan(5, 5, 1, 1)).count("MB") == 2, "nothing is streamed"

@@ -20,7 +20,7 @@ from nextstep_core.loading.checkpoint import read_tensors
 from nextstep_core.loading.single_file import save_model, save_vae
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.transformer import whole_span
-from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, quantize_model, quantized_linears
+from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, formats, quantize_model, quantized_linears
 from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_128, INT8, Format, quantize_in_pieces
 from nextstep_core.runtime.quantization.products import candidates, choose
 
@@ -48,7 +48,7 @@ def test_a_stored_matrix_is_the_matrix_but_for_its_steps(format: Format, monkeyp
     empty_weight, empty_scale = format.empty(64, 256, "meta")
     for made, announced in ((weight, empty_weight), (scale, empty_scale)):
         assert (made.shape, made.dtype) == (announced.shape, announced.dtype)
-    monkeypatch.setattr("nextstep_core.runtime.quantization.formats.PIECE", 24)
+    monkeypatch.setattr(formats, "PIECE", 24)
     assert all(torch.equal(a, b) for a, b in zip(quantize_in_pieces(format, matrix), (weight, scale)))
     assert format.dequantize(*format.quantize(torch.zeros(16, 256)), torch.float32).abs().max() <= 1e-6
 
@@ -135,6 +135,7 @@ def single_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "int8", "int4", "fp8"])
 def test_a_single_file_is_the_checkpoint(single_files: Path, tmp_path: Path, recipe: str | None) -> None:
     """Alone in a folder: config, tokenizer and settings come from its metadata."""

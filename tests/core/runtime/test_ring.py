@@ -107,6 +107,7 @@ def draw(pipe: NextStepPipeline, device: torch.device) -> Tensor:
     return progress.tokens.cpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [False, True], ids=["", "a layer that runs out of memory once"])
 @torch.inference_mode()
 def test_no_buffer_is_overwritten_or_read_too_early(monkeypatch: pytest.MonkeyPatch, failing: bool) -> None:

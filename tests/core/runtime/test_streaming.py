@@ -22,6 +22,7 @@ SPREADS = {
     "every other layer": lambda name: name.startswith("layers.") and int(name.split(".")[1]) % 2 == 0,
     "all but one layer": lambda name: not name.startswith("layers.2."),
     "large matrices only": lambda name: "mlp.gate_up_proj" in name,
+    "layers on the device, the rest on the host": lambda name: name.startswith("layers."),
     "everything": lambda name: True,
 }
 
@@ -63,7 +64,12 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    ("spread_name", "recipe"), [*((name, None) for name in SPREADS), ("every other layer", "int8")]
+    ("spread_name", "recipe"),
+    [
+        ("every other layer", None),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in SPREADS if name != "every other layer"),
+        pytest.param("every other layer", "int8", marks=pytest.mark.slow),
+    ],
 )
 @torch.inference_mode()
 def test_streamed_weights_draw_the_same_tokens(spread_name: str, recipe: str | None) -> None:
