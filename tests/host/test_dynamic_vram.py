@@ -230,32 +230,29 @@ def test_models_in_turn_and_free(
 def test_an_interrupt_in_any_layer_leaves_a_usable_model(
     graph: ComfyGraph, card: Card, monkeypatch: pytest.MonkeyPatch, away: bool
 ) -> None:
-    """Newer hosts ask for it in every layer."""
+    """Newer hosts look for it in every layer, also while the prompt is read."""
     import comfy.model_management as mm
 
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.NO_VRAM if away else mm.VRAMState.NORMAL_VRAM)
-    asked, stop_at = 0, 0
-
-    def ask() -> None:
-        nonlocal asked
-        asked += 1
-        if asked == stop_at:
-            raise mm.InterruptProcessingException
-
     prompt = drawing()
     model = graph.value(prompt, "model")
+    net = model.engine.model
     model.engine.caches.prefilled.max_bytes = 0  # every run reads the prompt
-    monkeypatch.setattr(mm, "throw_exception_if_processing_interrupted", ask)
     wanted = graph.value(prompt, "sampler")["samples"]
-    places = {name: weight.device for name, weight in model.engine.model.named_parameters()}
-    asked, prompt["sampler"]["inputs"]["seed"] = 0, 2
-    graph.value(prompt, "sampler")
-    prompt["sampler"]["inputs"]["seed"] = 3
-    for place in {1, asked // 4, asked // 2, asked * 3 // 4}:  # the host asks a few times more or less by the clock
-        asked, stop_at = 0, place
-        with pytest.raises(AssertionError, match="failed"):
-            graph.value(prompt, "sampler")
-        assert places == {name: weight.device for name, weight in model.engine.model.named_parameters()}
-    stop_at, prompt["sampler"]["inputs"]["seed"] = 0, 1
-    graph.run(text_to_image())  # so that nothing of this one is cached
+    places = {name: weight.device for name, weight in net.named_parameters()}
+    prompt["sampler"]["inputs"]["seed"] = 2
+    for layer in (net.layers[0].mlp.down_proj, net.layers[-1].input_layernorm, net.head.input_proj):
+        for nth in (1, 3):
+            calls = iter(range(nth - 1))
+
+            def stop(*_: object, calls: Iterator[int] = calls) -> None:
+                if next(calls, None) is None:
+                    raise mm.InterruptProcessingException
+
+            handle = layer.register_forward_pre_hook(stop)
+            with pytest.raises(AssertionError, match="failed"):
+                graph.value(prompt, "sampler")
+            handle.remove()
+            assert places == {name: weight.device for name, weight in net.named_parameters()}
+    prompt["sampler"]["inputs"]["seed"] = 1
     assert torch.equal(graph.value(prompt, "sampler")["samples"], wanted)
