@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,12 @@ def test_sizes_grids_and_shapes_belong_together() -> None:
     assert PUBLISHED.size((2, 3)) == (48, 32)
     assert PUBLISHED.shape((2, 3)) == LATENTS.shape[1:]
     assert PUBLISHED.size_inside(100, 15) == (96, 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 6), (16, 4, 6), (1, 16, 1, 4, 6), (1, 32, 4, 6)], ids=str)
+def test_latents_of_another_kind_are_named_with_what_is_asked_for(shape: tuple[int, ...]) -> None:
+    with pytest.raises(NextStepError, match=f"{re.escape(str(shape))}.*16"):
+        PUBLISHED.grid_of(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(("side", "near"), [(72, "64x64"), (75, "80x64"), (0, "16x64")])

@@ -67,6 +67,14 @@ def test_covering_keeps_proportions() -> None:
     assert torch.equal(cover(picture, 40, 60), picture), "a picture of the size stays as it is"
 
 
+def test_shrinking_averages() -> None:
+    """Of eight columns one is white: none is left out, and none is hit by chance."""
+    picture = torch.zeros(1, 64, 64, 3)
+    picture[:, :, ::8] = 1
+    inside = cover(picture, 8, 8)[:, :, 2:-2]
+    assert (inside - 1 / 8).abs().max() <= 0.01
+
+
 @pytest.mark.parametrize("size", [(33, 7), (7, 33), (1, 1), (100, 3), (64, 64)])
 def test_any_size_is_covered(size: tuple[int, int]) -> None:
     out = cover(torch.rand(2, 31, 47, 3), *size)

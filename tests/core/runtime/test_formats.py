@@ -39,6 +39,14 @@ def test_int4_by_hand() -> None:
     assert torch.equal(format.dequantize(weight, scale, torch.float32), matrix)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_integers_are_fitted_in_float32_whatever_the_matrix_is_in(format: Format, dtype: torch.dtype) -> None:
+    matrix = torch.randn(32, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pairs = zip(format.quantize(matrix), format.quantize(matrix.float()))
+    assert all(torch.equal(a.float(), b.float()) for a, b in pairs)
+
+
 def test_which_shapes_fit() -> None:
     assert [INT4.fits(*shape) for shape in ((16, 64), (32, 128), (16, 96), (8, 64), (24, 64))] == [1, 1, 0, 0, 0]
     assert not INT4_128.fits(16, 64) and INT4_128.fits(16, 128)
@@ -80,6 +88,7 @@ def test_a_quantized_layer_is_a_linear_layer() -> None:
         x = torch.randn(2, 3, 64)
         expected = torch.nn.functional.linear(x, INT8.dequantize(layer.weight, layer.weight_scale, x.dtype), layer.bias)
         assert (layer(x) - expected).abs().max() <= 1e-5 and layer(x).shape == (2, 3, 32)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16, "whatever the bias is in"
 
 
 def test_which_layers_are_stored_in_what() -> None:

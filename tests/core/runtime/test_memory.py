@@ -31,6 +31,7 @@ def test_what_has_to_be_left_beside_the_weights_counts_where_a_run_takes_less() 
 
 def test_weights_that_do_not_stay_leave_their_room_to_pictures() -> None:
     assert plan_memory(60, 65, 9, each=10, streamed=5, stay=False) == MemoryPlan(60, 0, 65, 6)
+    assert plan_memory(60, 1000, 2, each=10, streamed=5, stay=False) == MemoryPlan(60, 0, 25, 2), "also where all fit"
 
 
 def test_what_cannot_fit_is_said_with_its_numbers() -> None:
