@@ -39,6 +39,7 @@ class KVCache:
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store (B, Hkv, T, D) at `positions` (T,); return the first `visible` keys and values as views."""
         slot = self.data[layer]
-        slot[0].index_copy_(2, positions, keys)
-        slot[1].index_copy_(2, positions, values)
+        # Not index_copy_, which Apple GPUs lack in PyTorch 2.7 and before.
+        slot[0][:, :, positions] = keys
+        slot[1][:, :, positions] = values
         return slot[0, :, :, :visible], slot[1, :, :, :visible]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import KnownTokens
-from nextstep_core.images.preview import fit_latent_to_rgb
+from nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from nextstep_core.images.tiling import run_in_tiles
 from nextstep_core.request.layout import Caption
 from nextstep_core.request.masks import kept_tokens
@@ -67,7 +67,10 @@ def vae(pipe: NextStepPipeline, tile: int | None = None) -> list[Tensor]:
         pipe.vae.spread(logvar)
         return mean
 
-    return [pipe.vae.decode(encode(WIDE[None]), run).cpu(), fit_latent_to_rgb(encode)]
+    latents = encode(WIDE[None])
+    # The colors that a preview shows, not the map to them: of a VAE with random weights it is hardly determined.
+    colors = latents_to_rgb(latents, fit_latent_to_rgb(encode), latents.shape[-2])
+    return [pipe.vae.decode(latents, run).cpu(), colors.float() / 255]
 
 
 def like_published(load: Load) -> NextStepPipeline:
