@@ -126,6 +126,29 @@ def test_moments_are_normalized_where_the_config_says_so(pipeline) -> None:
     assert normed.mean(dim=1).abs().max() <= 1e-5 and (normed.var(dim=1, correction=0) - 1).abs().max() <= 1e-3
 
 
+@torch.inference_mode()
+def test_a_vae_whose_levels_differ_in_width(pipeline) -> None:
+    """As the published one's do; the shapes are those of its weights by name."""
+    vae = AutoencoderKL(replace(pipeline.vae.config, ch_mult=(1, 2, 4), num_res_blocks=2))
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    wanted = {
+        "encoder.down.1.block.0.conv1": (64, 32),
+        "encoder.down.1.block.0.nin_shortcut": (64, 32),
+        "encoder.down.1.block.1.conv1": (64, 64),
+        "encoder.down.1.downsample.conv": (64, 64),
+        "encoder.mid.block_1.conv1": (128, 128),
+        "encoder.conv_out": (32, 128),
+        "decoder.conv_in": (128, 16),
+        "decoder.up.1.block.0.conv1": (64, 128),
+        "decoder.up.0.block.0.nin_shortcut": (32, 64),
+        "decoder.up.2.upsample.conv": (128, 128),
+        "decoder.conv_out": (3, 32),
+    }
+    assert {name: shapes[f"{name}.weight"][:2] for name in wanted} == wanted
+    mean, _ = vae.encode_moments(torch.randn(1, 3, 16, 24))
+    assert mean.shape == (1, 16, 4, 6) and vae.decode(mean).shape == (1, 3, 16, 24)
+
+
 def test_norm_over_a_patch() -> None:
     """With patch 2 four neighbouring positions of all channels share one mean and one deviation."""
     x = torch.randn(1, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * 5 + 2
