@@ -82,7 +82,7 @@ def test_a_port_in_use_is_one_sentence() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--serve", "--port", str(port)]
-        refused = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "scripts.demo", "--serve", "--port", str(port)]
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"Port {port} is in use already") and refused.stderr.count("\n") == 1
