@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from comfy_graph import PROMPT, ComfyGraph, node, text_to_image
 from dynamic_vram import Card, make_dynamic, put_in
+from safetensors.torch import load_file
 from simulated_mps import MPS
 from torch import Tensor
 
@@ -165,19 +167,53 @@ def with_negative_in_a_batch() -> dict:
     return prompt
 
 
+def two_prompts() -> dict:
+    prompt = drawing("bf16", "int4")
+    prompt["other"] = node("NextStepTextEncode", model=["model", 0], prompt="a green square on a white background")
+    prompt["both"] = node("NextStepPromptBatch", first=["positive", 0], second=["other", 0])
+    prompt["sampler"]["inputs"]["positive"] = ["both", 0]
+    prompt["latent"]["inputs"]["batch_size"] = 2
+    return prompt
+
+
 def single_file() -> dict:
     return drawing(model="nextstep-int8.safetensors")
 
 
-@pytest.mark.parametrize("path", [one_box, edit, masked, with_negative_in_a_batch, single_file])
+def gguf_file() -> dict:
+    return drawing(model="tiny-q8/transformer.gguf")
+
+
+def write_gguf(folder: Path) -> None:
+    """The embedded model with its transformer's matrices in a GGUF file of 8 bits, the rest beside it."""
+    gguf = pytest.importorskip("gguf")
+    shutil.copytree(ASSETS / "tiny", folder)
+    kind, tensors = gguf.GGMLQuantizationType.Q8_0, load_file(ASSETS / "tiny" / "model-00001-of-00001.safetensors")
+    writer = gguf.GGUFWriter(folder / "transformer.gguf", "qwen2")
+    for name, tensor in tensors.items():
+        if "layers." in name and name.endswith("_proj.weight"):
+            writer.add_tensor(name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+PATHS = [one_box, edit, masked, with_negative_in_a_batch, two_prompts, single_file, gguf_file]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_every_way_to_draw_stays_on_the_card(
     graph: ComfyGraph, card: Card, turn_on: Callable[[], None], tmp_path: Path, path: Callable[[], dict]
 ) -> None:
     import folder_paths
 
-    folder_paths.add_model_folder_path("diffusion_models", str(tmp_path))
+    for kind in ("diffusion_models", "nextstep"):
+        folder_paths.add_model_folder_path(kind, str(tmp_path))
     if path is single_file:
         save_model(plan_model(ASSETS / "tiny", "int8"), tmp_path / "nextstep-int8.safetensors", torch.float16)
+    if path is gguf_file:
+        write_gguf(tmp_path / "tiny-q8")
     try:
         wanted, fetched = draw(graph, card, path(), "decode")
         assert fetched < 3 * NOISE, "of a batch"
@@ -187,7 +223,8 @@ def test_every_way_to_draw_stays_on_the_card(
         assert fetched < 3 * NOISE
         assert weights_away(graph, path()) == 0
     finally:
-        folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(tmp_path))
+        for kind in ("diffusion_models", "nextstep"):
+            folder_paths.folder_names_and_paths[kind][0].remove(str(tmp_path))
     assert torch.equal(picture, wanted)
 
 
