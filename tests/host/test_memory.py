@@ -275,7 +275,7 @@ def test_the_servers_memory_flags_change_no_picture(graph: ComfyGraph, golden: P
 
 
 GB = 10**9
-MODEL = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB)
+MODEL = SimpleNamespace(load_device=DEVICE, model_size=lambda: 27 * GB, loaded_size=lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,21 @@ def test_memory_is_planned_with_what_is_free_or_would_be_freed(
             patch.setattr(where, name, value, raising=False)
             plan = host.plan_memory(MODEL, 8, 2 * GB, 2 * GB)
             assert (plan.at_once, plan.resident // GB) == planned, name
+
+
+def test_what_lies_with_the_host_counts_where_memory_is_shared(
+    graph: ComfyGraph, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 38 GB that an Apple GPU shares, 27 hold the weights already: what is free is for pictures."""
+    import comfy.model_management as mm
+
+    host = graph.pack("nodes.host")
+    accelerator.memory, accelerator.held = 38 * GB, 27 * GB
+    with pytest.raises(host.runtime_memory.NextStepError):
+        host.plan_memory(MODEL, 8, 10 * GB, 2 * GB)
+    monkeypatch.setattr(mm, "vram_state", mm.VRAMState.SHARED)
+    plan = host.plan_memory(MODEL, 8, 2 * GB, 2 * GB)
+    assert (plan.resident, plan.at_once) == (27 * GB, 5)
 
 
 def test_headroom_is_kept_free_while_weights_are_loaded(
