@@ -114,7 +114,7 @@ def sample(
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
-    reporter = host.ProgressReporter(job.grid[0] * job.grid[1])
+    reporter = host.ProgressReporter(job.total)
     progress = None
     try:
         for progress in model.engine.decode(job, device, model.dtype, plan.at_once):

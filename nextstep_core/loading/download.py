@@ -182,6 +182,10 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
+def _show(done: int, size: int) -> None:
+    print(f"\r{done / 1e9:8.2f} of {size / 1e9:.2f} GB", end="", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED)}")
@@ -199,8 +203,7 @@ def main() -> None:
         plan = plan_download(options.name, options.to, options.revision)
         print(plan.describe())
         if not options.dry_run:
-            report = lambda done, size: print(f"\r{done / 1e9:8.2f} of {size / 1e9:.2f} GB", end="", flush=True)  # noqa: E731
-            print(f"\nDone: {download(plan, report)}")
+            print(f"\nDone: {download(plan, _show)}")
     except NextStepError as error:
         sys.exit(str(error))
 
