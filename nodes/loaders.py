@@ -60,7 +60,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
-        plan = _with_fitting_recipe(plan, compute)
+        plan = _with_fitting_recipe(plan, storage, compute)
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
@@ -79,7 +79,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
 
 
-def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
+def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
     """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
 
     The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
@@ -87,7 +87,7 @@ def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
     room = host.card_memory()
     if room is None or plan.recipe is not None:
         return plan
-    name = fitting_recipe(plan, dtype, room)
+    name = fitting_recipe(plan, storage, compute, room)
     log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
     return plan if name is None else replace(plan, recipe=RECIPES[name])
 

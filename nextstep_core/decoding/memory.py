@@ -42,9 +42,13 @@ def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> 
     return cache + (activations + scores + head) * dtype.itemsize
 
 
-def fitting_recipe(plan: ModelPlan, dtype: torch.dtype, room: int) -> str | None:
+def fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int) -> str | None:
     """The recipe for a device with `room` bytes in all: as they are (None), int8 or int4, the first that leaves room
-    for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming."""
-    beside = working_bytes(plan.config, PICTURE_512, dtype) + VAE_BYTES
-    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, dtype) + beside <= room)
+    for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming.
+
+    Weights lie in `storage`, the KV cache and the activations in `compute`. A card without bfloat16 units keeps the
+    weights in it all the same and computes in float32.
+    """
+    beside = working_bytes(plan.config, PICTURE_512, compute) + VAE_BYTES
+    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, storage) + beside <= room)
     return next(fitting, AUTOMATIC[-1])
