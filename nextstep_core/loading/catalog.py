@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -55,17 +54,13 @@ def _is_nextstep(folder: Path) -> bool:
     return _config(folder).get(MODEL_KEY) in MODEL_TYPES
 
 
-def _hub_cache() -> Path:
-    """Where huggingface_hub keeps what it fetched, by its own environment variables."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    stated = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(stated or os.path.join(home, "hub")).expanduser()
-
-
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
-    found = {}
-    snapshots = sorted(_hub_cache().glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
+    from huggingface_hub import constants
+
+    found, cache = {}, Path(constants.HF_HUB_CACHE)
+    # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
+    snapshots = sorted(cache.glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
     for folder in snapshots:
         if _has_weights(folder) and _is_nextstep(folder):
             repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")

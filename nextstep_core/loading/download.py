@@ -144,7 +144,11 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
-    """NextStepError, after removing the file, for one whose size or checksum is not the hub's."""
+    """NextStepError, after removing the file, for one whose size or checksum is not the hub's.
+
+    By hand: while it fetches, huggingface_hub compares sizes alone, and its `verify_repo_checksums` (1.1 and newer)
+    cannot be interrupted.
+    """
     for file in plan.files:
         path = plan.folder / file.path
         right = plan.is_whole(file) and (file.sha256 is None or _sha256(path, plan, on_progress) == file.sha256)
