@@ -33,10 +33,14 @@ PICTURE_512 = RunSize(rows=2, length=1280, fed_at_once=256, steps=50)
 
 def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> int:
     """Bytes of the KV cache, of the activations of one call, and of the head's modulations for all steps."""
-    # A position holds residual, queries, keys and values, about eight times hidden, and the MLP's gate, up and product.
+    # At its widest a layer holds, for every position of the call, residual, norm, queries, keys, values and attention's
+    # result, about eight times hidden in all, and the MLP's gate, up and their product. Layers follow one another, so
+    # one layer counts.
     activations = size.rows * size.fed_at_once * (8 * config.hidden_size + 3 * config.intermediate_size)
+    # Kernels that keep no scores need less; which one runs depends on device and version, so all of them are counted.
     scores = size.rows * config.num_attention_heads * size.fed_at_once * size.length
-    # Three vectors a block and two for the last layer, for every step and one more.
+    # The modulations: three vectors a block and two for the last layer, for every step and one more (a grid of n steps
+    # may have n + 1 times).
     head = size.rows * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
     cache = KVCache.bytes_needed(config, size.rows, size.length, dtype)
     return cache + (activations + scores + head) * dtype.itemsize
