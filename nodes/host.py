@@ -310,7 +310,7 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale
     vae.first_stage_model.regularization = ChannelNorm(config)
-    for layer in leaves(vae.first_stage_model):  # the host looks for an interrupt between nodes only
+    for layer in leaves(vae.first_stage_model):  # older hosts look for an interrupt between nodes only
         layer.register_forward_pre_hook(lambda *_: check_interrupt())
     vae.is_dynamic = stays_cached
     return vae
