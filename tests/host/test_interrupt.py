@@ -78,12 +78,12 @@ def test_reading_the_prompt_stops_between_two_layers(graph: ComfyGraph, interrup
     graph.run(prompt)
 
 
-@pytest.mark.parametrize("stage", ["quantize_in_pieces", "prepare"])
+@pytest.mark.parametrize("stage", ["quantize_in_pieces", "choose_kernels"])
 def test_loading_stops_within_a_matrix_and_between_packed_layers(
     graph: ComfyGraph, interrupt, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     prompt = text_to_image(seed=44)
-    prompt["model"]["inputs"]["quantization"] = "int8" if stage == "prepare" else "int4-g128"
+    prompt["model"]["inputs"]["quantization"] = "int8" if stage == "choose_kernels" else "int4-g128"
     build = graph.pack("nextstep_core.loading.build")
     plain, ended = getattr(build, stage), []
 
