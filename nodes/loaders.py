@@ -66,7 +66,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
-        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
         adopted.append(host.adopt(model, read, compute))
         return model
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import NextStepError, damaged
+from ..runtime.interrupt import Check, go_on
 from . import gguf_file
 from .documents import Documents
 
@@ -27,6 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_NAMES_SHOWN = 8
+PIECE = 1 << 26  # bytes that are copied without looking up
 
 Shape: TypeAlias = tuple[int, ...]
 Place: TypeAlias = tuple[Path, str]  # a file, and the name in it
@@ -215,11 +217,13 @@ def read_tensors(
     dtype: torch.dtype | None = None,
     keep: Container[str] = (),
     where: Mapping[str, torch.device | str] = MappingProxyType({}),
+    check: Check = go_on,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read tensors by name, each moved to its device and dtype before the next is touched.
 
     Those of `keep` keep their dtype, and those of `where` go to the device that is named there instead.
-    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file.
+    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file. `check` is
+    called between the pieces of what is copied and may raise to stop.
     """
     order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
     names = sorted(names, key=lambda n: max(order[path] for path, _ in files.locations[n]))
@@ -227,26 +231,40 @@ def read_tensors(
     with _OpenFiles() as opened:
         for name in names:
             to = None if name in keep else dtype
-            yield name, _assemble(opened, files.locations[name], files.shapes[name], where.get(name, device), to)
+            at = where.get(name, device)
+            yield name, _assemble(opened, files.locations[name], files.shapes[name], at, to, check)
             opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
 
 
 def _assemble(
-    opened: _OpenFiles, places: tuple[Place, ...], shape: Shape, device: torch.device | str, dtype: torch.dtype | None
+    opened: _OpenFiles,
+    places: tuple[Place, ...],
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    check: Check,
 ) -> Tensor:
-    first = opened.read(*places[0])
-    to = dtype if first.is_floating_point() else None
-    if len(places) == 1:
-        return first.to(device=device, dtype=to)
-    whole = torch.empty(shape, device=device, dtype=to or first.dtype)
-    whole[: len(first)] = first
-    row = len(first)
-    del first  # one part in memory at a time
+    part = opened.read(*places[0])
+    to = dtype if dtype is not None and part.is_floating_point() else part.dtype
+    stays = (part.device, part.dtype) == (torch.device(device), to)
+    if len(places) == 1 and (stays or not part.ndim):
+        return part.to(device, to)
+    whole = torch.empty(shape, device=device, dtype=to)
+    row = _copy(part, whole, check)
+    del part  # one part in memory at a time
     for place in places[1:]:
-        part = opened.read(*place)
-        whole[row : row + len(part)] = part
-        row += len(part)
+        row += _copy(opened.read(*place), whole[row:], check)
     return whole
+
+
+def _copy(source: Tensor, target: Tensor, check: Check) -> int:
+    """Copy the rows of `source` to the front of `target`; how many there are."""
+    rows = max(1, PIECE * len(source) // max(1, source.nbytes))
+    for start in range(0, len(source), rows):
+        check()
+        piece = source[start : start + rows]
+        target[start : start + len(piece)] = piece
+    return len(source)
 
 
 class _OpenFiles:
