@@ -31,7 +31,7 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
             f"This latent has the shape {tuple(latents.shape)}, but the VAE decodes {channels} channels. Connect the "
             "vae output of Load NextStep Model, and a latent that NextStep Sampler made."
         )
-    return vae.decode(latents)
+    return host.decode(vae, latents)
 
 
 class NextStepEmptyLatent(io.ComfyNode):

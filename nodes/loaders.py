@@ -49,7 +49,8 @@ def load_model(name: str, options: LoadOptions) -> HostModel:
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, options)
+        with host.memory_told(f"Loading {name}"):
+            model = _loaded[key] = _load(path, options)
     return model
 
 

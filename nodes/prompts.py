@@ -61,7 +61,7 @@ def encode_edit(
             "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
         )
     new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
-    latents = vae.encode(cover(pixels, new_width, new_height))
+    latents = host.encode(vae, cover(pixels, new_width, new_height))
     channels = model.engine.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise NextStepError(

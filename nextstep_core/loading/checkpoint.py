@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import NextStepError, damaged
+from ..errors import NextStepError, damaged, is_out_of_memory
 from ..runtime.interrupt import Check, go_on
 from . import gguf_file
 from .documents import Documents
@@ -62,7 +62,7 @@ def _readable(path: Path) -> Iterator[None]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as e:
-        if isinstance(e, NextStepError):
+        if isinstance(e, NextStepError) or is_out_of_memory(e):  # the file may well be sound
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise damaged(path, reason) from None
