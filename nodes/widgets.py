@@ -7,15 +7,15 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images.latents import PUBLISHED
+from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
 
 AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
-FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
-SIZES = (NEAREST, FIT, KEEP)
+FIT, NEAREST, KEEP_SIZE = "width and height", "nearest aspect ratio", "keep"
+SIZES = (NEAREST, FIT, KEEP_SIZE)
 
 
 def with_widgets(
@@ -127,7 +127,7 @@ def cfg_img_input() -> io.Input:
 
 def side_inputs() -> list[io.Input]:
     """Width and height in pixels."""
-    unit = PUBLISHED.unit
+    unit = PUBLISHED_LATENTS.unit
     return [
         io.Int.Input(side, default=512, min=unit, max=4096, step=unit, tooltip=f"In pixels, a multiple of {unit}.")
         for side in ("width", "height")
