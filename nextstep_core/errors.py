@@ -38,6 +38,22 @@ def not_written(path: Path, error: OSError, size: int | None = None) -> NextStep
     return NextStepError(f"{path} could not be written ({error.strerror or error}). Check the disk and the name.")
 
 
+SHOWN = 80  # characters of a text, digits of a number
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}... ({len(value):,} characters)"
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:  # Python itself refuses to print some of these
+        return f"a number of {len(f'{value:x}') * 1.2:,.0f} digits"
+    if value is None or isinstance(value, (bool, int)):
+        return str(value)
+    if isinstance(value, float):
+        return float.__repr__(value).removesuffix(".0")
+    return f"a {type(value).__name__}"
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """NextStepError, naming the choices, when `value` is none of them."""
     choices = list(choices)
