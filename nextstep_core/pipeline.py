@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from .decoding.engine import NextStepEngine
+from .decoding.job import PICTURES
 from .decoding.progress import Progress
-from .errors import NextStepError
+from .errors import NextStepError, check_text
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL
+from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
+
+IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,14 @@ class NextStepPipeline:
         Progress after every token and stops the run by raising. Raises NextStepError for impossible requests before any
         long work.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or num_images_per_prompt < 1:
-            raise NextStepError("Nothing to draw: give at least one prompt and at least one image per prompt.")
+        texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
+        if not prompts:
+            raise NextStepError("Nothing to draw: give at least one prompt.")
+        for name, text in (*(("A prompt", text) for text in prompts), *texts.items()):
+            check_text(name, text)
+        count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
+        PICTURES.check(len(prompts) * count)
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
             cfg=cfg,
@@ -120,7 +129,7 @@ class NextStepPipeline:
             seed=seed,
             negative_prompt=negative_prompt,
             positive_prompt=positive_prompt,
-            images_per_caption=num_images_per_prompt,
+            images_per_caption=count,
         )
         for progress in self.engine.decode(job, self.device, self.dtype):
             if callback is not None:

@@ -25,7 +25,7 @@ from ..runtime.graphs import StepGraphs
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
-from .job import Job, KnownTokens
+from .job import PICTURES, Job, KnownTokens
 from .loop import decode
 from .memory import RunSize, working_bytes
 from .progress import Progress, TokenStep
@@ -99,6 +99,8 @@ class NextStepEngine:
         known: KnownTokens | None = None,
     ) -> Job:
         """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long."""
+        settings.check()
+        PICTURES.check(len(captions) * images_per_caption)
         rows = build_rows(
             self.tokenizer,
             self.config,
