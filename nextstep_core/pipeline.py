@@ -153,6 +153,9 @@ class NextStepPipeline:
                 f"The prompts have {sum(slots)} {IMAGE_SLOT} slot(s) for {len(pictures)} input image(s). Write "
                 f"{IMAGE_SLOT} once for each image, where it belongs in the text."
             )
+        for prompt, count in zip(prompts, slots):
+            if count:  # before its pictures are encoded; the others are read at once afterwards
+                self.engine.check_prompt(prompt)
         encoded = iter([self.encode_image(picture, vae_tile) for picture in pictures])
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 

@@ -19,8 +19,8 @@ from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
-from ..request.layout import Caption, EncodedImage, PromptRows, build_rows
-from ..request.tokenizer import NextStepTokenizer
+from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
+from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
@@ -120,10 +120,13 @@ class NextStepEngine:
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
         return image.sampled(self.latents.cut(noise.posterior(*self.latents.shape(image.grid)))[0])
 
-    def check_prompt(self, text: str) -> None:
-        """NextStepError when `text` alone is longer than the model's context."""
-        limit, length = self.config.max_position_embeddings, len(self.tokenizer.encode(text))
-        if limit is not None and length > limit:
+    def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
+        """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
+        model's context by itself."""
+        words = self.tokenizer.check_length("The prompt", text).replace(IMAGE_SLOT, "")
+        limit = context_of(self.config)
+        length = len(self.tokenizer.encode(words)) + sum(rows * columns for rows, columns in grids)
+        if length > limit:
             raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
