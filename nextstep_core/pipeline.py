@@ -68,7 +68,7 @@ class NextStepPipeline:
         plan = plan_model(path, quantization, device)
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
-        latents = LatentSpace.of(plan.config, autoencoder.config)
+        latents = LatentSpace.from_configs(plan.config, autoencoder.config)
         engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype), cuda_graphs)
         return cls(engine, autoencoder, device, dtype)
 
@@ -122,7 +122,7 @@ class NextStepPipeline:
         if vae_tile is not None:
             check_tile(vae_tile, self.vae.config.downscale)
         grid = self.engine.grid(height, width)
-        job = self.engine.prepare(
+        job = self.engine.make_job(
             self._captions(prompts, pictures, vae_tile),
             grid,
             settings,
@@ -141,9 +141,9 @@ class NextStepPipeline:
         pixels = to_pixels(image)
         grid = self.engine.grid(*pixels.shape[-2:])
         mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), partial(run_in_tiles, tile=vae_tile))
-        spread = self.vae.spread(logvar)
+        std = self.vae.posterior_std(logvar)
         latents = self.engine.latents
-        scaled = None if spread is None else latents.cut(spread * latents.scale)[0]
+        scaled = None if std is None else latents.cut(std * latents.scale)[0]
         return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
 
     def _captions(self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None) -> list[Caption]:

@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..nextstep_core.loading.download import PUBLISHED, download, plan_download
+from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
 from . import host
 from .types import CATEGORY
 
@@ -29,7 +29,7 @@ class NextStepDownload(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=list(PUBLISHED),
+                    options=list(PUBLISHED_CHECKPOINTS),
                     tooltip="NextStep-1.1 draws best; NextStep-1-Large-Edit edits; the tokenizer is the VAE alone.",
                 ),
                 io.String.Input(

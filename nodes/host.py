@@ -32,7 +32,7 @@ from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
 from ..nextstep_core.runtime.cpu import fastest_dtype
-from ..nextstep_core.runtime.memory import MemoryPlan, in_words, plan_host_memory
+from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
 
 Interrupted = mm.InterruptProcessingException
@@ -244,8 +244,8 @@ def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:
         log.warning(
             "%s of %s of weights are streamed for every token although all of them fit: ComfyUI kept them off the "
             "device. This makes it much slower; please report it.",
-            in_words(away),
-            in_words(plan.weights),
+            format_bytes(away),
+            format_bytes(plan.weights),
         )
     return device
 

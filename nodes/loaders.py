@@ -19,14 +19,15 @@ from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.model.nextstep import NextStepModel
-from ..nextstep_core.runtime.memory import in_words
+from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .types import CATEGORY, HostModel, ModelSocket
+from .widgets import AUTO
 
 log = logging.getLogger(__name__)
 
-AS_IT_IS, AUTO = "none", "auto"
+UNQUANTIZED = "none"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LoadOptions:
     """The loader's widgets below the model's name. A model is loaded anew when one of them changes."""
 
     dtype: str = "auto"
-    quantization: str = AS_IT_IS
+    quantization: str = UNQUANTIZED
     cuda_graphs: bool = True
 
 
@@ -54,7 +55,7 @@ def load_model(name: str, options: LoadOptions) -> HostModel:
 
 def _load(path: Path, options: LoadOptions) -> HostModel:
     device = host.compute_device()
-    stated = None if options.quantization in (AS_IT_IS, AUTO) else options.quantization
+    stated = None if options.quantization in (UNQUANTIZED, AUTO) else options.quantization
     plan = plan_model(path, stated, device)
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
@@ -87,7 +88,7 @@ def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
     if room is None or plan.recipe is not None:
         return plan
     name = fitting_recipe(plan, dtype, room)
-    log.info("NextStep: quantization auto takes %s for a card of %s", name or AS_IT_IS, in_words(room))
+    log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
     return plan if name is None else replace(plan, recipe=RECIPES[name])
 
 
@@ -95,9 +96,9 @@ def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:
     """The VAE that goes with the checkpoint at `path`, or None, and the space of its latents."""
     vae_path = catalog.vae_of(path)
     if vae_path is None:
-        return None, LatentSpace.of(config, None)
+        return None, LatentSpace.from_configs(config, None)
     vae_config, state = load_vae_state(vae_path)
-    latents = LatentSpace.of(config, vae_config)
+    latents = LatentSpace.from_configs(config, vae_config)
     log.info("NextStep VAE: %s", vae_path)
     return host.native_vae(vae_config, state), latents
 
@@ -129,7 +130,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[AS_IT_IS, *RECIPES, AUTO],
+                    options=[UNQUANTIZED, *RECIPES, AUTO],
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "

@@ -15,7 +15,7 @@ from ..nextstep_core.request.sizes import BASES, nearest_ratio, ratio_size
 from . import host
 from .latents import empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
-from .widgets import FIT, KEEP, NEAREST, SIZES, size_inputs
+from .widgets import FIT, KEEP_SIZE, NEAREST, SIZES, size_inputs
 
 
 def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> PromptValue:
@@ -29,7 +29,7 @@ def target_size(images: Tensor, size: str, width: int, height: int, latents: Lat
     """(width, height) that an input batch (B, H, W, C) is brought to, by the node's choice."""
     check_choice("size", size, SIZES)
     old_height, old_width = images.shape[1:3]
-    if size == KEEP:
+    if size == KEEP_SIZE:
         return latents.size_inside(old_width, old_height)
     latents.grid(height, width)
     if size == FIT:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images.latents import HEIGHT, PUBLISHED, WIDTH
+from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS, GenerationSettings
@@ -16,8 +16,8 @@ from ..nextstep_core.sampling.solvers import SAMPLERS
 
 AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
-FIT, NEAREST, KEEP = "width and height", "nearest aspect ratio", "keep"
-SIZES = (NEAREST, FIT, KEEP)
+FIT, NEAREST, KEEP_SIZE = "width and height", "nearest aspect ratio", "keep"
+SIZES = (NEAREST, FIT, KEEP_SIZE)
 
 
 def with_widgets(
@@ -129,7 +129,7 @@ def cfg_img_input() -> io.Input:
 
 def side_inputs() -> list[io.Input]:
     """Width and height in pixels."""
-    unit = PUBLISHED.unit
+    unit = PUBLISHED_LATENTS.unit
     return [
         io.Int.Input(side.name, default=512, **ends(side), step=unit, tooltip=f"In pixels, a multiple of {unit}.")
         for side in (WIDTH, HEIGHT)

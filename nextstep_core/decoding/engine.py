@@ -64,7 +64,7 @@ class NextStepEngine:
 
     def recommended(self, editing: bool = False) -> GenerationSettings:
         """The checkpoint's own settings, for making or for editing an image."""
-        return self.published.editing if editing else self.published.making
+        return self.published.editing if editing else self.published.text_to_image
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of tokens for a picture in pixels; NextStepError when it cannot be drawn, with what can."""
@@ -86,7 +86,7 @@ class NextStepEngine:
             f"{grid[0] * grid[1]}. Choose a smaller size."
         )
 
-    def prepare(
+    def make_job(
         self,
         captions: Sequence[Caption],
         grid: Grid,
@@ -118,7 +118,7 @@ class NextStepEngine:
         return Job(replace(rows, images=images), grid, settings, noise, known)
 
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
-        return image.sampled(self.latents.cut(noise.posterior(*self.latents.shape(image.grid)))[0])
+        return image.sampled(self.latents.cut(noise.for_posterior(*self.latents.shape(image.grid)))[0])
 
     def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
         """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
@@ -146,7 +146,7 @@ class NextStepEngine:
     def decode(
         self, job: Job, device: torch.device, dtype: torch.dtype, at_once: int | None = None
     ) -> Iterator[Progress]:
-        """Draw the pictures' tokens on `device` in `dtype`, yielding after each.
+        """Sample the pictures' tokens on `device` in `dtype`, yielding after each.
 
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
         all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch.

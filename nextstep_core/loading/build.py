@@ -26,8 +26,8 @@ from ..runtime.quantization import (
     RECIPES,
     QuantizedLinear,
     Recipe,
+    choose_kernels,
     find_recipe,
-    prepare,
     quantized_linears,
     replace_linears,
 )
@@ -178,7 +178,7 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """What is done to a filled model once, so that it computes fast on `device` in `dtype`."""
-    prepare(model, device, dtype)
+    choose_kernels(model, device, dtype)
     if device.type == "cpu" and dtype == torch.float32:
         pack_linears(model)
 

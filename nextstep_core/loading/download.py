@@ -26,7 +26,7 @@ from typing import Any
 from ..errors import NextStepError, check_choice
 from .store import HUB_FILES
 
-PUBLISHED = {
+PUBLISHED_CHECKPOINTS = {
     "NextStep-1.1": "stepfun-ai/NextStep-1.1",
     "NextStep-1.1-Pretrain": "stepfun-ai/NextStep-1.1-Pretrain",
     "NextStep-1-Large": "stepfun-ai/NextStep-1-Large",
@@ -87,7 +87,7 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main") -> Down
     """
     from huggingface_hub import HfApi
 
-    repo_id = PUBLISHED.get(name_or_repo, name_or_repo)
+    repo_id = PUBLISHED_CHECKPOINTS.get(name_or_repo, name_or_repo)
     try:
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     except Exception as error:  # the hub's exception types moved between versions
@@ -188,7 +188,7 @@ def _show(done: int, size: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED)}")
+    parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}")
     parser.add_argument("--to", type=Path, default=Path("models/nextstep"), help="folder that holds your models")
     parser.add_argument("--revision", default="main", help="branch, tag or commit")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and stop")
@@ -199,7 +199,7 @@ def main() -> None:
         return
     try:
         if "/" not in str(options.name):
-            check_choice("name", options.name, PUBLISHED)
+            check_choice("name", options.name, PUBLISHED_CHECKPOINTS)
         plan = plan_download(options.name, options.to, options.revision)
         print(plan.describe())
         if not options.dry_run:

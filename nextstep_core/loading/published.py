@@ -29,7 +29,7 @@ class Published:
     editing an image."""
 
     is_1_1: bool
-    making: GenerationSettings
+    text_to_image: GenerationSettings
     editing: GenerationSettings
 
 
@@ -51,7 +51,7 @@ def published(documents: Documents, config: NextStepConfig) -> Published:
                 "1.1" if newer else "1.0",
             )
     making, editing = (_with_stated(published_settings(newer, name, kind), stated, where) for kind in (False, True))
-    return Published(newer, making, editing)
+    return Published(newer, text_to_image=making, editing=editing)
 
 
 def published_settings(is_1_1: bool, name: str, editing: bool) -> GenerationSettings:

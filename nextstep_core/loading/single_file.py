@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..runtime.quantization import RECIPES
-from ..runtime.quantization.products import ALIGNMENT
+from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
@@ -58,7 +58,7 @@ class StreamedFile:
             header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         # What starts at a multiple of the alignment is multiplied as it lies in the file, without a copy.
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % WEIGHT_ALIGNMENT)
         self._data_start = 8 + len(text)
         self.size = self._data_start + end
         self._file = self._part.open("wb")

@@ -24,19 +24,19 @@ IMAGE_SLOT = "<image>"
 class EncodedImage:
     """An input image as the transformer sees it: tokens (rows * columns, token_dim) and its (rows, columns) grid.
 
-    tokens are the mean of the VAE's posterior; spread, of the same shape, is its standard deviation, or None where the
+    tokens are the mean of the VAE's posterior; std, of the same shape, is its standard deviation, or None where the
     VAE is deterministic.
     """
 
     tokens: Tensor
     grid: Grid
-    spread: Tensor | None = None
+    std: Tensor | None = None
 
     def sampled(self, noise: Tensor) -> EncodedImage:
         """A draw from the posterior, for standard normal `noise` of the shape of `tokens`."""
-        if self.spread is None:
+        if self.std is None:
             return self
-        return EncodedImage(self.tokens + self.spread * noise.to(self.tokens), self.grid)
+        return EncodedImage(self.tokens + self.std * noise.to(self.tokens), self.grid)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NextStepError
-from ..images.latents import PUBLISHED, Grid, LatentSpace
+from ..images.latents import PUBLISHED_LATENTS, Grid, LatentSpace
 
 THRESHOLD = 0.5
 
 
-def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED) -> Tensor:
+def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
     """(rows * columns,) bool, True where a token is kept, for a mask (H, W), above 0.5 where the picture is redrawn.
 
     The mask may be in pixels, latents or any other size of the picture's proportions. A token is redrawn if anything

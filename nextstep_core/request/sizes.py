@@ -6,7 +6,7 @@ The authors recommend 512 and say that 1024 was not part of the training; of 768
 from __future__ import annotations
 
 from ..errors import check_choice
-from ..images.latents import PUBLISHED
+from ..images.latents import PUBLISHED_LATENTS
 
 BASES = (256, 512, 768, 1024)
 # (columns, rows) of tokens at base 256, from the widest to the tallest.
@@ -31,7 +31,7 @@ def ratio_size(ratio: str, base: int) -> tuple[int, int]:
     check_choice("ratio", ratio, RATIOS)
     check_choice("base", base, BASES)
     columns, rows = RATIOS[ratio]
-    return PUBLISHED.size((rows * base // BASES[0], columns * base // BASES[0]))
+    return PUBLISHED_LATENTS.size((rows * base // BASES[0], columns * base // BASES[0]))
 
 
 def nearest_ratio(width: int, height: int) -> str:

@@ -16,7 +16,7 @@ SIDE = 1536  # of the flow head's matrices, which a CPU spends its time on
 MATRICES = 8
 CALLS = 5
 WIDE = 1 << 20  # elements of a matrix; below, there is nothing to gain
-FEW_ROWS = 2  # the layout is made for so many, a picture with guidance, and serves any number
+LAYOUT_ROWS = 2  # the layout is made for so many, a picture with guidance, and serves any number
 
 
 @cache
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW_ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LAYOUT_ROWS)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         where, streamed = "", self.weights - self.resident
         if streamed:
-            where = f" ({in_words(self.resident)} on the device, {in_words(streamed)} streamed from the host)"
-        return f"weights {in_words(self.weights)}{where}, KV cache and activations {in_words(self.working)}"
+            where = f" ({format_bytes(self.resident)} on the device, {format_bytes(streamed)} streamed from the host)"
+        return f"weights {format_bytes(self.weights)}{where}, KV cache and activations {format_bytes(self.working)}"
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
@@ -39,8 +39,9 @@ def plan_memory(
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {in_words(each)} of working memory and {in_words(streamed)} for weights on their "
-            f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
+            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for weights on "
+            f"their way; the device has {format_bytes(room)}. "
+            "Choose a smaller size, or load the model with quantization int4."
         )
     beside = weights if stay else streamed
     at_once = max(1, min(pictures, (room - beside) // max(1, each)))

@@ -30,22 +30,22 @@ def test_what_is_not_said_is_the_checkpoints_own(pipeline) -> None:
     seen = []
     published = replace(
         pipeline.engine.published,
-        making=replace(pipeline.engine.published.making, steps=2, cfg=1.0),
+        text_to_image=replace(pipeline.engine.published.text_to_image, steps=2, cfg=1.0),
         editing=replace(pipeline.engine.published.editing, steps=3, cfg=1.0),
     )
     engine = replace(pipeline.engine, published=published)
     pipe = NextStepPipeline(engine, pipeline.vae, pipeline.device, pipeline.dtype)
-    prepare = type(engine).prepare
+    make_job = type(engine).make_job
 
     def watched(self, captions, grid, settings, **options):
         seen.append(settings)
-        return prepare(self, captions, grid, settings, **options)
+        return make_job(self, captions, grid, settings, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(engine), "prepare", watched)
+        patch.setattr(type(engine), "make_job", watched)
         pipe.generate("A", height=32, width=48)
         pipe.generate("<image>A", images=PICTURE, height=32, width=48)
-    assert seen == [published.making, published.editing]
+    assert seen == [published.text_to_image, published.editing]
 
 
 def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
     def watched(self, captions, grid, settings, **options):
         raise Seen(captions, grid, settings, options)
 
-    monkeypatch.setattr(type(pipeline.engine), "prepare", watched)
+    monkeypatch.setattr(type(pipeline.engine), "make_job", watched)
     said = {"cfg": 2.5, "cfg_img": 1.5, "cfg_schedule": "linear", "steps": 7, "shift": 1.25, "sampler": "flow-sde"}
     others = {"seed": 9, "negative_prompt": "n", "positive_prompt": "p"}
     with pytest.raises(Seen) as caught:
@@ -68,7 +68,7 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @torch.inference_mode()
 def test_an_encoded_picture_by_hand(pipeline) -> None:
-    """Scale and shift go to the mean, the scale alone to the spread; both are cut into tokens."""
+    """Scale and shift go to the mean, the scale alone to the standard deviation; both are cut into tokens."""
     engine = replace(pipeline.engine, latents=replace(pipeline.engine.latents, scale=2.0, shift=3.0))
     vae = pipeline.vae
     config = vae.config
@@ -81,8 +81,8 @@ def test_an_encoded_picture_by_hand(pipeline) -> None:
         vae.config = config
     assert encoded.grid == (2, 3) and encoded.tokens.shape == (6, 64)
     assert torch.equal(encoded.tokens, engine.latents.cut((mean - 3) * 2)[0])
-    assert torch.equal(encoded.spread, engine.latents.cut(torch.exp(logvar / 2) * 2)[0])
-    assert pipe.encode_image(PICTURE).spread is None, "deterministic"
+    assert torch.equal(encoded.std, engine.latents.cut(torch.exp(logvar / 2) * 2)[0])
+    assert pipe.encode_image(PICTURE).std is None, "deterministic"
 
 
 def test_what_comes_out_by_hand(pipeline) -> None:

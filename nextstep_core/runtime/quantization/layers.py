@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
-        self.kernel: Kernel | None = None  # until `prepare` has chosen one
+        self.kernel: Kernel | None = None  # until `choose_kernels` has chosen one
 
     def pack(self, kernel: Kernel, device: torch.device) -> None:
         """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
@@ -120,7 +120,7 @@ def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
         model.set_submodule(path, quantized)
 
 
-def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled."""
     kernels: dict[tuple[str, int], Kernel] = {}
     for _, layer in quantized_linears(model):

@@ -26,7 +26,7 @@ def job_for(pipeline, prompts, **options):
     engine = pipeline.engine
     settings = engine.recommended().override(steps=4, cfg=3.0, sampler="score-sde-1.1")
     captions = [Caption(prompt) for prompt in prompts]
-    return engine.prepare(captions, (3, 4), settings, seed=1, negative_prompt="blurry", **options)
+    return engine.make_job(captions, (3, 4), settings, seed=1, negative_prompt="blurry", **options)
 
 
 @torch.inference_mode()
@@ -56,7 +56,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
 
     def run() -> torch.Tensor:
-        sequence = TokenSequence(engine.model, StepShape.of(job, embeds.device, embeds.dtype))
+        sequence = TokenSequence(engine.model, StepShape.of_job(job, embeds.device, embeds.dtype))
         return sequence.prefill(embeds, job.rows.valid, None, "")
 
     whole = run()
@@ -228,7 +228,7 @@ def test_cfg_img_needs_all_three_branches_also_without_cfg(pipeline) -> None:
     captions = [Caption("<image>Add a hat.", (pipeline.encode_image(IMAGE),))]
     for cfg, cfg_img, branches in ((1.0, 1.0, 1), (3.0, 1.0, 2), (1.0, 2.0, 3), (3.0, 2.0, 3)):
         settings = pipeline.engine.recommended().override(cfg=cfg, cfg_img=cfg_img)
-        assert pipeline.engine.prepare(captions, (3, 4), settings, seed=1).rows.branches == branches
+        assert pipeline.engine.make_job(captions, (3, 4), settings, seed=1).rows.branches == branches
 
 
 def test_another_picture_under_the_same_words_is_another_prompt(pipeline) -> None:
@@ -269,7 +269,7 @@ def test_an_edit_in_a_batch_equals_it_alone(pipeline) -> None:
         Caption(f"<image>{t}", (pipeline.encode_image(i),)) for t, i in (("Add.", IMAGE), ("Remove red.", 1 - IMAGE))
     ]
     settings = engine.recommended().override(steps=4, cfg=3.0, cfg_img=2.0)
-    job = engine.prepare(captions, (3, 4), settings, seed=1)
+    job = engine.make_job(captions, (3, 4), settings, seed=1)
     both = decode(pipeline, job.part(0, 2))
     singles = torch.cat([decode(pipeline, job.part(i, i + 1)) for i in range(2)])
     assert (both - singles).abs().max() <= FLOAT_NOISE
@@ -299,8 +299,8 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatc
     assert (halves - whole).abs().max() <= FLOAT_NOISE
 
 
-def known(tokens: torch.Tensor, keep: list[int], one_by_one: bool = False) -> KnownTokens:
-    return KnownTokens(tokens, torch.tensor([n in keep for n in range(12)]), one_by_one)
+def known(tokens: torch.Tensor, keep: list[int], token_by_token: bool = False) -> KnownTokens:
+    return KnownTokens(tokens, torch.tensor([n in keep for n in range(12)]), token_by_token)
 
 
 @pytest.mark.parametrize("keep", [range(5), range(5, 12), (0, 1, 4, 5, 8), range(0, 12, 2)], ids=str)
@@ -321,7 +321,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(pipeline, done: 
     whole = decode(pipeline, job_for(pipeline, PROMPTS))
     partial = whole.clone()
     partial[:, done:] = 0
-    resumed = decode(pipeline, job_for(pipeline, PROMPTS, known=known(partial, list(range(done)), one_by_one=True)))
+    resumed = decode(pipeline, job_for(pipeline, PROMPTS, known=known(partial, list(range(done)), token_by_token=True)))
     assert torch.equal(resumed, whole)
 
 

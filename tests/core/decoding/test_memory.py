@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.subjects import PUBLISHED, SHAPES
+from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
 from nextstep_core.decoding.memory import PICTURE_512, RunSize, fitting_recipe, working_bytes
 from nextstep_core.loading.build import ModelPlan, plan_model
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.config import NextStepConfig
 
 GB = 10**9
-CONFIG = NextStepConfig.from_dict(PUBLISHED | SHAPES["14b"])
+CONFIG = NextStepConfig.from_dict(PUBLISHED_CONFIG | SHAPES["14b"])
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.documents import CARRIED, find_documents, is_marked
 from nextstep_core.loading.single_file import StreamedFile, save_model, save_vae
 from nextstep_core.loading.store import ASSETS
-from nextstep_core.runtime.quantization.products import ALIGNMENT
+from nextstep_core.runtime.quantization.products import WEIGHT_ALIGNMENT
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = {
@@ -50,7 +50,7 @@ def test_tensors_come_back_and_begin_aligned(tmp_path: Path, mark: str) -> None:
         assert opened.metadata() == {"mark": mark}
     data = path.read_bytes()
     header = json.loads(data[8 : 8 + (size := int.from_bytes(data[:8], "little"))])
-    assert (8 + size) % ALIGNMENT == 0 and file.size == len(data)
+    assert (8 + size) % WEIGHT_ALIGNMENT == 0 and file.size == len(data)
     starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name in TENSORS}
     assert all(start % TENSORS[name].dtype.itemsize == 0 for name, start in starts.items())
     assert list(starts)[:3] == ["a", "b", "half"]
