@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from ..errors import NextStepError, damaged
 from . import gguf_file
-from .documents import Documents
+from .documents import INDEX_NAME, Documents
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as users call them
-INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_NAMES_SHOWN = 8
 
