@@ -32,7 +32,8 @@ def shown(value: object) -> str:
         return str(value)
     if isinstance(value, float):
         return float.__repr__(value).removesuffix(".0")
-    return f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -24,8 +24,11 @@ from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL
 from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
+from .runtime.memory import check_room
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
+
+PIXEL_BYTES = 2 * 3 * torch.float32.itemsize  # of a picture as it comes from the VAE, and as it is handed out
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class NextStepPipeline:
             positive_prompt=positive_prompt,
             images_per_caption=count,
         )
+        check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
         for progress in self.engine.decode(job, self.device, self.dtype):
             if callback is not None:
                 callback(progress)

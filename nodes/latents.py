@@ -12,7 +12,7 @@ from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
-from .types import CATEGORY
+from .types import CATEGORY, check_sockets
 from .widgets import canvas_inputs
 
 
@@ -116,4 +116,5 @@ class NextStepVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: Any) -> io.NodeOutput:
+        check_sockets(samples=samples, vae=vae)
         return io.NodeOutput(decode_latent(vae, samples))

@@ -22,6 +22,7 @@ from ..model.positions import grid_side, has_codes
 from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
 from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
+from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
@@ -151,8 +152,8 @@ class NextStepEngine:
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
         all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch.
         """
+        start, size = 0, self._at_once(job, device, dtype, min(at_once or job.pictures, job.pictures))
         tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
-        start, size = 0, min(at_once or job.pictures, job.pictures)
         with weights_on(self.model, tokens.device):
             while start < job.pictures:
                 stop = min(start + size, job.pictures)
@@ -168,6 +169,14 @@ class NextStepEngine:
                     size = -(-size // 2)
                 else:
                     start = stop
+
+    def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:
+        """How many pictures are drawn together. A CPU's memory is asked beforehand: where it runs out, the system ends
+        the program instead of refusing."""
+        if device.type != "cpu":
+            return wanted
+        check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, f"{job.pictures} pictures")
+        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part(0, 1), dtype)).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)

@@ -30,8 +30,8 @@ def to_rgb(images: Tensor) -> Tensor:
     if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
         raise NextStepError(f"An input image has the shape {tuple(images.shape)}; expected (batch, height, width, 3).")
     if not images.is_floating_point() or images.layout is not torch.strided or images.device.type == "meta":
-        kind = str(images.dtype).removeprefix("torch.")
-        raise NextStepError(f"An input image holds {kind} values; expected fractions between 0 and 1.")
+        kind = f"{images.dtype}" if images.layout is torch.strided else f"{images.layout}"
+        raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")
     images = images.float()
     if not torch.isfinite(images).all():
         raise NextStepError("An input image holds NaN or infinite values.")

@@ -15,9 +15,11 @@ from torch import Tensor
 from ..errors import NextStepError, check_text, shown
 from ..images.latents import Grid
 from ..model.config import NextStepConfig
+from ..runtime.memory import check_room
 from .tokenizer import IMAGE_AREA, LONGEST, NextStepTokenizer, context_of
 
 IMAGE_SLOT = "<image>"
+POSITION_BYTES = 32  # of a row while it is laid out: ids and validity, as lists and as tensors
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def build_rows(
     ids = [read[text] for text in texts]
     width = max(map(len, ids))
     _check_context(config, width + len(prefix), grid)
+    check_room(len(ids) * (width + len(prefix)) * POSITION_BYTES, f"{len(ids)} prompts of {width:,} tokens")
     padded = [[config.pad_token_id_added] * (width - len(row)) + row + prefix for row in ids]
     valid = [[False] * (width - len(row)) + [True] * (len(row) + len(prefix)) for row in ids]
     images = tuple(row.images for row in rows)

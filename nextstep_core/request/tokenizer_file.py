@@ -20,6 +20,7 @@ PATTERNS = (_WORDS + r"\p{N}" + _REST, _WORDS + r"\p{N}{1,3}" + _REST)
 
 # Several times what published checkpoints have: 152 thousand tokens, the longest of 128 bytes, and 30 added ones.
 VOCABULARY = Range("The number of tokens", 1, 1_000_000)
+MERGES = Range("The number of merges", 0, 1_000_000)
 ADDED = Range("The number of added tokens", 0, 1_000)
 TOKEN_LENGTH = 256
 PARTS = 8  # of a sequence of steps, or of a template
@@ -102,7 +103,7 @@ def _checked_model(model: Any, where: str) -> dict[str, Any]:
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         raise NextStepError(f"{where} has no vocabulary and merges. {_ADVICE}")
     _count(VOCABULARY, vocabulary, where)
-    _count(VOCABULARY, merges or [""], where)
+    _count(MERGES, merges, where)
     if model.get("dropout"):
         raise NextStepError(f"{where}: its model drops merges at random, so no prompt would be read twice alike.")
     for token in vocabulary:

@@ -174,7 +174,7 @@ BAD = [
     ({"positive_prompt": 7}, "positive_prompt is 7"),
     ({"images": 5}, "0 <image> slot"),
     ({"prompt": "<image>x", "images": "a picture"}, "An input image is 'a picture'"),
-    ({"prompt": "<image>x", "images": torch.zeros(64, 64, 3) == 1}, "An input image holds bool values"),
+    ({"prompt": "<image>x", "images": torch.zeros(64, 64, 3) == 1}, "An input image holds torch.bool values"),
     ({"images": torch.zeros(64, 64, 3)}, "0 <image> slot"),
 ]
 

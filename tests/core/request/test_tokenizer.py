@@ -151,7 +151,7 @@ def test_equal_prompts_are_read_once(pipeline, monkeypatch) -> None:
     encode, seen = NextStepTokenizer.encode, []
     monkeypatch.setattr(NextStepTokenizer, "encode", lambda self, t, *a: seen.append(t) or encode(self, t, *a))
     settings = pipeline.engine.recommended()
-    pipeline.engine.prepare([Caption("a red circle")], (2, 2), settings, seed=1, images_per_caption=8)
+    pipeline.engine.make_job([Caption("a red circle")], (2, 2), settings, seed=1, images_per_caption=8)
     assert seen.count("a red circle") == 1
 
 
