@@ -27,6 +27,7 @@ from .types import CATEGORY, HostModel, ModelSocket
 log = logging.getLogger(__name__)
 
 AS_IT_IS, AUTO = "none", "auto"
+STORED = (AS_IT_IS, *RECIPES, AUTO)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[AS_IT_IS, *RECIPES, AUTO],
+                    options=list(STORED),
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
+from ..nextstep_core.images.placement import Placement
 from ..nextstep_core.request.layout import Caption
 from .host import stays_cached
 
@@ -17,6 +18,7 @@ CATEGORY = "NextStep"
 
 ModelSocket = io.Custom("NEXTSTEP_MODEL")
 PromptSocket = io.Custom("NEXTSTEP_PROMPT")
+OriginalSocket = io.Custom("NEXTSTEP_ORIGINAL")
 
 
 @dataclass(eq=False)
@@ -50,3 +52,15 @@ class PromptValue:
     def editing(self) -> bool:
         """Whether there is an input image."""
         return any(caption.images for caption in self.captions)
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """Pictures (B, H, W, 3) in [0, 1] as they came, and where the part that is drawn belongs in them.
+
+    `mask` (B, h, w) is the one on the canvas, or None where all of it is drawn.
+    """
+
+    pictures: Tensor
+    placement: Placement
+    mask: Tensor | None
