@@ -1,4 +1,4 @@
-"""Values that no widget and no node of ours would give: refused by the host, or one short sentence; then all goes on."""
+"""Values that no widget and no node of ours gives: refused by the host, or one short sentence; then all goes on."""
 
 from __future__ import annotations
 
