@@ -14,18 +14,25 @@ import torch
 from torch import Tensor
 
 from .decoding.engine import NextStepEngine
+from .decoding.job import PICTURES
 from .decoding.progress import Progress
-from .errors import NextStepError
+from .errors import NextStepError, check_text
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL
+from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
 from .runtime.interrupt import Check, checked, go_on, leaves
+from .runtime.memory import check_room
 from .runtime.shortage import LOADING_ADVICE, told
 from .runtime.streaming import send_away
+
+IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
+
+PIXEL_BYTES = 2 * 3 * torch.float32.itemsize  # of a picture as it comes from the VAE, and as it is handed out
 
 
 @dataclass(frozen=True)
@@ -104,9 +111,14 @@ class NextStepPipeline:
         Progress after every token and stops the run by raising; so may `check`, which is called before every layer of
         the networks. Raises NextStepError for impossible requests before any long work.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or num_images_per_prompt < 1:
-            raise NextStepError("Nothing to draw: give at least one prompt and at least one image per prompt.")
+        texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
+        if not prompts:
+            raise NextStepError("Nothing to draw: give at least one prompt.")
+        for name, text in (*(("A prompt", text) for text in prompts), *texts.items()):
+            check_text(name, text)
+        count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
+        PICTURES.check(len(prompts) * count)
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
             cfg=cfg,
@@ -127,9 +139,10 @@ class NextStepPipeline:
             seed=seed,
             negative_prompt=negative_prompt,
             positive_prompt=positive_prompt,
-            images_per_caption=num_images_per_prompt,
+            images_per_caption=count,
             check=check,
         )
+        check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
         make_room = partial(send_away, self.engine.model, self.device)
         with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
             for progress in run:
@@ -158,6 +171,9 @@ class NextStepPipeline:
                 f"The prompts have {sum(slots)} {IMAGE_SLOT} slot(s) for {len(pictures)} input image(s). Write "
                 f"{IMAGE_SLOT} once for each image, where it belongs in the text."
             )
+        for prompt, count in zip(prompts, slots):
+            if count:  # before its pictures are encoded; the others are read at once afterwards
+                self.engine.check_prompt(prompt)
         encoded = iter([self.encode_image(picture, vae_tile, check) for picture in pictures])
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 

@@ -22,7 +22,7 @@ from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
-from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,10 @@ PARTIAL = "nextstep_partial"
 
 
 def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
-    """The node's widgets over the checkpoint's recommendation."""
+    """The node's widgets over the checkpoint's recommendation; NextStepError for a value that is none."""
+    for name, value in {"cfg_img": cfg_img, **widgets}.items():
+        if value is None:
+            raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")
     return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
@@ -233,6 +236,9 @@ class NextStepSampler(DrawingNode):
         on_interrupt: str = DISCARD,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model, positive=positive, latent=latent)
+        if negative is not None:
+            check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
         host.note_in_picture(cls, model.facts)
         with torch.inference_mode(), host.memory_told("Drawing"):

@@ -21,15 +21,16 @@ from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
-from ..request.layout import Caption, EncodedImage, PromptRows, build_rows
-from ..request.tokenizer import NextStepTokenizer
+from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
+from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
+from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
-from .job import Job, KnownTokens
+from .job import PICTURES, Job, KnownTokens
 from .loop import decode
 from .memory import Piece, RunSize, working_bytes
 from .progress import Progress, TokenStep
@@ -109,6 +110,8 @@ class NextStepEngine:
 
         `check` may raise to stop.
         """
+        settings.check()
+        PICTURES.check(len(captions) * images_per_caption)
         rows = build_rows(
             self.tokenizer,
             self.config,
@@ -129,10 +132,13 @@ class NextStepEngine:
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
         return image.sampled(self.latents.cut(noise.for_posterior(*self.latents.shape(image.grid)))[0])
 
-    def check_prompt(self, text: str) -> None:
-        """NextStepError when `text` alone is longer than the model's context."""
-        limit, length = self.config.max_position_embeddings, len(self.tokenizer.encode(text))
-        if limit is not None and length > limit:
+    def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
+        """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
+        model's context by itself."""
+        words = self.tokenizer.check_length("The prompt", text).replace(IMAGE_SLOT, "")
+        limit = context_of(self.config)
+        length = len(self.tokenizer.encode(words)) + sum(rows * columns for rows, columns in grids)
+        if length > limit:
             raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
@@ -171,8 +177,9 @@ class NextStepEngine:
         width, height = self.latents.size(job.grid)
         needed = self.working_bytes(job.part(0, 1), dtype)
         with told(f"A picture of {width}x{height} pixels, beside the weights,", at, needed):
+            start, wanted = 0, min(at_once or job.pictures, job.pictures)
+            piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
             tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
-            start, piece = 0, Piece(min(at_once or job.pictures, job.pictures), CHUNK)
             while start < job.pictures:
                 start, shortage = yield from self._decode_pieces(job, tokens, start, piece, check)
                 if shortage is not None:
@@ -215,6 +222,14 @@ class NextStepEngine:
         left = "with more weights on the host" if smaller is None else f"with {smaller} at a time"
         log.warning("Out of memory on %s (%s). It goes on %s.", at, shortage, left)
         return smaller or piece
+
+    def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:
+        """How many pictures are drawn together. A CPU's memory is asked beforehand: where it runs out, the system ends
+        the program instead of refusing."""
+        if device.type != "cpu":
+            return wanted
+        check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, f"{job.pictures} pictures")
+        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part(0, 1), dtype)).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)

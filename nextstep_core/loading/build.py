@@ -36,6 +36,7 @@ from ..runtime.quantization.formats import quantize_in_pieces
 from .checkpoint import (
     TensorFiles,
     check_complete,
+    check_finite,
     find_model_files,
     find_tensors,
     read_tensors,
@@ -43,6 +44,7 @@ from .checkpoint import (
     shapes_of,
 )
 from .documents import CONFIG, Documents, find_documents
+from .files import is_file
 from .fusion import fuse_locations, published_shapes
 
 GRID_CODES = "gen_pos_embed"
@@ -104,6 +106,7 @@ class ModelPlan:
                 yield name, tensor
                 continue
             weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
+            check_finite(name, scale, self.files.locations[name][0][0])  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
             yield name, weight.to(device)
             yield f"{name}_scale", scale.to(device)
@@ -139,7 +142,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     one by itself); NextStepError when they lie in another one already.
     """
     documents = find_documents(path)
-    if quantization is None and path.is_file():
+    if quantization is None and is_file(path):
         quantization = reader_of(path).recipe(path)
     recipe = None if quantization is None else find_recipe(quantization, torch.device(device))
     if documents.quantization is not None:
@@ -152,9 +155,11 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     stored = documents.quantization is not None
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
-    model = shapes_of(empty_model(config, recipe if stored else None))
-    text_embedding = shapes_of(TextEmbedding(config, device="meta"))
-    check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
+    empty = empty_model(config, recipe if stored else None)
+    model, text_embedding = shapes_of(empty), shapes_of(TextEmbedding(config, device="meta"))
+    expected = published_shapes(model | text_embedding, files.shapes, config)
+    quantized = {f"{name}.weight": layer.weight.dtype for name, layer in quantized_linears(empty)}
+    check_complete(files, expected, OPTIONAL, quantized)
     files = fuse_locations(files, model, config)
     return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored)
 
@@ -188,10 +193,10 @@ def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype, check
 
 def find_vae(path: Path) -> tuple[Path, Documents]:
     """(weights file, documents) of a VAE given as a folder, a `.pt` or a `.safetensors` file."""
-    if path.is_file():
+    if is_file(path):
         return path, find_documents(path)
     for name in VAE_WEIGHT_NAMES:
-        if (path / name).is_file():
+        if is_file(path / name):
             return path / name, Documents(path)
     raise NextStepError(
         f"{path} holds no VAE: expected config.json and checkpoint.pt there. "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
 from ..errors import OutOfMemory, is_out_of_memory
-from .memory import format_bytes
+from .memory import format_bytes, spare_bytes
 
 CPU = torch.device("cpu")
 REASON_LENGTH = 200
@@ -44,9 +44,9 @@ def reason_of(error: Exception) -> str:
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that a device has free, or None where that cannot be asked."""
-    with suppress(RuntimeError, OSError, ValueError, AttributeError):  # each system lacks some of it
+    with suppress(RuntimeError):  # of a device that is not well after its error
         if device.type == "cuda":
             return int(torch.cuda.mem_get_info(device)[0])
         if device.type == "cpu":
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return spare_bytes() if spare_bytes() < sys.maxsize else None
     return None
