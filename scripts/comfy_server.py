@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-NextStep"
 PREVIEW_EVENTS = (1, 4)
 TEXT_EVENT = 3
-START_SECONDS = 120
+START_SECONDS = 300
 NO_HOST = "no ComfyUI found: make hosts with scripts/hosts.sh, or set COMFYUI_PATH to a checkout"
 
 
