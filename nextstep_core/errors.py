@@ -87,6 +87,8 @@ OUT_OF_MEMORY_SIGNS = (
     "can't allocate memory",  # the host's allocator
     "cannot allocate memory",  # the host's system, for files that are mapped
     "not enough memory",  # the same on Windows
+    "could not create a primitive",  # oneDNN, for whatever it has no memory for
+    "could not create a memory object",
 )
 
 
