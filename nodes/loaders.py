@@ -15,6 +15,7 @@ from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
 from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.images.latents import LatentSpace
+from ..nextstep_core.loading import offers
 from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
@@ -22,11 +23,13 @@ from ..nextstep_core.model.nextstep import NextStepModel
 from ..nextstep_core.runtime.memory import in_words
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
+from .download import fetch
 from .types import CATEGORY, HostModel, ModelSocket
 
 log = logging.getLogger(__name__)
 
 AS_IT_IS, AUTO = "none", "auto"
+TO_FETCH = "to be fetched"
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,17 @@ _loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDict
 
 def load_model(name: str, options: LoadOptions) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
-    path = catalog.find_model(name)
+    path = model_path(name)
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
         model = _loaded[key] = _load(path, options)
     return model
+
+
+def model_path(name: str) -> Path:
+    """Where the checkpoint of a saved name lies; fetches it where the name asks for it and it is not there."""
+    return catalog.find_model(name) or fetch(offers.bare(name))
 
 
 def _load(path: Path, options: LoadOptions) -> HostModel:
@@ -116,9 +124,10 @@ class NextStepModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list(catalog.models()) or [catalog.NOTHING_FOUND],
+                    options=catalog.model_options(),
                     tooltip="A checkpoint folder in models/nextstep, or a single NextStep file in models/nextstep or "
-                    "models/diffusion_models.",
+                    "models/diffusion_models. An entry that says it downloads is fetched from Hugging Face into "
+                    "models/nextstep when the node runs, and is there from then on.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -166,7 +175,8 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
-        return catalog.fingerprint(catalog.find_model(model_name))
+        path = catalog.find_model(model_name)
+        return TO_FETCH if path is None else catalog.fingerprint(path)
 
     @classmethod
     def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
@@ -189,9 +199,10 @@ class NextStepVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=list(catalog.vaes()) or [catalog.NOTHING_FOUND],
+                    options=catalog.vae_options(),
                     tooltip="A single NextStep VAE file in models/vae or models/nextstep, a folder with config.json "
-                    "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it.",
+                    "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it. An "
+                    "entry that says it downloads is fetched when the node runs.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes take it too.")],
@@ -208,9 +219,10 @@ class NextStepVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str) -> str:
-        return fingerprint(catalog.find_vae(vae_name))
+        path = catalog.find_vae(vae_name)
+        return TO_FETCH if path is None else fingerprint(path)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        config, state = load_vae_state(catalog.find_vae(vae_name))
+        config, state = load_vae_state(catalog.find_vae(vae_name) or fetch(offers.bare(vae_name)))
         return io.NodeOutput(host.native_vae(config, state))

@@ -64,13 +64,22 @@ def _hub_cache() -> Path:
 
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
-    found = {}
-    snapshots = sorted(_hub_cache().glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
-    for folder in snapshots:
-        if _has_weights(folder) and _is_nextstep(folder):
-            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-            found[repo] = folder
-    return found
+    return {repo: folder for repo, folder in _snapshots() if _has_weights(folder) and _is_nextstep(folder)}
+
+
+def cached_vaes() -> dict[str, Path]:
+    """VAEs that lie alone in the Hugging Face cache, in the same way."""
+    return {repo: folder for repo, folder in _snapshots() if _holds_vae(folder)}
+
+
+def _snapshots() -> list[tuple[str, Path]]:
+    """(hub id, folder) of what is in the Hugging Face cache, the newest last."""
+    folders = sorted(_hub_cache().glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
+    return [(f.parent.parent.name.removeprefix("models--").replace("--", "/"), f) for f in folders]
+
+
+def _holds_vae(folder: Path) -> bool:
+    return (folder / VAE_WEIGHT_NAMES[0]).is_file() and VAE_KEY in _config(folder)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -20,11 +20,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import NextStepError, check_choice
+from .hub import reach, refusal
+from .meter import Meter
 from .store import HUB_FILES
+from .transfer import fetch_file
 
 PUBLISHED = {
     "NextStep-1.1": "stepfun-ai/NextStep-1.1",
@@ -88,17 +92,15 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main") -> Down
     from huggingface_hub import HfApi
 
     repo_id = PUBLISHED.get(name_or_repo, name_or_repo)
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-    except Exception as error:  # the hub's exception types moved between versions
-        raise NextStepError(f"{repo_id} at {revision} could not be found on Hugging Face ({_reason(error)}).") from None
+    folder = root / repo_id.split("/")[-1]
+    info = reach(repo_id, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True), folder)
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(RemoteFile(s.rfilename, s.size or 0, s.lfs["sha256"] if s.lfs else None) for s in wanted)
     if CONFIG not in {file.path for file in files}:
         raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
     if any(".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute() for file in files):
         raise NextStepError(f"{repo_id} names files outside its folder. Do not use it.")
-    plan = Download(repo_id, info.sha or revision, root / repo_id.split("/")[-1], files)
+    plan = Download(repo_id, info.sha or revision, folder, files)
     check_room(plan)
     return plan
 
@@ -119,8 +121,8 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
 
     config.json comes last, so that no model list shows a folder before it is whole.
     """
-    paths = sorted((file.path for file in plan.files), key=lambda path: (path == CONFIG, path))
-    request = json.dumps({"repo": plan.repo_id, "commit": plan.commit, "folder": str(plan.folder), "paths": paths})
+    files = sorted((f.path == CONFIG, f.path, f.size, f.sha256 or plan.commit) for f in plan.files)
+    request = json.dumps({"repo": plan.repo_id, "commit": plan.commit, "folder": str(plan.folder), "files": files})
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--fetch"]
     process = subprocess.Popen(
@@ -137,8 +139,10 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
         process.kill()
         process.wait()
     if process.returncode != 0:
-        reason = (process.stderr.read().strip().splitlines() or ["it stopped"])[-1]
-        raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to resume.")
+        said = (process.stderr.read().strip().splitlines() or ["the transfer stopped"])[-1]
+        known = said.startswith(plan.repo_id)  # the child's own sentence, not the end of a traceback
+        error = NextStepError(said) if known else refusal(plan.repo_id, said.rstrip("."), plan.folder)
+        raise NextStepError(f"{error} What is there is kept, and the next run goes on from it.")
     verify(plan, on_progress)
     return plan.folder
 
@@ -163,18 +167,16 @@ def _sha256(path: Path, plan: Download, on_progress: Callable[[int, int], None])
     return digest.hexdigest()
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _fetch(request: dict[str, Any]) -> None:
-    """The child process: one file after another, until done or until the parent is gone."""
-    from huggingface_hub import hf_hub_download
-
+    """The child process: one file after another, until done or until the parent is gone; its last line is the reason
+    where it fails."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    for path in request["paths"]:
-        hf_hub_download(request["repo"], path, revision=request["commit"], local_dir=request["folder"])
+    repo, commit, folder = request["repo"], request["commit"], Path(request["folder"])
+    try:
+        for _, path, size, content in request["files"]:
+            reach(repo, partial(fetch_file, repo, commit, path, size, content, folder), folder)
+    except NextStepError as error:
+        sys.exit(str(error))
 
 
 def _exit_with_parent() -> None:
@@ -182,8 +184,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _show(done: int, size: int) -> None:
-    print(f"\r{done / 1e9:8.2f} of {size / 1e9:.2f} GB", end="", flush=True)
+def _show(done: int, size: int, meter: Meter) -> None:
+    print(f"\r{meter.text(done, size):<60}", end="", flush=True)
 
 
 def main() -> None:
@@ -203,7 +205,7 @@ def main() -> None:
         plan = plan_download(options.name, options.to, options.revision)
         print(plan.describe())
         if not options.dry_run:
-            print(f"\nDone: {download(plan, _show)}")
+            print(f"\nDone: {download(plan, partial(_show, meter=Meter()))}")
     except NextStepError as error:
         sys.exit(str(error))
 
