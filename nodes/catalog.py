@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..nextstep_core.errors import NextStepError
-from ..nextstep_core.loading import catalog, hub, offers
+from ..nextstep_core.loading import catalog, hub, kept, offers
 from ..nextstep_core.loading.download import PUBLISHED
 from ..nextstep_core.loading.store import ASSETS, EMBEDDED
 from . import host
@@ -32,9 +32,13 @@ VAE = Kind("VAE", (offers.VAE_ALONE,), "nextstep-vae.safetensors in models/vae")
 
 def models() -> dict[str, Path]:
     """Checkpoints by the name that the dropdown shows: those in the host's folders, then those in the Hugging Face
-    cache, and the embedded one last."""
+    cache, those of which only the quantized weights are left, and the embedded one last."""
     found = catalog.models(host.model_roots(), host.single_file_roots())
     found |= {offers.remark(repo, offers.CACHED): folder for repo, folder in catalog.cached_models().items()}
+    # What was quantized stands for a checkpoint only where that is gone.
+    for name, folder in kept.all_shelves(host.model_roots()).items():
+        if offers.find(name, found) is None:
+            found[offers.remark(name, offers.KEPT)] = folder
     if (ASSETS / EMBEDDED).is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
     return found
@@ -62,6 +66,11 @@ def vae_options() -> list[str]:
 def _options(there: dict[str, Path], kind: Kind) -> list[str]:
     # The first is what a new node starts with: never a download.
     return [*(there or [NOTHING_FOUND]), *(offers.offers(kind.published, there) if hub.forbidden() is None else ())]
+
+
+def name_of(checkpoint: Path) -> str:
+    """The name of a checkpoint that is listed, without remarks."""
+    return next((offers.bare(label) for label, path in models().items() if path == checkpoint), checkpoint.name)
 
 
 def vae_of(checkpoint: Path) -> Path | None:

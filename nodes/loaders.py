@@ -13,9 +13,9 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import LatentSpace
-from ..nextstep_core.loading import offers
+from ..nextstep_core.loading import kept, offers
 from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
@@ -24,6 +24,7 @@ from ..nextstep_core.runtime.memory import in_words
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .download import fetch
+from .keeping import KEEP_AUTO, KEEP_OFF, KEEPING, Keeper
 from .types import CATEGORY, HostModel, ModelSocket
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,17 @@ class LoadOptions:
 _loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDictionary()
 
 
-def load_model(name: str, options: LoadOptions) -> HostModel:
-    """The model behind a dropdown name; loads it unless an equal one is still in use."""
+def load_model(name: str, options: LoadOptions, keeping: str = KEEP_OFF) -> HostModel:
+    """The model behind a dropdown name; loads it unless an equal one is still in use.
+
+    `keeping` is one of KEEPING: what becomes of weights that are quantized on the way.
+    """
+    check_choice("keep_quantized", keeping, KEEPING)
     path = model_path(name)
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, options)
+        model = _loaded[key] = _load(path, options, keeping)
     return model
 
 
@@ -60,21 +65,29 @@ def model_path(name: str) -> Path:
     return catalog.find_model(name) or fetch(offers.bare(name))
 
 
-def _load(path: Path, options: LoadOptions) -> HostModel:
+def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     device = host.compute_device()
-    stated = None if options.quantization in (AS_IT_IS, AUTO) else options.quantization
-    plan = plan_model(path, stated, device)
+    shelves = kept.shelves(catalog.name_of(path), path, host.model_roots())
+    left = kept.by_recipe(shelves) if kept.lacks_weights(path) else {}
+    if left:
+        path = _left_of(path, left, options)
+        plan = plan_model(path, None, device)
+    else:
+        plan = plan_model(path, None if options.quantization in (AS_IT_IS, AUTO) else options.quantization, device)
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
         plan = _with_fitting_recipe(plan, compute)
+    plan = plan.for_computing_on(device)
+    keeper = Keeper.of(plan, storage, shelves, keeping, path)
+    plan = keeper.plan
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
         read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
-        adopted.append(host.adopt(model, read, compute))
+        adopted.append(host.adopt(model, keeper.passing(read), compute))
         return model
 
     engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs and host.graphs_allowed())
@@ -82,8 +95,23 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     host.on_unload(patcher, engine.release)
     stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
-    host.show_text(f"weights stored as {stored}")
+    host.show_text("\n".join([f"weights stored as {stored}", *keeper.remarks()]))
     return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
+
+
+def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
+    """Of the quantized files that are left of a checkpoint without its weights, the one to load."""
+    if options.quantization == AUTO:
+        smallest = min(left.values(), key=lambda file: file.stat().st_size)
+        room, plan = host.card_memory(), plan_model(smallest)
+        _, compute = host.pick_dtypes(options.dtype, plan.parameters)
+        return left.get((room is not None and fitting_recipe(plan, compute, room)) or AS_IT_IS, smallest)
+    if options.quantization not in left:
+        raise NextStepError(
+            f"{path} has no weights any more; what was kept of them is {' and '.join(left)}. Choose that or auto as "
+            "quantization, or get the checkpoint again with Download NextStep Model."
+        )
+    return left[options.quantization]
 
 
 def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
@@ -152,6 +180,15 @@ class NextStepModelLoader(io.ComfyNode):
                     tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if your "
                     "driver has problems with it; the pictures are the same.",
                 ),
+                io.Combo.Input(
+                    "keep_quantized",
+                    options=list(KEEPING),
+                    default=KEEP_AUTO,
+                    optional=True,
+                    tooltip="What was quantized while loading is kept in models/nextstep/.quantized and read from "
+                    "there the next time. auto: where the disk has room. keep originals: the same, and the node says "
+                    "which files you may delete then; none is deleted for you. off: quantize anew each time.",
+                ),
             ],
             outputs=[
                 ModelSocket.Output("model", display_name="model", tooltip="The model with its tokenizer."),
@@ -179,8 +216,8 @@ class NextStepModelLoader(io.ComfyNode):
         return TO_FETCH if path is None else catalog.fingerprint(path)
 
     @classmethod
-    def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
-        model = load_model(model_name, LoadOptions(**options))
+    def execute(cls, model_name: str, keep_quantized: str = KEEP_AUTO, **options: Any) -> io.NodeOutput:
+        model = load_model(model_name, LoadOptions(**options), keep_quantized)
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
         return io.NodeOutput(model, model.vae or host.NoOutput(missing))
 

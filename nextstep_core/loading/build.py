@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ from ..runtime.quantization import (
     quantized_linears,
     replace_linears,
 )
-from ..runtime.quantization.formats import quantize_in_pieces
+from ..runtime.quantization.formats import Int4, quantize_in_pieces
+from ..runtime.quantization.layouts import RowBlocks, cpu_layout, find_layout
 from .checkpoint import (
     TensorFiles,
     check_complete,
@@ -53,7 +54,8 @@ VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_mod
 class ModelPlan:
     """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet.
 
-    `recipe` is how the weights will be stored once loaded; where `stored` they lie so in the files already.
+    `recipe` is how the weights will be stored once loaded; where `stored` they lie so in the files already. `layout` is
+    how int4 weights lie in the files or, where they are quantized while loading, are to lie.
     """
 
     documents: Documents
@@ -63,6 +65,7 @@ class ModelPlan:
     text_embedding_names: tuple[str, ...]
     recipe: Recipe | None = None
     stored: bool = False
+    layout: RowBlocks | None = None
 
     @property
     def parameters(self) -> int:
@@ -73,7 +76,15 @@ class ModelPlan:
         self, operations: Operations = DEFAULT, quantized_layer: type[QuantizedLinear] = QuantizedLinear
     ) -> NextStepModel:
         """The image model without memory, on the meta device, from these families of layers."""
-        return empty_model(self.config, self.recipe, operations, quantized_layer)
+        model = empty_model(self.config, self.recipe, operations, quantized_layer)
+        for _, layer in quantized_linears(model):
+            layer.layout = self.layout if isinstance(layer.format, Int4) else None
+        return model
+
+    def for_computing_on(self, device: torch.device) -> ModelPlan:
+        """The plan with int4 weights laid out for `device` right when they are quantized, where that is possible."""
+        laid_out = not self.stored and self.recipe is not None and self.recipe.has_layouts and device.type == "cpu"
+        return replace(self, layout=cpu_layout()) if laid_out else self
 
     def read_model(
         self,
@@ -102,6 +113,8 @@ class ModelPlan:
                 continue
             weight, scale = quantize_in_pieces(to_quantize[name], tensor)
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
+            if self.layout is not None and isinstance(to_quantize[name], Int4):
+                weight = self.layout.pack(weight)
             yield name, weight.to(device)
             yield f"{name}_scale", scale.to(device)
         if GRID_CODES in self.model_names and GRID_CODES not in present:
@@ -116,8 +129,9 @@ class ModelPlan:
 
     def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
         """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""
-        model = self.empty_model()
-        fill(model, dict(self.read_model(device, dtype)))
+        plan = self.for_computing_on(torch.device(device))
+        model = plan.empty_model()
+        fill(model, dict(plan.read_model(device, dtype)))
         make_ready(model, torch.device(device), model.norm.weight.dtype)
         return model
 
@@ -147,13 +161,14 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
             )
         recipe = held
     stored = documents.quantization is not None
+    layout = None if documents.layout is None else find_layout(documents.layout)
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
     model = shapes_of(empty_model(config, recipe if stored else None))
     text_embedding = shapes_of(TextEmbedding(config, device="meta"))
     check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
     files = fuse_locations(files, model, config)
-    return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored)
+    return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored, layout)
 
 
 def empty_model(

@@ -15,6 +15,7 @@ from .build import VAE_WEIGHT_NAMES
 from .checkpoint import INDEX_NAME, SINGLE_NAME
 from .documents import CONFIG, find_documents, is_marked
 from .gguf_file import SUFFIX as GGUF
+from .kept import FOLDER
 from .store import vae_beside
 
 DEPTH = 3
@@ -28,7 +29,7 @@ def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     for root in roots:
         for depth in range(DEPTH + 1):
             found += [(root, config.parent) for config in root.glob("/".join(["*"] * depth + ["config.json"]))]
-    return sorted(found)
+    return sorted((root, folder) for root, folder in found if FOLDER not in folder.relative_to(root).parts)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _single_files(roots: Sequence[Path], holds: str) -> dict[str, Path]:
     for root in roots:
         for depth in range(DEPTH + 1):
             for path in sorted(root.glob("/".join(["*"] * depth + ["*.safetensors"]))):
-                if is_marked(path) and holds in _config(path):
+                if FOLDER not in path.relative_to(root).parts and is_marked(path) and holds in _config(path):
                     found.setdefault(path.relative_to(root).as_posix(), path)
     return found
 
