@@ -36,7 +36,7 @@ from benchmarks.sweep import need_matplotlib, plot, sweep
 from benchmarks.timing import Case
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.errors import NextStepError
-from nextstep_core.images.latents import PUBLISHED
+from nextstep_core.images.latents import PUBLISHED_LATENTS
 from nextstep_core.loading.checkpoint import DTYPES
 from nextstep_core.runtime.quantization import RECIPES
 from nextstep_core.sampling.settings import GenerationSettings
@@ -47,7 +47,7 @@ def size(text: str) -> tuple[int, int]:
     """(width, height) of "512x512"."""
     try:
         width, height = map(int, text.split("x"))
-        PUBLISHED.grid(height, width)
+        PUBLISHED_LATENTS.grid(height, width)
     except NextStepError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     except ValueError:

@@ -29,7 +29,7 @@ from nextstep_core.loading.store import ASSETS, EMBEDDED
 from nextstep_core.model.config import NextStepConfig
 from nextstep_core.model.nextstep import TextEmbedding
 
-from .subjects import BIAS_STD, GAIN, PUBLISHED, SHAPES
+from .subjects import BIAS_STD, GAIN, PUBLISHED_CONFIG, SHAPES
 
 VOCABULARY = 152064  # of Qwen2.5-14B; its embedding and the language head are a tenth of the file
 SHARD_BYTES = 5_000_000_000
@@ -41,7 +41,7 @@ def description_of(shape: dict[str, int]) -> dict[str, Any]:
     """The config.json of a checkpoint of this shape that the embedded model's tokenizer goes with."""
     embedded = json.loads((ASSETS / EMBEDDED / CONFIG).read_text())
     return (
-        PUBLISHED
+        PUBLISHED_CONFIG
         | {name: embedded[name] for name in SPECIAL}
         | {"vocab_size": VOCABULARY, "vae_name_or_path": "vae/"}
         | shape
@@ -74,7 +74,7 @@ class RandomWeights:
         self._pool = torch.randn(POOL, generator=generator)
         self._generator = generator
 
-    def draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor in bfloat16: ones for a norm, small for a bias, and what keeps the variance for a matrix."""
         if len(shape) == 1 and name.endswith("weight"):
             return torch.ones(shape, dtype=torch.bfloat16)
@@ -94,7 +94,7 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with StreamedFile(path, like, {"format": "pt"}) as file:
             for name, tensor in like.items():
-                file.write(name, weights.draw(name, tuple(tensor.shape)))
+                file.write(name, weights.tensor(name, tuple(tensor.shape)))
         held |= dict.fromkeys(like, path.name)
     size = sum(t.nbytes for like in shards for t in like.values())
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": held}))

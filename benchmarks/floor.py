@@ -1,4 +1,4 @@
-"""The memory-bound floor: bytes that a token cannot be drawn without reading, over the memory's bandwidth.
+"""The memory-bound floor: bytes that a token cannot be made without reading, over the memory's bandwidth.
 
 Bytes are those of the model's own tensors, so a quantized model has a lower floor. Activations are not counted: they
 may stay in caches and registers.
@@ -37,14 +37,14 @@ class TokenBytes:
         return self.transformer + self.kv
 
     @property
-    def draw(self) -> int:
-        """The draw from the head."""
+    def sampling(self) -> int:
+        """Sampling from the head."""
         return self.head_once + self.calls * self.head_call
 
     @property
     def token(self) -> int:
         """All of it."""
-        return self.step + self.draw
+        return self.step + self.sampling
 
 
 def part_of(name: str) -> str | None:

@@ -57,7 +57,7 @@ def settings_of(case: Case, quantization: str | None) -> dict[str, Any]:
 
 def floor_of(read: TokenBytes, rate: Bandwidth, token_seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     """Floor in seconds, and how many times as long it took, of the transformer, the head and the whole token."""
-    sizes = {"transformer": read.step, "head": read.draw, "token": read.token}
+    sizes = {"transformer": read.step, "head": read.sampling, "token": read.token}
     floors = {name: size / rate.bytes_per_second for name, size in sizes.items()}
     return {
         "seconds": floors,

@@ -29,7 +29,7 @@ BIAS_STD = 0.02
 GAIN = 0.5
 
 # The published transformer and head, but for the vocabulary: its embedding is not read while a picture is drawn.
-PUBLISHED = {
+PUBLISHED_CONFIG = {
     "architectures": ["NextStep"],
     "model_type": "nextstep",
     "attention_bias": True,
@@ -72,7 +72,7 @@ SHAPES = {
         "intermediate_size": 2816,
     },
 }
-PUBLISHED_VAE = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16)
+PUBLISHED_VAE_CONFIG = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16)
 
 
 @dataclass(frozen=True)
@@ -113,20 +113,21 @@ def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantiza
         fill(model, dict(plan.read_model(device, dtype)))
         return model
 
-    engine = NextStepEngine.assemble(plan, LatentSpace.of(plan.config, vae.config), load)
+    engine = NextStepEngine.assemble(plan, LatentSpace.from_configs(plan.config, vae.config), load)
     return Subject(source, plan.documents.read(CONFIG), engine, vae)
 
 
 def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
     """A model of `SHAPES[shape]` with random weights, made where they stay."""
-    description = PUBLISHED | SHAPES[shape]
+    description = PUBLISHED_CONFIG | SHAPES[shape]
     config = NextStepConfig.from_dict(description)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = randomized(NextStepModel(config, dtype=dtype, device="meta"), device)
         text_embedding = randomized(TextEmbedding(config, dtype=dtype, device="meta"), torch.device("cpu"))
-        vae = randomized(AutoencoderKL(PUBLISHED_VAE, dtype=dtype, device="meta"), device)
-    latents, says = LatentSpace.of(config, PUBLISHED_VAE), Published(False, TEXT_TO_IMAGE_PRETRAIN, EDIT_1_0)
+        vae = randomized(AutoencoderKL(PUBLISHED_VAE_CONFIG, dtype=dtype, device="meta"), device)
+    latents = LatentSpace.from_configs(config, PUBLISHED_VAE_CONFIG)
+    says = Published(False, TEXT_TO_IMAGE_PRETRAIN, EDIT_1_0)
     reads_nothing = NextStepTokenizer(None, None)  # its prompts are made of ids
     caches = StepCaches(StepGraphs(model))
     engine = NextStepEngine(config, latents, says, reads_nothing, text_embedding, model, caches)

@@ -71,12 +71,12 @@ def products(rows: Sequence[dict[str, Any]]) -> str:
 
 def head(result: dict[str, Any]) -> str:
     """Milliseconds by steps, and what the line through them says."""
-    rows = [[row["steps"], number(row["milliseconds"], " ms")] for row in result["draws"]]
+    rows = [[row["steps"], number(row["milliseconds"], " ms")] for row in result["samplings"]]
     line = (
         f"{number(result['milliseconds_a_step'], ' ms')} a step and {number(result['milliseconds_besides'], ' ms')} "
         "a token besides."
     )
-    return table([">steps", ">a draw"], rows) + "\n\n" + line
+    return table([">steps", ">a token"], rows) + "\n\n" + line
 
 
 def streaming(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The clock around the parts of a picture: prefill, the transformer's step, the head's draw, the VAE, and the whole.
+"""The clock around the parts of a picture: prefill, transformer step, sampling from the head, the VAE, and the whole.
 
 Prompts are random ids of a given length: what they say does not change the cost.
 """
@@ -91,7 +91,7 @@ class Case:
     def captures(self) -> bool:
         """Whether the work of a token is captured here."""
         graphs = self.caches.graphs
-        return graphs is not None and graphs.fit(self.device)
+        return graphs is not None and graphs.supports(self.device)
 
 
 def draw_tokens(case: Case, seed: int) -> Tensor:
@@ -107,7 +107,7 @@ def decode_pictures(case: Case, tokens: Tensor) -> Tensor:
     return case.subject.vae.decode(latents.to(case.dtype), run_in_tiles)
 
 
-def spread(places: int, count: int) -> list[int]:
+def evenly_spaced(places: int, count: int) -> list[int]:
     """`count` of `places` places (all where there are fewer), evenly over the whole."""
     count = min(places, count)
     return [int((i + 0.5) * places / count) for i in range(count)]
@@ -115,20 +115,20 @@ def spread(places: int, count: int) -> list[int]:
 
 @torch.inference_mode()
 def time_parts(case: Case, count: int) -> dict[str, float]:
-    """Seconds of the whole prefill, and of the step and the draw of a token, as means over `count` places.
+    """Seconds of the whole prefill, and of the step and the sampling of a token, as means over `count` places.
 
     The places lie evenly over the picture, so that the growing KV cache counts with its mean length.
     """
     device, total, job = case.device, case.tokens, case.job(seed=0)
     embeds = case.subject.engine.embed(job.rows, device, case.dtype)
-    sequence, draw = case.caches.steps(case.subject.model, StepShape.of(job, device, case.dtype))
+    sequence, sample = case.caches.steps(case.subject.model, StepShape.of_job(job, device, case.dtype))
     valid = job.rows.valid.to(device)
     prefill, hidden = timed(device, lambda: sequence.prefill(embeds, valid, None, ""))
-    noise = job.noise.token(draw.draws).to(device)
+    noise = job.noise.for_token(sample.noise_count).to(device)
     guidance = guidance_scales(case.settings, total, device)[0]
     head, transformer = [], []
-    for place in spread(max(1, total - 1), count):
-        seconds, token = timed(device, partial(draw, hidden, noise, guidance))
+    for place in evenly_spaced(max(1, total - 1), count):
+        seconds, token = timed(device, partial(sample, hidden, noise, guidance))
         head.append(seconds)
         seconds, hidden = timed(device, partial(sequence.feed, token[:, None], place))
         transformer.append(seconds)

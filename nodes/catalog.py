@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.loading import catalog, hub, kept, offers
-from ..nextstep_core.loading.download import PUBLISHED
+from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS
 from ..nextstep_core.loading.store import ASSETS, EMBEDDED
 from . import host
 
@@ -90,9 +90,9 @@ def find_model(name: str) -> Path | None:
 
     NextStepError says what would do instead and how to get it if it is not there.
     """
-    there = models()
-    fitting = offers.would_do(name, (label for label in there if label != EMBEDDED_LABEL))
-    return _find(name, there, MODEL, offers.nearest(name), fitting)
+    there, text = models(), name if isinstance(name, str) else ""
+    fitting = offers.would_do(text, (label for label in there if label != EMBEDDED_LABEL))
+    return _find(name, there, MODEL, offers.nearest(text), fitting)
 
 
 def find_vae(name: str) -> Path | None:
@@ -102,10 +102,12 @@ def find_vae(name: str) -> Path | None:
 
 
 def _find(name: str, there: dict[str, Path], kind: Kind, wanted: str, fitting: list[str]) -> Path | None:
-    found = offers.find(name, there)
-    if found is not None or (offers.asked_for(name, kind.published) and hub.forbidden() is None):
-        return found
-    what = "" if name == NOTHING_FOUND else f" {offers.bare(name)!r}"
+    if isinstance(name, str):
+        found = offers.find(name, there)
+        if found is not None or (offers.asked_for(name, kind.published) and hub.forbidden() is None):
+            return found
+        name = offers.bare(name)
+    what = "" if name == NOTHING_FOUND else f" {shown(name)}"
     said = [f"There is no NextStep {kind.word}{what}."]
     if fitting:
         said.append(f"Of what you have, {' or '.join(fitting[:MOST_NAMED])} would do: choose it in the node.")
@@ -113,6 +115,6 @@ def _find(name: str, there: dict[str, Path], kind: Kind, wanted: str, fitting: l
         forbids = hub.forbidden()
         allow = f"unset {forbids}, which forbids downloads, and " if forbids else ""
         said.append(f"To get {wanted}: {allow}choose {offers.offer(wanted)} in the node and press Run.")
-        said.append(hub.by_hand(PUBLISHED[wanted], host.model_roots()[0] / wanted))
+        said.append(hub.by_hand(PUBLISHED_CHECKPOINTS[wanted], host.model_roots()[0] / wanted))
     said.append(f"A single file ({kind.file}) does too. Then press R to refresh the node.")
     raise NextStepError(" ".join(said))

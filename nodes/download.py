@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..nextstep_core.loading.download import PUBLISHED, download, plan_download
+from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
 from ..nextstep_core.loading.meter import Meter
 from . import host
 from .types import CATEGORY
@@ -20,7 +20,7 @@ def fetch(checkpoint: str, revision: str = "main") -> Path:
 
     An interrupt ends it and keeps what is there. NextStepError when it cannot be had.
     """
-    plan = plan_download(checkpoint, host.model_roots()[0], revision)
+    plan = plan_download(checkpoint, host.model_roots()[0], revision, host.check_interrupt)
     log.info("Downloading %s", plan.describe())
     reporter, meter, last = host.ProgressReporter(max(1, plan.size)), Meter(), -1
 
@@ -51,7 +51,7 @@ class NextStepDownload(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=list(PUBLISHED),
+                    options=list(PUBLISHED_CHECKPOINTS),
                     tooltip="NextStep-1.1 draws best; NextStep-1-Large-Edit edits; the tokenizer is the VAE alone.",
                 ),
                 io.String.Input(

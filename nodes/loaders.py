@@ -20,16 +20,18 @@ from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.model.nextstep import NextStepModel
-from ..nextstep_core.runtime.memory import in_words
+from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
 from .download import fetch
 from .keeping import KEEP_AUTO, KEEP_OFF, KEEPING, Keeper
 from .types import CATEGORY, HostModel, ModelSocket
+from .widgets import AUTO
 
 log = logging.getLogger(__name__)
 
-AS_IT_IS, AUTO = "none", "auto"
+UNQUANTIZED = "none"
+STORED = (UNQUANTIZED, *RECIPES, AUTO)
 TO_FETCH = "to be fetched"
 
 
@@ -38,7 +40,7 @@ class LoadOptions:
     """The loader's widgets below the model's name. A model is loaded anew when one of them changes."""
 
     dtype: str = "auto"
-    quantization: str = AS_IT_IS
+    quantization: str = UNQUANTIZED
     cuda_graphs: bool = True
 
 
@@ -51,6 +53,9 @@ def load_model(name: str, options: LoadOptions, keeping: str = KEEP_OFF) -> Host
 
     `keeping` is one of KEEPING: what becomes of weights that are quantized on the way.
     """
+    check_choice("dtype", options.dtype, host.DTYPE_CHOICES)
+    check_choice("quantization", options.quantization, (UNQUANTIZED, *RECIPES, AUTO))
+    check_choice("cuda_graphs", options.cuda_graphs, (True, False))
     check_choice("keep_quantized", keeping, KEEPING)
     path = model_path(name)
     key = catalog.fingerprint(path), options
@@ -73,11 +78,11 @@ def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
         path = _left_of(path, left, options)
         plan = plan_model(path, None, device)
     else:
-        plan = plan_model(path, None if options.quantization in (AS_IT_IS, AUTO) else options.quantization, device)
+        plan = plan_model(path, None if options.quantization in (UNQUANTIZED, AUTO) else options.quantization, device)
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
-        plan = _with_fitting_recipe(plan, compute)
+        plan = _with_fitting_recipe(plan, storage, compute)
     plan = plan.for_computing_on(device)
     keeper = Keeper.of(plan, storage, shelves, keeping, path)
     plan = keeper.plan
@@ -86,7 +91,7 @@ def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
-        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
         adopted.append(host.adopt(model, keeper.passing(read), compute))
         return model
 
@@ -104,8 +109,8 @@ def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
     if options.quantization == AUTO:
         smallest = min(left.values(), key=lambda file: file.stat().st_size)
         room, plan = host.card_memory(), plan_model(smallest)
-        _, compute = host.pick_dtypes(options.dtype, plan.parameters)
-        return left.get((room is not None and fitting_recipe(plan, compute, room)) or AS_IT_IS, smallest)
+        storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
+        return left.get((room is not None and fitting_recipe(plan, storage, compute, room)) or UNQUANTIZED, smallest)
     if options.quantization not in left:
         raise NextStepError(
             f"{path} has no weights any more; what was kept of them is {' and '.join(left)}. Choose that or auto as "
@@ -114,7 +119,7 @@ def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
     return left[options.quantization]
 
 
-def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
+def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
     """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
 
     The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
@@ -122,8 +127,8 @@ def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
     room = host.card_memory()
     if room is None or plan.recipe is not None:
         return plan
-    name = fitting_recipe(plan, dtype, room)
-    log.info("NextStep: quantization auto takes %s for a card of %s", name or AS_IT_IS, in_words(room))
+    name = fitting_recipe(plan, storage, compute, room)
+    log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
     return plan if name is None else replace(plan, recipe=RECIPES[name])
 
 
@@ -131,9 +136,9 @@ def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:
     """The VAE that goes with the checkpoint at `path`, or None, and the space of its latents."""
     vae_path = catalog.vae_of(path)
     if vae_path is None:
-        return None, LatentSpace.of(config, None)
+        return None, LatentSpace.from_configs(config, None)
     vae_config, state = load_vae_state(vae_path)
-    latents = LatentSpace.of(config, vae_config)
+    latents = LatentSpace.from_configs(config, vae_config)
     log.info("NextStep VAE: %s", vae_path)
     return host.native_vae(vae_config, state), latents
 
@@ -166,7 +171,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[AS_IT_IS, *RECIPES, AUTO],
+                    options=list(STORED),
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -16,23 +17,26 @@ from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from ..nextstep_core.request.masks import kept_tokens
-from ..nextstep_core.runtime.memory import in_words
+from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
-from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
 
-DISCARD, KEEP = "discard", "keep"
+DISCARD, KEEP_PARTIAL = "discard", "keep"
 PREVIEW_SECONDS = 0.2
 # In a LATENT: it is an interrupted run's and its mask covers what is still to be drawn; this is the mask it had before.
 PARTIAL = "nextstep_partial"
 
 
 def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
-    """The node's widgets over the checkpoint's recommendation."""
+    """The node's widgets over the checkpoint's recommendation; NextStepError for a value that is none."""
+    for name, value in {"cfg_img": cfg_img, **widgets}.items():
+        if value is None:
+            raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")
     return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
@@ -54,7 +58,7 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
         raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
     space = model.engine.latents
     tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(masks[0], grid, space)
-    return KnownTokens(tokens, keep, one_by_one=PARTIAL in latent)
+    return KnownTokens(tokens, keep, token_by_token=PARTIAL in latent)
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:
@@ -68,7 +72,7 @@ def images_per_caption(positive: PromptValue, batch: int) -> int:
     return batch // captions
 
 
-def prepare(
+def make_job(
     model: HostModel,
     positive: PromptValue,
     negative: PromptValue | None,
@@ -80,7 +84,7 @@ def prepare(
     if negative is not None and (negative.editing or len(negative.captions) > 1):
         raise NextStepError("The negative prompt must be a single text. Use NextStep Encode Prompt for it.")
     grid = grid_of(model, latent)
-    return model.engine.prepare(
+    return model.engine.make_job(
         positive.captions,
         grid,
         settings,
@@ -88,6 +92,7 @@ def prepare(
         negative_prompt=negative.captions[0].text if negative is not None else "",
         images_per_caption=images_per_caption(positive, latent["samples"].shape[0]),
         known=known_tokens(model, latent, grid),
+        check=host.check_interrupt,
     )
 
 
@@ -102,23 +107,25 @@ def sample(
 ) -> dict[str, Any]:
     """Draw a LATENT's pictures; the result holds what the VAE decoder takes.
 
-    A noise mask keeps what it does not cover. Interrupt stops within one token; with KEEP the result is then what is
-    done so far, with a mask over the rest, and sampling that with the same seed and settings finishes the picture.
+    A noise mask keeps what it does not cover. Interrupt stops within one token; with KEEP_PARTIAL the result is then
+    what is done so far, with a mask over the rest, and sampling that with the same seed and settings finishes the
+    picture.
     """
-    check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP))
-    job = prepare(model, positive, negative, latent, seed, settings)
+    check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP_PARTIAL))
+    job = make_job(model, positive, negative, latent, seed, settings)
     each = model.engine.working_bytes(job.part(0, 1), model.dtype)
     streamed = streamed_bytes(model.engine.model)
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)
-    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, in_words(decoding), plan.at_once)
+    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
     reporter = host.ProgressReporter(job.total)
     progress = None
     try:
-        for progress in model.engine.decode(job, device, model.dtype, plan.at_once):
-            reporter.update(progress.done, *preview.of(progress), rate_text(progress))
+        with closing(model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt)) as run:
+            for progress in run:
+                reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
         if on_interrupt == DISCARD or progress is None:
             raise
@@ -159,7 +166,7 @@ class Preview:
         if model.rgb_map is None and model.vae is not None:
             model.rgb_map = fit_latent_to_rgb(model.vae.encode)
 
-    def of(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
+    def update(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
         """(first picture of those under way, or None where nothing new is due; size in pixels as width and height)."""
         _, columns = self.job.grid
         finished = progress.start, progress.step.done // columns
@@ -204,7 +211,7 @@ class NextStepSampler(DrawingNode):
                 cfg_img_input(),
                 io.Combo.Input(
                     "on_interrupt",
-                    options=[DISCARD, KEEP],
+                    options=[DISCARD, KEEP_PARTIAL],
                     default=DISCARD,
                     optional=True,
                     tooltip="What Interrupt leaves: nothing, or the part that is drawn. Sampling the kept latent again "
@@ -226,6 +233,9 @@ class NextStepSampler(DrawingNode):
         on_interrupt: str = DISCARD,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model, positive=positive, latent=latent)
+        if negative is not None:
+            check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
         host.note_in_picture(cls, model.facts)
         with torch.inference_mode():

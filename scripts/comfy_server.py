@@ -68,7 +68,7 @@ class Run:
     previews: list[bytes] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
-    def of(self, kind: str) -> list[dict]:
+    def events_of(self, kind: str) -> list[dict]:
         return [data for name, data in self.events if name == kind]
 
     @property

@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories = {REPO: self.files, EDITING: self.files, VAE_ALONE: vae}
         self.refusal: tuple[int, str] | None = None
         self.lie_about: str | None = None
+        self.damaged: dict[str, bytes] = {}  # what is sent in the place of a file
         self.asked: list[tuple[str, str | None]] = []
         self.bytes_sent, self.pause = 0, 0.0
 
@@ -41,7 +42,11 @@ class Hub(ThreadingHTTPServer):
     def listing(self, repo: str) -> dict:
         files = []
         for name, data in self.repositories[repo].items():
-            entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            entry = {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            }
             if name.endswith((".safetensors", ".pt")):
                 digest = "0" * 64 if name == self.lie_about else hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
@@ -79,7 +84,7 @@ class Answer(BaseHTTPRequestHandler):
         if path.startswith("/api/models/") and repo in self.server.repositories:
             return self.reply(200, json.dumps(self.server.listing(repo)).encode(), send)
         name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
-        data = self.server.repositories.get(repo, {}).get(name)
+        data = self.server.damaged.get(name, self.server.repositories.get(repo, {}).get(name))
         if data is None:
             return self.reply(404, b"{}", send, {"X-Error-Code": "RepoNotFound"})
         if send:

@@ -61,5 +61,5 @@ class TapeRecorder(Recorder):
 
 
 class CPUGraphs(StepGraphs):
-    def fit(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         return not self.broken

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nextstep_core.images.latents import PUBLISHED
+from nextstep_core.images.latents import PUBLISHED_LATENTS
 from nextstep_core.model.vae import AutoencoderKL
 
 from .scenes import (
@@ -128,7 +128,7 @@ class LatentPool:
             for start in range(0, len(scenes), ENCODE_BATCH):
                 pixels = torch.stack([to_pixels(render(scene)) for scene in scenes[start : start + ENCODE_BATCH]])
                 latents, _ = vae.encode_moments(pixels.to(device))
-                parts.append(PUBLISHED.to_tokens(latents).half().cpu())
+                parts.append(PUBLISHED_LATENTS.to_tokens(latents).half().cpu())
             tokens[cls.key(*canvas)] = torch.cat(parts)
             print(f"encoded {len(scenes)} pictures of {canvas[0]}x{canvas[1]}", flush=True)
         return cls(tokens)

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.__main__ import case_of, device_of, parse, plain_subject, write
 from benchmarks.report import context
-from benchmarks.subjects import PUBLISHED, SHAPES
+from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
 from benchmarks.tables import table_of
 from nextstep_core.loading.checkpoint import DTYPES
 from nextstep_core.model.config import NextStepConfig
@@ -49,7 +49,7 @@ QUICK = Extent(steps=(2, 3), visible=(256,), rows=(2,), positions=(1, 2), cache_
 def config_of(options: Namespace) -> NextStepConfig:
     """The shape of the model that the command line names."""
     if options.random:
-        return NextStepConfig.from_dict(PUBLISHED | SHAPES[options.random])
+        return NextStepConfig.from_dict(PUBLISHED_CONFIG | SHAPES[options.random])
     return plain_subject(options).config
 
 

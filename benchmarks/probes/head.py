@@ -18,18 +18,18 @@ from ..timing import Case
 
 @torch.inference_mode()
 def head_times(case: Case, steps: Sequence[int], repeat: int) -> dict[str, Any]:
-    """Milliseconds of a draw for each number of steps, and the line through them."""
+    """Milliseconds of a token's sampling for each number of steps, and the line through them."""
     rows = [{"steps": count, "milliseconds": 1e3 * _seconds(case, count, repeat)} for count in steps]
     line = statistics.linear_regression(*zip(*((row["steps"], row["milliseconds"]) for row in rows)))
-    return {"draws": rows, "milliseconds_a_step": line.slope, "milliseconds_besides": line.intercept}
+    return {"samplings": rows, "milliseconds_a_step": line.slope, "milliseconds_besides": line.intercept}
 
 
 def _seconds(case: Case, steps: int, repeat: int) -> float:
     case = replace(case, settings=case.settings.override(steps=steps))
     job = case.job(seed=0)
-    _, draw = case.caches.steps(case.subject.model, StepShape.of(job, case.device, case.dtype))
+    _, sample = case.caches.steps(case.subject.model, StepShape.of_job(job, case.device, case.dtype))
     hidden = torch.randn(case.rows, case.subject.config.hidden_size, device=case.device, dtype=case.dtype)
-    noise = job.noise.token(draw.draws).to(case.device)
+    noise = job.noise.for_token(sample.noise_count).to(case.device)
     guidance = guidance_scales(case.settings, 1, case.device)[0]
-    draw(hidden, noise, guidance)
-    return statistics.median(timed(case.device, lambda: draw(hidden, noise, guidance))[0] for _ in range(repeat))
+    sample(hidden, noise, guidance)
+    return statistics.median(timed(case.device, lambda: sample(hidden, noise, guidance))[0] for _ in range(repeat))

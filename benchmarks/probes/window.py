@@ -18,7 +18,7 @@ from ..timing import Case
 @torch.inference_mode()
 def window_times(case: Case, positions: Sequence[int], repeat: int) -> list[dict[str, Any]]:
     """Milliseconds of a pass in the middle of a picture, for each number of positions; the first is the measure."""
-    step = TransformerStep(case.subject.model, StepShape.of(case.job(seed=0), case.device, case.dtype))
+    step = TransformerStep(case.subject.model, StepShape.of_job(case.job(seed=0), case.device, case.dtype))
     start = case.prompt_length + case.tokens // 2
     rows: list[dict[str, Any]] = []
     for count in positions:

@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 
 from ..images.latents import Grid
+from ..ranges import Range
 from ..request.layout import PromptRows
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
 
+BATCH_SIZE = Range("batch_size", 1, 64)  # of a canvas; prompts and latents from elsewhere may make larger batches
+PICTURES = Range("The number of pictures in one call", 1, 4096)
+
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """Tokens that are fed instead of drawn: tokens (M, total, token_dim) and keep (total,) bool, True where known.
+    """Tokens that are fed instead of sampled: tokens (M, total, token_dim) and keep (total,) bool, True where known.
 
-    `one_by_one` feeds them as an uninterrupted run would have, which repeats its arithmetic to the last bit; otherwise
-    a stretch of known tokens goes through the transformer at once, which is much faster.
+    `token_by_token` feeds them as an uninterrupted run would have, which repeats its arithmetic to the last bit;
+    otherwise a stretch of known tokens goes through the transformer at once, which is much faster.
     """
 
     tokens: Tensor
     keep: Tensor
-    one_by_one: bool = False
+    token_by_token: bool = False
 
     def fill(self, buffer: Tensor) -> None:
         """Put the known tokens into their places of buffer (M, total, token_dim)."""

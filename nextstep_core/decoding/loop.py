@@ -34,7 +34,7 @@ class Run:
     """
 
     sequence: TokenSequence
-    draw: TokenSampler
+    sample: TokenSampler
     tokens: Tensor
     keep: list[bool]
     hidden: Tensor
@@ -48,33 +48,33 @@ class Run:
     def start(cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Run:
         """Take or make the steps, and read the prompt; arguments as in `decode`."""
         started, total = time.monotonic(), job.total
-        sequence, draw = caches.steps(model, StepShape.of(job, tokens.device, tokens.dtype))
+        sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
         key = "" if caches.prefilled is None else job.prompt_key(tokens.dtype)
         return cls(
             sequence,
-            draw,
+            sample,
             tokens,
             [False] * total if job.known is None else job.known.keep.tolist(),
             sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key),
             position_codes(model, job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
             job.noise,
-            1 if job.known is not None and job.known.one_by_one else CHUNK,
+            1 if job.known is not None and job.known.token_by_token else CHUNK,
             started,
         )
 
     def condition(self, hidden: Tensor, place: int) -> Tensor:
-        """What the token at `place` is drawn from, given the hidden states before it."""
+        """What the token at `place` is sampled from, given the hidden states before it."""
         return hidden if self.codes is None else hidden + self.codes[place]
 
-    def step(self, done: int, drawn: int) -> TokenStep:
-        """The state after `done` places, of which so many were drawn."""
-        left = self.keep.count(False) - drawn
-        return TokenStep(done, len(self.keep), drawn, left, time.monotonic() - self.started)
+    def step(self, done: int, sampled: int) -> TokenStep:
+        """The state after `done` places, of which so many were sampled."""
+        left = self.keep.count(False) - sampled
+        return TokenStep(done, len(self.keep), sampled, left, time.monotonic() - self.started)
 
 
 def decode(model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Iterator[TokenStep]:
-    """Draw the tokens of every picture of `job`, yielding after each.
+    """Sample the tokens of every picture of `job`, yielding after each.
 
     embeds (rows, L, hidden) are its prompts, all branches stacked as guidance expects them. Tokens are written into the
     buffer `tokens` (pictures, total, token_dim), whose device and dtype the run computes in. Known tokens lie there
@@ -84,19 +84,19 @@ def decode(model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, cache
 
 
 def plain(run: Run) -> Iterator[TokenStep]:
-    """One token after another: feed what came before, draw the next."""
-    hidden, fed, drawn, pace = run.hidden, 0, 0, Pace(run.tokens.device)
+    """One token after another: feed what came before, sample the next."""
+    hidden, fed, sampled, pace = run.hidden, 0, 0, Pace(run.tokens.device)
     for n, known in enumerate(run.keep):
-        noise = run.noise.token(run.draw.draws)
+        noise = run.noise.for_token(run.sample.noise_count)
         if not known:
             while fed < n:
                 stretch = run.tokens[:, fed : min(fed + run.chunk, n)]
                 hidden, fed = run.sequence.feed(stretch, fed), fed + stretch.shape[1]
             noise = to_device(noise, run.tokens.device)
-            run.tokens[:, n] = run.draw(run.condition(hidden, n), noise, run.guidance[n])
-            drawn += 1
+            run.tokens[:, n] = run.sample(run.condition(hidden, n), noise, run.guidance[n])
+            sampled += 1
         pace.wait()
-        yield run.step(n + 1, drawn)
+        yield run.step(n + 1, sampled)
 
 
 def guidance_scales(settings: GenerationSettings, total: int, device: torch.device) -> Tensor:

@@ -11,25 +11,25 @@ from torch import Tensor
 class TokenStep:
     """State after a token: how many places of `total` are done.
 
-    Of the done ones `drawn` were drawn (the others were known), `left` are still to be drawn; `seconds` have passed
+    Of the done ones `sampled` were sampled (the others were known), `left` are still to be; `seconds` have passed
     since the run began.
     """
 
     done: int
     total: int
-    drawn: int
+    sampled: int
     left: int
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Drawn tokens per second so far, prefill included."""
-        return self.drawn / self.seconds if self.seconds else 0.0
+        """Sampled tokens per second so far, prefill included."""
+        return self.sampled / self.seconds if self.seconds else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """Time that the tokens still to be drawn will take at this rate."""
-        return self.left * self.seconds / self.drawn if self.drawn else 0.0
+        """Time that the tokens still to be sampled will take at this rate."""
+        return self.left * self.seconds / self.sampled if self.sampled else 0.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Progress:
     """Where a job stands after a token: pictures start..stop-1 are at `step`, those before are finished.
 
     tokens is the buffer (pictures, total, token_dim) of the whole job: known tokens from the start, and zero where a
-    token is still to be drawn.
+    token is still to be sampled.
     """
 
     step: TokenStep

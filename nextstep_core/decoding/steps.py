@@ -1,4 +1,4 @@
-"""The work of one image token in two halves: the transformer's step over its cache, and the draw from the flow head.
+"""The work of one image token in two halves: the transformer's step over its cache, and the flow head's sampling.
 
 Both are functions of tensors whose shapes do not change from token to token, so that they may be captured and replayed.
 Neither refers back to whoever calls it: dropping the caller frees the cache at once, without the garbage collector.
@@ -29,7 +29,7 @@ CHUNK = 1024
 Wrap: TypeAlias = Callable[[Step], Step]
 
 
-def as_it_is(step: Step) -> Step:
+def unwrapped(step: Step) -> Step:
     """The wrap that changes nothing."""
     return step
 
@@ -52,7 +52,7 @@ class StepShape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, job: Job, device: torch.device, dtype: torch.dtype) -> StepShape:
+    def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype) -> StepShape:
         """The shape of a job's steps on a device; guidance scales are inputs of every token and no part of it."""
         return cls(
             rows=job.batch,
@@ -99,7 +99,7 @@ class TokenSequence:
     that does the same faster.
     """
 
-    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = as_it_is) -> None:
+    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.prompt_length = 0
         self.positions = torch.arange(shape.positions, device=shape.device)
         self._plain = TransformerStep(model, shape)
@@ -149,9 +149,12 @@ class FlowIntegration:
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
+        # For all steps and branches at once, a tensor (N, branches * M, ...) for each block: no x enters them.
         modulations = self.head.modulations(self.time_codes, self.model.image_out_projector(hidden))
 
         def velocity(x: Tensor, i: int) -> Tensor:
+            # x (M, token_dim) stays in float32 between the steps, as rounding it would add up over them; the network
+            # sees it rounded, the same x in every branch.
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
@@ -160,16 +163,16 @@ class FlowIntegration:
 
 
 class TokenSampler:
-    """Draws one token per image from the flow head. `wrap` as in TokenSequence."""
+    """Samples one token per image from the flow head. `wrap` as in TokenSequence."""
 
-    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = as_it_is) -> None:
-        self.draws = SAMPLERS[shape.sampler].draws(shape.steps)
-        self._draw = wrap(FlowIntegration(model, shape))
+    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
+        self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
+        self._step = wrap(FlowIntegration(model, shape))
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
-        """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (draws, M, token_dim) and the
+        """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
         scales cfg and cfg_img as a tensor (2,)."""
-        return self._draw(hidden, noise, guidance)
+        return self._step(hidden, noise, guidance)
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,8 @@ class StepCaches:
         def make(wrap: Wrap) -> tuple[TokenSequence, TokenSampler]:
             return TokenSequence(model, shape, wrap), TokenSampler(model, shape, wrap)
 
-        if self.graphs is None or not self.graphs.fit(shape.device):
-            return make(as_it_is)
+        if self.graphs is None or not self.graphs.supports(shape.device):
+            return make(unwrapped)
         pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, shape.device, make)
         return pair
 

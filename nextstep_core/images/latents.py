@@ -6,7 +6,7 @@ encodes to what the transformer reads. Nothing else in the engine counts pixels 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from einops import rearrange
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..model.config import NextStepConfig, VAEConfig
+from ..ranges import Range
 
 Grid: TypeAlias = tuple[int, int]  # (rows, columns) of tokens
+
+# In pixels. The least is a token of the published checkpoints; the greatest is far beyond what any was trained for.
+WIDTH, HEIGHT = Range("width", 16, 4096), Range("height", 16, 4096)
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,18 @@ class LatentSpace:
     shift: float
 
     @classmethod
-    def of(cls, config: NextStepConfig, vae: VAEConfig | None) -> LatentSpace:
+    def from_configs(cls, config: NextStepConfig, vae: VAEConfig | None) -> LatentSpace:
         """The space of a checkpoint with its VAE; without one, that of the published VAE.
 
         NextStepError when the VAE's latents are not what the model's tokens are made of.
         """
         if vae is None:
-            return cls(
-                config.latent_channels, config.latent_patch_size, PUBLISHED.downscale, PUBLISHED.scale, PUBLISHED.shift
-            )
-        if vae.z_channels != config.latent_channels or vae.downscale != PUBLISHED.downscale:
+            return replace(PUBLISHED_LATENTS, channels=config.latent_channels, patch=config.latent_patch_size)
+        if vae.z_channels != config.latent_channels or vae.downscale != PUBLISHED_LATENTS.downscale:
             raise NextStepError(
                 f"This VAE has {vae.z_channels} latent channels at 1/{vae.downscale} of the size; the model needs "
-                f"{config.latent_channels} at 1/{PUBLISHED.downscale}. Use the VAE that came with the checkpoint."
+                f"{config.latent_channels} at 1/{PUBLISHED_LATENTS.downscale}. "
+                "Use the VAE that came with the checkpoint."
             )
         return cls(vae.z_channels, config.latent_patch_size, vae.downscale, vae.scaling_factor, vae.shift_factor)
 
@@ -56,8 +59,8 @@ class LatentSpace:
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of a picture in pixels; NextStepError offers the nearest size where a side does not fit."""
-        unit = self.unit
-        if width < unit or height < unit or width % unit or height % unit:
+        unit, width, height = self.unit, WIDTH.check(width), HEIGHT.check(height)
+        if width % unit or height % unit:
             near = [max(unit, round(side / unit) * unit) for side in (width, height)]
             raise NextStepError(
                 f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
@@ -105,4 +108,4 @@ class LatentSpace:
 
 
 # The space of the published checkpoints, whose VAE normalizes its latents itself.
-PUBLISHED = LatentSpace(channels=16, patch=2, downscale=8, scale=1.0, shift=0.0)
+PUBLISHED_LATENTS = LatentSpace(channels=16, patch=2, downscale=8, scale=1.0, shift=0.0)

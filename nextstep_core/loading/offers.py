@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .download import PUBLISHED
+from .download import PUBLISHED_CHECKPOINTS
 
 VAE_ALONE, EDITING = "NextStep-1-f8ch16-Tokenizer", "NextStep-1-Large-Edit"
-CHECKPOINTS = tuple(name for name in PUBLISHED if name != VAE_ALONE)
+CHECKPOINTS = tuple(name for name in PUBLISHED_CHECKPOINTS if name != VAE_ALONE)
 SIZES = dict.fromkeys(CHECKPOINTS, 29.0) | {VAE_ALONE: 0.3}  # GB, about; the true size is known when it is asked for
 
 EMBEDDED, CACHED, KEPT = "embedded", "Hugging Face cache", "kept quantized"
@@ -52,7 +52,7 @@ def find(label: str, among: Mapping[str, Path]) -> Path | None:
     if label in among:
         return among[label]
     name = bare(label)
-    published = next((own for own, repo_id in PUBLISHED.items() if name in (own, repo_id)), None)
+    published = next((own for own, repo_id in PUBLISHED_CHECKPOINTS.items() if name in (own, repo_id)), None)
     same = (path for other, path in among.items() if bare(other) == name)
     official = (path for other, path in among.items() if published is not None and _is_official(other, published))
     return next(same, next(official, None))
@@ -62,7 +62,7 @@ def _is_official(label: str, published: str) -> bool:
     """Whether a label is that of a published checkpoint: in the hub's cache under its full name, else in any folder."""
     name = bare(label)
     if label == remark(name, CACHED):
-        return name == PUBLISHED[published]
+        return name == PUBLISHED_CHECKPOINTS[published]
     return name.split("/")[-1] == published
 
 

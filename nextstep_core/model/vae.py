@@ -212,7 +212,7 @@ class AutoencoderKL(nn.Module):
             mean = channel_norm(mean, self.config.psz)
         return mean, logvar
 
-    def spread(self, logvar: Tensor) -> Tensor | None:
+    def posterior_std(self, logvar: Tensor) -> Tensor | None:
         """Standard deviation of the posterior, or None for a deterministic checkpoint."""
         return None if self.config.deterministic else torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
 

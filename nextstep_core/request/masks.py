@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NextStepError
-from ..images.latents import PUBLISHED, Grid, LatentSpace
+from ..images.latents import PUBLISHED_LATENTS, Grid, LatentSpace
 
 THRESHOLD = 0.5
 
 
-def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED) -> Tensor:
+def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
     """(rows * columns,) bool, True where a token is kept, for a mask (H, W), above 0.5 where the picture is redrawn.
 
     The mask may be in pixels, latents or any other size of the picture's proportions. A token is redrawn if anything
@@ -31,3 +31,13 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED) -> T
     if not redrawn.any():
         raise NextStepError("The mask is empty, so there is nothing to draw. Paint the area that should be redrawn.")
     return ~redrawn.flatten()
+
+
+def undrawn_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
+    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet.
+
+    The tokens of an interrupted run that are still to come are all zero, and no token that was drawn is of one value.
+    """
+    tokens = space.cut(latents)
+    rows, columns = space.grid_of(latents)
+    return (tokens.amin(-1) == tokens.amax(-1)).any(0).reshape(rows, columns)

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .interrupt import Check, go_on
+
 log = logging.getLogger(__name__)
 
 SIDE = 1536  # of the flow head's matrices, which a CPU spends its time on
 MATRICES = 8
 CALLS = 5
 WIDE = 1 << 20  # elements of a matrix; below, there is nothing to gain
-FEW_ROWS = 2  # the layout is made for so many, a picture with guidance, and serves any number
+LAYOUT_ROWS = 2  # the layout is made for so many, a picture with guidance, and serves any number
 
 
 @cache
@@ -47,7 +49,7 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), FEW_ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LAYOUT_ROWS)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,10 +57,14 @@ class PackedLinear(nn.Module):
         return out
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Give a model's wide float32 layers the packed layout, in place, where PyTorch was built with oneDNN."""
+def pack_linears(model: nn.Module, check: Check = go_on) -> None:
+    """Give a model's wide float32 layers the packed layout, in place, where PyTorch was built with oneDNN.
+
+    `check` is called before each layer and may raise to stop.
+    """
     if not torch.backends.mkldnn.is_available():
         return
     for name, layer in list(model.named_modules()):
+        check()
         if isinstance(layer, nn.Linear) and layer.weight.numel() >= WIDE and layer.weight.dtype == torch.float32:
             model.set_submodule(name, PackedLinear(layer))

@@ -73,12 +73,12 @@ class StepGraphs:
         """Whether captures were given up for good."""
         return self._state.broken
 
-    def fit(self, device: torch.device) -> bool:
+    def supports(self, device: torch.device) -> bool:
         """Whether steps can be captured on `device`. If not, nothing is kept."""
-        fit = not self.broken and device.type == "cuda" and not self._on_amd()
-        if not fit:
+        supported = not self.broken and device.type == "cuda" and not self._on_amd()
+        if not supported:
             self.clear()
-        return fit
+        return supported
 
     def _on_amd(self) -> bool:
         if torch.version.hip is None or os.environ.get(ON_AMD) == "1":

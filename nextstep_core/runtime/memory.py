@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import NextStepError
 
@@ -19,11 +21,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         where, streamed = "", self.weights - self.resident
         if streamed:
-            where = f" ({in_words(self.resident)} on the device, {in_words(streamed)} streamed from the host)"
-        return f"weights {in_words(self.weights)}{where}, KV cache and activations {in_words(self.working)}"
+            where = f" ({format_bytes(self.resident)} on the device, {format_bytes(streamed)} streamed from the host)"
+        return f"weights {format_bytes(self.weights)}{where}, KV cache and activations {format_bytes(self.working)}"
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
@@ -39,8 +41,9 @@ def plan_memory(
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {in_words(each)} of working memory and {in_words(streamed)} for weights on their "
-            f"way; the device has {in_words(room)}. Choose a smaller size, or load the model with quantization int4."
+            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for weights on "
+            f"their way; the device has {format_bytes(room)}. "
+            "Choose a smaller size, or load the model with quantization int4."
         )
     beside = weights if stay else streamed
     at_once = max(1, min(pictures, (room - beside) // max(1, each)))
@@ -51,7 +54,29 @@ def plan_memory(
     return MemoryPlan(weights, max(0, room - max(working, spare)) if stay else 0, working, at_once)
 
 
+def spare_bytes(swapping: bool = False) -> int:
+    """What the computer can give without swapping, or in all. Linux alone has to be asked: it kills where others
+    refuse."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return sys.maxsize
+    entries = dict(line.split(":") for line in table.read_text().splitlines())
+    asked = ("MemAvailable", "SwapFree") if swapping else ("MemAvailable",)
+    return sum(int(entries[name].split()[0]) * 1024 for name in asked)
+
+
+def check_room(needed: int, what: str) -> None:
+    """NextStepError when `what` takes more of the computer's memory than it can give."""
+    if needed > (room := spare_bytes(swapping=True)):
+        raise NextStepError(
+            f"{what} would take {format_bytes(needed)} of memory; the computer has {format_bytes(room)} left. Choose a "
+            "smaller size or fewer pictures."
+        )
+
+
 def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
-    """The plan for a CPU, where all weights lie already and `free` bytes are left."""
+    """The plan for a CPU, where all weights lie already and `free` bytes are left. One picture may swap; NextStepError
+    when it does not even fit with that."""
+    check_room(each, "One picture")
     at_once = max(1, min(pictures, free // max(1, each)))
     return MemoryPlan(weights, weights, at_once * each, at_once)

@@ -8,22 +8,20 @@ but these buffers is in use.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .memory import in_words
+from .memory import format_bytes, spare_bytes
 
 log = logging.getLogger(__name__)
 
 BUFFERS = 2  # the bus is so much slower than the device's memory that a third would never be waited for
-ALIGNMENT = 256  # bytes; what products of all kinds want their operands to start at
+BUFFER_ALIGNMENT = 256  # bytes; what products of all kinds want their operands to start at
 
 
 def packed_bytes(tensors: Sequence[Tensor]) -> int:
@@ -32,7 +30,7 @@ def packed_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-size // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
 def _laid_out(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -109,12 +107,12 @@ class Ring:
         self._buffers = [Buffer(row, now, now) for row in torch.empty(shape, dtype=torch.uint8, device=device)]
         self._in_use: Buffer | None = None
 
-    def enter(self, layer: int) -> list[Tensor]:
-        """The tensors of a layer; work queued from here on, until `leave`, may read them.
+    def acquire(self, layer: int) -> list[Tensor]:
+        """The tensors of a layer; work queued from here on, until `release`, may read them.
 
         Begins to fetch the layers that come next.
         """
-        self.leave()  # does something only where a layer was left by an exception
+        self.release()  # does something only where a layer was left by an exception
         wanted = [(layer + ahead) % len(self._layers) for ahead in range(len(self._buffers))]
         there = {buffer.layer for buffer in self._buffers}
         free = [buffer for buffer in self._buffers if buffer.layer not in wanted]
@@ -125,7 +123,7 @@ class Ring:
         self._streams.compute.wait_event(self._in_use.filled)
         return self._in_use.tensors
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """The buffer of the layer that was entered may be overwritten once all that is queued by now is done."""
         if self._in_use is not None:
             self._in_use.read = self._streams.compute.record_event()
@@ -142,7 +140,7 @@ class Ring:
 
     def close(self) -> None:
         """Wait for the copies that are under way; the buffers can then go, and what they were filled from too."""
-        self.leave()
+        self.release()
         self._streams.copies.synchronize()
 
 
@@ -157,7 +155,7 @@ def page_locked(layers: Sequence[Sequence[Tensor]]) -> Iterator[Sequence[Sequenc
     try:
         block = _locked_block(size)
     except RuntimeError as reason:
-        log.warning("No %s of page-locked memory, so weights are streamed more slowly: %s", in_words(size), reason)
+        log.warning("No %s of page-locked memory, so weights are streamed more slowly: %s", format_bytes(size), reason)
     if block is None:
         yield layers
         return
@@ -178,24 +176,15 @@ def _locked_block(size: int) -> Tensor:
 
     Registered, because PyTorch's own page-locked memory comes in powers of two.
     """
-    spare = _spare_bytes()
+    spare = spare_bytes()
     if size > spare:
-        raise RuntimeError(f"the computer has {in_words(spare)} to spare")
+        raise RuntimeError(f"the computer has {format_bytes(spare)} to spare")
     block = torch.empty(size, dtype=torch.uint8)
     error = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)
     if int(error):
         _forget_last_error()
         raise RuntimeError(f"the system refuses ({error})")
     return block
-
-
-def _spare_bytes() -> int:
-    """What the host can give without swapping. Linux alone has to be asked: it kills where others refuse."""
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return sys.maxsize
-    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
 
 
 def _forget_last_error() -> None:

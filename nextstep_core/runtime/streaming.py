@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ..model.nextstep import NextStepModel
-from .memory import in_words
+from .memory import format_bytes
 from .ring import BUFFERS, Ring, packed_bytes, page_locked
 
 log = logging.getLogger(__name__)
 
 
-class Away:
+class OffloadedWeights:
     """The parameters of some modules that lie elsewhere than on the device, and their places."""
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device) -> None:
-        self._home: list[tuple[nn.Module, str, Tensor]] = [
+        self._own: list[tuple[nn.Module, str, Tensor]] = [
             (module, name, tensor)
             for module in modules
             for name, tensor in module._parameters.items()
@@ -34,17 +34,17 @@ class Away:
         ]
 
     def __bool__(self) -> bool:
-        return bool(self._home)
+        return bool(self._own)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The modules' own."""
-        return [tensor for _, _, tensor in self._home]
+        return [tensor for _, _, tensor in self._own]
 
-    def replace(self, guests: Iterable[Tensor]) -> None:
+    def replace(self, tensors: Iterable[Tensor]) -> None:
         """Put tensors in the place of the modules' own, in the order of `tensors`."""
-        for (module, name, _), guest in zip(self._home, guests):
-            module._parameters[name] = cast(nn.Parameter, guest)  # a plain tensor will do for computing
+        for (module, name, _), tensor in zip(self._own, tensors):
+            module._parameters[name] = cast(nn.Parameter, tensor)  # a plain tensor will do for computing
 
     def restore(self) -> None:
         """Put the modules' own tensors back."""
@@ -61,8 +61,8 @@ def streamed_bytes(model: NextStepModel) -> int:
 def weights_on(model: NextStepModel, device: torch.device) -> Iterator[None]:
     """Inside, `model` computes on `device` wherever its weights lie; outside, they lie where they did."""
     of_layers = {module for layer in model.layers for module in layer.modules()}
-    others = Away((module for module in model.modules() if module not in of_layers), device)
-    away = {layer: Away(layer.modules(), device) for layer in model.layers}
+    others = OffloadedWeights((module for module in model.modules() if module not in of_layers), device)
+    away = {layer: OffloadedWeights(layer.modules(), device) for layer in model.layers}
     streamed = {layer: weights for layer, weights in away.items() if weights}
     with ExitStack() as stack:
         if others:
@@ -74,10 +74,10 @@ def weights_on(model: NextStepModel, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _streaming(layers: dict[nn.Module, Away], device: torch.device) -> Iterator[None]:
+def _streaming(layers: dict[nn.Module, OffloadedWeights], device: torch.device) -> Iterator[None]:
     """Inside, every one of `layers` has its weights on the device while it runs."""
     sources = [away.tensors for away in layers.values()]
-    log.info("%s of weights are streamed for every token", in_words(sum(map(packed_bytes, sources))))
+    log.info("%s of weights are streamed for every token", format_bytes(sum(map(packed_bytes, sources))))
     with ExitStack() as stack:
         locked = page_locked(sources) if device.type == "cuda" else nullcontext(sources)
         ring = Ring(stack.enter_context(locked), device)
@@ -89,12 +89,14 @@ def _streaming(layers: dict[nn.Module, Away], device: torch.device) -> Iterator[
         yield
 
 
-def _hooks(layer: nn.Module, away: Away, ring: Ring, number: int) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+def _hooks(
+    layer: nn.Module, away: OffloadedWeights, ring: Ring, number: int
+) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
     def before(*_: object) -> None:
-        away.replace(ring.enter(number))
+        away.replace(ring.acquire(number))
 
     def after(*_: object) -> None:
         away.restore()
-        ring.leave()
+        ring.release()
 
     return layer.register_forward_pre_hook(before), layer.register_forward_hook(after)

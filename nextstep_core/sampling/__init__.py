@@ -1,1 +1,1 @@
-"""How one image token is drawn: settings, time grids, guidance, noise and solvers. Pure functions; knows no network."""
+"""How one image token is sampled: settings, time grids, guidance, noise, solvers. Pure functions; knows no network."""

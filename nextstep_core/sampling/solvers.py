@@ -1,7 +1,7 @@
 """The named samplers: each integrates dx/dt = v from noise (t = 0) to data (t = 1) on its time grid.
 
 A velocity function takes (x, i) and returns the guided velocity at times[i]; evaluating only at grid times lets the
-head prepare all of them at once. `noise` holds the initial state and then one draw per stochastic step. From a
+head prepare all of them at once. `noise` holds the initial state and then one per stochastic step. From a
 velocity at time t follow the noise estimate x - t v and the data estimate x + (1 - t) v.
 
 Sources: the score SDE with a held-out last step and the flow ODE, CPS and SDE steps are those of the public NextStep-1
@@ -97,7 +97,7 @@ def flow_sde(velocity: Velocity, times: list[float], noise: Tensor, eta: float) 
 
 def flow_heun(velocity: Velocity, times: list[float], noise: Tensor, eta: float) -> Tensor:
     """flow-heun: each step averages the velocities at both of its ends, second order, two network calls (Karras et
-    al. 2022, on the flow ODE). The last step is Euler's: at t = 1 nothing is left to be drawn."""
+    al. 2022, on the flow ODE). The last step is Euler's: at t = 1 there is nothing left to evaluate."""
     x = noise[0]
     last = len(times) - 2
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
@@ -119,11 +119,11 @@ def flow_multistep(velocity: Velocity, times: list[float], noise: Tensor, eta: f
 
 @dataclass(frozen=True)
 class Sampler:
-    """A named solver with its grid, its draws and network calls per token, and the fewest steps it can take."""
+    """A named solver with its grid, its noise tensors and network calls per token, and the fewest steps it can take."""
 
     integrate: Callable[[Velocity, list[float], Tensor, float], Tensor]
     grid: Callable[[int, float], list[float]]
-    draws: Callable[[int], int]
+    noise_count: Callable[[int], int]
     min_steps: int = 1
     calls: Callable[[int], int] = lambda steps: steps
 

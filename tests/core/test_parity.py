@@ -68,7 +68,7 @@ def test_prefill_follows_the_reference(pipeline, case: dict) -> None:
     args = arguments(params)
     images = tuple(pipeline.encode_image(image) for image in args["images"] or ())
     settings = engine.recommended().override(cfg=params["cfg"], cfg_img=params["cfg_img"], sampler="score-sde-1.0")
-    job = engine.prepare(
+    job = engine.make_job(
         [Caption(params["captions"], images)],
         engine.grid(*params["hw"]),
         settings,
@@ -96,10 +96,10 @@ def test_noise_is_the_recorded_stream(case: dict) -> None:
     stream = NoiseStream(params["seed"], 1, params["num_images_per_caption"], 64)
     if "rng_vae" in recorded:
         count, *shape = recorded["rng_vae"].shape
-        drawn = torch.cat([stream.posterior(*shape) for _ in range(count)])
+        drawn = torch.cat([stream.for_posterior(*shape) for _ in range(count)])
         assert off_by(drawn, recorded["rng_vae"]) <= LIMITS["rng_vae"]
-    draws = SAMPLERS["score-sde-1.0"].draws(params["num_sampling_steps"])
-    ours = torch.stack([stream.token(draws) for _ in range(case["n_tokens"])])
+    noise_count = SAMPLERS["score-sde-1.0"].noise_count(params["num_sampling_steps"])
+    ours = torch.stack([stream.for_token(noise_count) for _ in range(case["n_tokens"])])
     assert off_by(ours, recorded["rng_flow"]) <= LIMITS["rng_flow"]
 
 
@@ -120,7 +120,7 @@ def test_sampler_units(pipeline, unit: dict) -> None:
         return v
 
     stream = NoiseStream(params["seed"], 1, 1, 64)
-    noise = stream.token(sampler.draws(params["num_steps"]))
+    noise = stream.for_token(sampler.noise_count(params["num_steps"]))
     assert off_by(noise[0], recorded["init_noise"]) <= LIMITS["rng_flow"]
     out = sampler.integrate(velocity, times, noise, ETA)
     assert off_by(out, recorded["x_final"]) <= unit["tolerance_max_abs"]

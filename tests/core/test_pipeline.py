@@ -11,6 +11,7 @@ import torch
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.images.rgb import to_pixels
+from nextstep_core.runtime.interrupt import go_on
 
 SMALL = {"height": 32, "width": 48, "steps": 2, "cfg": 1.0, "sampler": "flow-ode"}
 PICTURE = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
@@ -30,22 +31,22 @@ def test_what_is_not_said_is_the_checkpoints_own(pipeline) -> None:
     seen = []
     published = replace(
         pipeline.engine.published,
-        making=replace(pipeline.engine.published.making, steps=2, cfg=1.0),
+        text_to_image=replace(pipeline.engine.published.text_to_image, steps=2, cfg=1.0),
         editing=replace(pipeline.engine.published.editing, steps=3, cfg=1.0),
     )
     engine = replace(pipeline.engine, published=published)
     pipe = NextStepPipeline(engine, pipeline.vae, pipeline.device, pipeline.dtype)
-    prepare = type(engine).prepare
+    make_job = type(engine).make_job
 
     def watched(self, captions, grid, settings, **options):
         seen.append(settings)
-        return prepare(self, captions, grid, settings, **options)
+        return make_job(self, captions, grid, settings, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(engine), "prepare", watched)
+        patch.setattr(type(engine), "make_job", watched)
         pipe.generate("A", height=32, width=48)
         pipe.generate("<image>A", images=PICTURE, height=32, width=48)
-    assert seen == [published.making, published.editing]
+    assert seen == [published.text_to_image, published.editing]
 
 
 def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,20 +56,25 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
     def watched(self, captions, grid, settings, **options):
         raise Seen(captions, grid, settings, options)
 
-    monkeypatch.setattr(type(pipeline.engine), "prepare", watched)
+    monkeypatch.setattr(type(pipeline.engine), "make_job", watched)
+
+    def check() -> None:
+        pass
+
     said = {"cfg": 2.5, "cfg_img": 1.5, "cfg_schedule": "linear", "steps": 7, "shift": 1.25, "sampler": "flow-sde"}
     others = {"seed": 9, "negative_prompt": "n", "positive_prompt": "p"}
     with pytest.raises(Seen) as caught:
-        pipeline.generate(["A", "B"], **said, **others, use_norm=False, num_images_per_prompt=3, height=32, width=48)
+        size = {"height": 32, "width": 48}
+        pipeline.generate(["A", "B"], **said, **others, **size, use_norm=False, num_images_per_prompt=3, check=check)
     captions, grid, settings, options = caught.value.args
     assert [c.text for c in captions] == ["A", "B"] and grid == (2, 3)
     assert all(getattr(settings, name) == value for name, value in {**said, "use_norm": False}.items())
-    assert options == {**others, "images_per_caption": 3}
+    assert options == {**others, "images_per_caption": 3, "check": check}
 
 
 @torch.inference_mode()
 def test_an_encoded_picture_by_hand(pipeline) -> None:
-    """Scale and shift go to the mean, the scale alone to the spread; both are cut into tokens."""
+    """Scale and shift go to the mean, the scale alone to the standard deviation; both are cut into tokens."""
     engine = replace(pipeline.engine, latents=replace(pipeline.engine.latents, scale=2.0, shift=3.0))
     vae = pipeline.vae
     config = vae.config
@@ -81,8 +87,8 @@ def test_an_encoded_picture_by_hand(pipeline) -> None:
         vae.config = config
     assert encoded.grid == (2, 3) and encoded.tokens.shape == (6, 64)
     assert torch.equal(encoded.tokens, engine.latents.cut((mean - 3) * 2)[0])
-    assert torch.equal(encoded.spread, engine.latents.cut(torch.exp(logvar / 2) * 2)[0])
-    assert pipe.encode_image(PICTURE).spread is None, "deterministic"
+    assert torch.equal(encoded.std, engine.latents.cut(torch.exp(logvar / 2) * 2)[0])
+    assert pipe.encode_image(PICTURE).std is None, "deterministic"
 
 
 def test_what_comes_out_by_hand(pipeline) -> None:
@@ -107,7 +113,7 @@ def test_one_picture_is_a_list_of_one_and_any_sequence_will_do(pipeline) -> None
 
 
 def test_images_go_to_their_prompts_in_order(pipeline) -> None:
-    captions = pipeline._captions(["<image>A", "B", "<image><image>"], [PICTURE, 1 - PICTURE, PICTURE / 2], None)
+    captions = pipeline._captions(["<image>A", "B", "<image><image>"], [PICTURE, 1 - PICTURE, PICTURE / 2], None, go_on)
     assert [len(c.images) for c in captions] == [1, 0, 2]
     with torch.inference_mode():
         alone = [pipeline.encode_image(p).tokens for p in (PICTURE, 1 - PICTURE, PICTURE / 2)]

@@ -55,7 +55,7 @@ def tokens_of(kit: SimpleNamespace, latent: dict) -> torch.Tensor:
 @torch.inference_mode()
 def test_an_edit_changes_what_was_asked(kit) -> None:
     positive, latent = kit.prompts.encode_edit(
-        kit.model, kit.vae, square_picture().repeat(4, 1, 1, 1), "<image>make the square yellow", kit.prompts.KEEP
+        kit.model, kit.vae, square_picture().repeat(4, 1, 1, 1), "<image>make the square yellow", kit.prompts.KEEP_SIZE
     )
     assert latent["samples"].shape == (4, 16, 8, 8)
     readings = seen(kit, draw(kit, positive, latent))
@@ -68,7 +68,7 @@ def test_an_edit_changes_what_was_asked(kit) -> None:
 def test_cfg_img_pulls_towards_the_input(kit) -> None:
     """With nothing asked, more of it brings the pictures closer to those that were put in."""
     pictures = torch.cat([square_picture(), 1 - square_picture(), square_picture().flip(-1)]).repeat(4, 1, 1, 1)
-    positive, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image>", kit.prompts.KEEP)
+    positive, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image>", kit.prompts.KEEP_SIZE)
 
     def distance(cfg_img: float) -> float:
         drawn = draw(kit, positive, latent, cfg=1.0, cfg_img=cfg_img)
@@ -203,7 +203,7 @@ def test_one_box_equals_the_separate_nodes(kit) -> None:
         cfg_img=1.0,
     ).result
     assert edited.shape == (1, 96, 64, 3)
-    arguments = (kit.model, kit.vae, square_picture(), "make the square green", "", kit.prompts.KEEP, 64, 64, 3)
+    arguments = (kit.model, kit.vae, square_picture(), "make the square green", "", kit.prompts.KEEP_SIZE, 64, 64, 3)
     weak, strong = (
         kit.boxes.NextStepImageEdit.execute(*arguments, **settings, cfg_img=value).result[0] for value in (1.5, 4.0)
     )
@@ -216,7 +216,7 @@ def test_pictures_of_any_kind_are_brought_to_size(kit) -> None:
         _, latent = kit.prompts.encode_edit(kit.model, kit.vae, picture, "<image>x", size, width, height)
         return tuple(latent["samples"].shape[-2:])
 
-    assert size_of(torch.rand(1, 70, 90, 3), kit.prompts.KEEP) == (8, 10)
+    assert size_of(torch.rand(1, 70, 90, 3), kit.prompts.KEEP_SIZE) == (8, 10)
     assert size_of(torch.rand(1, 70, 90, 1), kit.prompts.FIT, 96, 64) == (8, 12)
     assert size_of(torch.rand(1, 30, 60, 4), kit.prompts.NEAREST, 256, 256) == (22, 46)
     from nextstep_core.images.rgb import cover, to_rgb
@@ -231,9 +231,9 @@ def test_pictures_of_any_kind_are_brought_to_size(kit) -> None:
 @torch.inference_mode()
 def test_several_slots_make_one_picture_of_a_batch(kit) -> None:
     pictures = square_picture().repeat(2, 1, 1, 1)
-    one, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image><image>x", kit.prompts.KEEP)
+    one, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image><image>x", kit.prompts.KEEP_SIZE)
     assert len(one.captions) == 1 and len(one.captions[0].images) == 2 and latent["samples"].shape[0] == 1
-    each, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image>x", kit.prompts.KEEP)
+    each, latent = kit.prompts.encode_edit(kit.model, kit.vae, pictures, "<image>x", kit.prompts.KEEP_SIZE)
     assert len(each.captions) == 2 and latent["samples"].shape[0] == 2
 
 
@@ -297,7 +297,7 @@ def test_prompts_in_a_batch_are_drawn_as_they_are_alone(kit) -> None:
 @torch.inference_mode()
 def test_a_batch_that_does_not_go_round_is_one_sentence(kit) -> None:
     positive, _ = kit.prompts.encode_edit(
-        kit.model, kit.vae, square_picture().repeat(2, 1, 1, 1), "<image>x", kit.prompts.KEEP
+        kit.model, kit.vae, square_picture().repeat(2, 1, 1, 1), "<image>x", kit.prompts.KEEP_SIZE
     )
     with pytest.raises(kit.error, match="a batch of 3 for 2 prompts"):
         draw(kit, positive, kit.latents.empty_latent(64, 64, 3))
@@ -330,7 +330,7 @@ def test_a_mode_that_does_not_exist_is_one_sentence(kit) -> None:
             kit.model, kit.vae, square_picture(), "<image>x", "big"
         ),
         "dtype is 'int8'; choose one of auto, bf16": lambda: kit.host.pick_dtypes("int8", 1),
-        "base is 500; choose one of 256": lambda: kit.latents.NextStepAspectRatio.execute("16:16 square", "500"),
+        "base is '500'; choose one of 256": lambda: kit.latents.NextStepAspectRatio.execute("16:16 square", "500"),
     }
     for sentence, call in calls.items():
         with pytest.raises(kit.error, match=sentence):

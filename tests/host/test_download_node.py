@@ -46,8 +46,8 @@ def test_the_node_fetches_when_it_is_run_and_only_then(own_server: ComfyServer, 
     hub.pause = 0.0
     done = own_server.run(PROMPT)
     assert done.ended == "execution_success", done.events[-1]
-    values = [event["value"] for event in done.of("progress")]
-    assert values == sorted(values) and values[-1] == done.of("progress")[-1]["max"], "bytes"
+    values = [event["value"] for event in done.events_of("progress")]
+    assert values == sorted(values) and values[-1] == done.events_of("progress")[-1]["max"], "bytes"
     assert any(REPO in text and "GB in" in text for text in done.texts), "the size is said"
     assert "NextStep-1.1" in models_of(own_server)
 

@@ -52,7 +52,7 @@ def test_workflow_runs_and_saves_the_engines_picture(server, workflow, object_in
     assert np.abs(np.asarray(picture, dtype=np.float32) - expected).max() <= 2  # the host truncates to 8 bits
 
     sampler = node_of(prompt, "NextStepSampler")
-    values = [event["value"] for event in run.of("progress") if event["node"] == sampler]
+    values = [event["value"] for event in run.events_of("progress") if event["node"] == sampler]
     assert values == sorted(set(values)) and (values[0], values[-1]) == (1, 24), "newer hosts leave some of them out"
 
 
@@ -62,7 +62,7 @@ def test_a_new_seed_keeps_the_model_and_changes_the_picture(server, workflow, ob
         prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": seed})
         run = server.run(prompt)
         pictures.append(np.asarray(Image.open(server.images(run)[0]), dtype=np.float32))
-    cached = run.of("execution_cached")[0]["nodes"]
+    cached = run.events_of("execution_cached")[0]["nodes"]
     assert node_of(prompt, "NextStepModelLoader") in cached
     assert server.log.read_text().count("NextStep model tiny-a:") == 1
     assert np.abs(pictures[0] - pictures[1]).mean() > 5
@@ -85,7 +85,7 @@ def test_preview_shows_finished_rows_in_the_pictures_size(server, workflow, obje
 def test_interrupt_stops_at_once_and_the_next_run_is_healthy(server, workflow, object_info) -> None:
     run = server.run(to_prompt(workflow, object_info, **{**LONG, "seed": 6}), interrupt_at=20)
     assert run.ended == "execution_interrupted"
-    assert run.of("progress")[-1]["value"] < 200, "stopped long before the last of 1024 tokens"
+    assert run.events_of("progress")[-1]["value"] < 200, "stopped long before the last of 1024 tokens"
     again = server.run(to_prompt(workflow, object_info, **{**SMALL, "seed": 8}))
     assert again.ended == "execution_success"
     assert server.images(again)[0].is_file()

@@ -19,7 +19,7 @@ from nextstep_core.model.vae import AutoencoderKL
 from scripts.workflows import EMBEDDED
 
 TINY = ASSETS / "tiny"
-PUBLISHED = {
+PUBLISHED_VAE_CONFIG = {
     "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "z_channels": 16, "in_channels": 3, "out_ch": 3,
     "resolution": 256, "scaling_factor": 1.0, "shift_factor": 0.0, "deterministic": True, "encoder_norm": True,
     "psz": 2,
@@ -108,9 +108,9 @@ def test_cores_vae_loader_opens_our_vae_file(graph: ComfyGraph, folders: Path, t
     """Of the published shape: the one whose width the host's loader knows."""
     published = tmp_path / "NextStep-1-f8ch16-Tokenizer"
     published.mkdir()
-    (published / "config.json").write_text(json.dumps(PUBLISHED))
+    (published / "config.json").write_text(json.dumps(PUBLISHED_VAE_CONFIG))
     torch.manual_seed(0)
-    state = AutoencoderKL(VAEConfig.from_dict(PUBLISHED)).to(torch.bfloat16).state_dict()
+    state = AutoencoderKL(VAEConfig.from_dict(PUBLISHED_VAE_CONFIG)).to(torch.bfloat16).state_dict()
     torch.save(state, published / "checkpoint.pt")
     save_vae(published, folders / "vae" / "nextstep-vae.safetensors", torch.bfloat16)
     prompt = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
+from ..interrupt import Check, go_on
 from .formats import FP8, INT4, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
 from .layouts import RowBlocks
 from .products import Kernel, choose
@@ -67,7 +68,7 @@ class QuantizedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
-        self.kernel: Kernel | None = None  # until `prepare` has chosen one
+        self.kernel: Kernel | None = None  # until `choose_kernels` has chosen one
         self.layout: RowBlocks | None = None  # how the weight lies, where it is not as the format says
 
     def own_weight(self, device: torch.device) -> Tensor:
@@ -134,10 +135,14 @@ def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
         model.set_submodule(path, quantized)
 
 
-def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled."""
+def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, check: Check = go_on) -> None:
+    """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled.
+
+    `check` is called before each layer and may raise to stop.
+    """
     kernels: dict[tuple[str, int], Kernel] = {}
     for _, layer in quantized_linears(model):
+        check()
         key = layer.format.name, layer.columns
         if key not in kernels:
             kernels[key] = choose(layer.format, layer.own_weight(device), layer.weight_scale.to(device), dtype)

@@ -21,15 +21,15 @@ from .layouts import RowBlocks, cpu_layout
 
 log = logging.getLogger(__name__)
 
-ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
-FEW_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
+WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
+MOST_PACKED_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
 TOLERANCE = 0.02
 TIMED_CALLS = 20
 
 
 def aligned(weight: Tensor) -> Tensor:
     """The same layout; a copy where the weight is a view of a file and starts anywhere."""
-    return weight if weight.data_ptr() % ALIGNMENT == 0 else weight.clone()
+    return weight if weight.data_ptr() % WEIGHT_ALIGNMENT == 0 else weight.clone()
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _dequantized(format: Format) -> Kernel:
 
 def _packed_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     rounded = x.bfloat16().contiguous()  # the packed product is fast in bfloat16 only; it adds up in float32
-    if len(x) > FEW_ROWS:
+    if len(x) > MOST_PACKED_ROWS:
         return F.linear(rounded, INT8.dequantize(weight, scale, rounded.dtype)).to(x.dtype)
     return torch._weight_int8pack_mm(rounded, weight, scale.bfloat16()).to(x.dtype)
 
@@ -79,7 +79,7 @@ def _compiled(format: Format) -> Kernel:
     plain = _dequantized(format)
 
     def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        if len(x) > FEW_ROWS:
+        if len(x) > MOST_PACKED_ROWS:
             return plain.run(x, weight, scale)
         return _compiled_row_sums()(x, weight, scale.to(x.dtype))
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def job_for(pipeline, *prompts: str, known: KnownTokens | None = None, **settings) -> Job:
     chosen = pipeline.engine.recommended().override(**{"steps": 3, "cfg": 2.0} | settings)
-    return pipeline.engine.prepare([Caption(p) for p in prompts], (2, 3), chosen, seed=1, known=known)
+    return pipeline.engine.make_job([Caption(p) for p in prompts], (2, 3), chosen, seed=1, known=known)
 
 
 def test_a_job_counts_by_hand(pipeline) -> None:
@@ -114,7 +114,7 @@ def test_at_once_bounds_the_pictures_drawn_together(pipeline) -> None:
 def test_steps_know_what_was_drawn_and_what_is_left(pipeline) -> None:
     known = KnownTokens(torch.ones(1, 6, 64), torch.tensor([True, False, True, False, False, True]))
     steps = [p.step for p in pipeline.engine.decode(job_for(pipeline, "A", known=known), CPU, torch.float32)]
-    assert [(s.done, s.drawn, s.left) for s in steps] == [
+    assert [(s.done, s.sampled, s.left) for s in steps] == [
         (1, 0, 3),
         (2, 1, 2),
         (3, 1, 2),
@@ -130,8 +130,8 @@ def test_a_sequence_is_used_again_for_a_prompt_with_less_padding(pipeline) -> No
     """What a longer, padded prompt left in mask and cache is not seen by the next one."""
     engine = pipeline.engine
     padded, short = job_for(pipeline, "Two birds sit on a thin branch.", "A"), job_for(pipeline, "A b", "C d")
-    shape = StepShape.of(padded, CPU, torch.float32)
-    assert not padded.rows.valid[1].all() and StepShape.of(short, CPU, torch.float32) == shape
+    shape = StepShape.of_job(padded, CPU, torch.float32)
+    assert not padded.rows.valid[1].all() and StepShape.of_job(short, CPU, torch.float32) == shape
 
     def hidden(sequence: TokenSequence, job: Job) -> list[Tensor]:
         embeds = engine.embed(job.rows, CPU, torch.float32)
@@ -173,7 +173,7 @@ def test_a_key_tells_prompts_apart(pipeline) -> None:
         images = () if tokens is None else (EncodedImage(tokens, (2, 3)),)
         settings = pipeline.engine.recommended().override(cfg=2.0)
         captions = [Caption(p, images if "<image>" in p else ()) for p in prompts]
-        return pipeline.engine.prepare(captions, (2, 3), settings, seed=1).prompt_key(dtype)
+        return pipeline.engine.make_job(captions, (2, 3), settings, seed=1).prompt_key(dtype)
 
     ones, twos = torch.ones(6, 64), torch.full((6, 64), 2.0)
     keys = [key("A"), key("B"), key("A", "A"), key("A", dtype=torch.bfloat16)]
@@ -198,7 +198,7 @@ def test_generation_codes_are_added_place_by_place(pipeline) -> None:
         plain = replace(engine, caches=StepCaches())
         drawn = [list(plain.decode(job_for(pipeline, "A"), CPU, torch.float32))[-1].tokens]
         model.config, model.gen_pos_embed = config, table
-        known = KnownTokens(drawn[0], torch.tensor([True] * 5 + [False]), one_by_one=True)
+        known = KnownTokens(drawn[0], torch.tensor([True] * 5 + [False]), token_by_token=True)
         list(replace(plain, config=config).decode(job_for(pipeline, "A", known=known), CPU, torch.float32))
     finally:
         hook.remove()

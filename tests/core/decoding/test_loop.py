@@ -26,7 +26,7 @@ def job_for(pipeline, prompts, **options):
     engine = pipeline.engine
     settings = engine.recommended().override(steps=4, cfg=3.0, sampler="score-sde-1.1")
     captions = [Caption(prompt) for prompt in prompts]
-    return engine.prepare(captions, (3, 4), settings, seed=1, negative_prompt="blurry", **options)
+    return engine.make_job(captions, (3, 4), settings, seed=1, negative_prompt="blurry", **options)
 
 
 @torch.inference_mode()
@@ -56,7 +56,7 @@ def test_prefill_in_pieces_equals_prefill_at_once(pipeline, monkeypatch: pytest.
     embeds = engine.embed(job.rows, torch.device("cpu"), torch.float32)
 
     def run() -> torch.Tensor:
-        sequence = TokenSequence(engine.model, StepShape.of(job, embeds.device, embeds.dtype))
+        sequence = TokenSequence(engine.model, StepShape.of_job(job, embeds.device, embeds.dtype))
         return sequence.prefill(embeds, job.rows.valid, None, "")
 
     whole = run()
@@ -135,26 +135,57 @@ def test_an_empty_prompt_without_a_negative_one_is_a_picture(pipeline) -> None:
 
 BAD = [
     ({"height": 72}, "48x64"),
-    ({"height": 0}, "48x16"),
+    ({"height": 0}, "height is 0; use a whole number from 16 to 4096"),
+    ({"width": 10**9}, "width is 1000000000"),
+    ({"width": "64"}, "width is '64'"),
+    ({"height": 64.0}, "height is 64;"),
     ({"cfg": 0.5}, "cfg is 0.5"),
+    ({"cfg": 1e30}, "cfg is 1e+30; use a number from 1 to 100"),
+    ({"cfg": True}, "cfg is True"),
+    ({"cfg": "7.5" * 1000}, "(3,000 characters)"),
+    ({"cfg": {}}, "cfg is a dict"),
     ({"cfg": float("nan")}, "cfg is nan"),
     ({"cfg_img": 0.0}, "cfg_img is 0"),
-    ({"steps": 0}, "steps is 0; score-sde-1.1"),
+    ({"steps": 0}, "steps is 0; use a whole number from 1 to 1000"),
+    ({"steps": 10**6}, "steps is 1000000"),
+    ({"steps": 10**5000}, "steps is a number of 5,0"),
+    ({"steps": 4.5}, "steps is 4.5"),
     ({"steps": 1, "sampler": "score-sde-1.0"}, "steps is 1; score-sde-1.0"),
     ({"shift": 0.0}, "shift is 0"),
+    ({"shift": 1e-30}, "shift is 1e-30"),
     ({"sampler": "euler"}, "score-sde-1.0"),
+    ({"sampler": []}, "sampler is a list"),
     ({"cfg_schedule": "cosine"}, "constant"),
-    ({"num_images_per_prompt": 0}, "at least one"),
+    ({"use_norm": 1}, "use_norm is 1"),
+    ({"seed": 2**64}, "seed is 18446744073709551616"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 0.5}, "seed is 0.5"),
+    ({"vae_tile": "64"}, "tile is '64'"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+    ({"num_images_per_prompt": 5000}, "num_images_per_prompt is 5000"),
+    ({"prompt": 5}, "A prompt is 5; it must be a text"),
+    ({"prompt": []}, "at least one prompt"),
+    ({"prompt": ["one", None]}, "A prompt is None"),
+    ({"prompt": ["one"] * 4097}, "pictures in one call is 4097"),
+    ({"prompt": ["one"] * 3, "num_images_per_prompt": 4096}, "pictures in one call is 12288"),
+    ({"prompt": "a \ud800 b"}, "half a character"),
+    ({"negative_prompt": "\udfff"}, "half a character"),
+    ({"negative_prompt": None}, "negative_prompt is None"),
+    ({"positive_prompt": 7}, "positive_prompt is 7"),
+    ({"images": 5}, "0 <image> slot"),
+    ({"prompt": "<image>x", "images": "a picture"}, "An input image is 'a picture'"),
+    ({"prompt": "<image>x", "images": torch.zeros(64, 64, 3) == 1}, "An input image holds torch.bool values"),
     ({"images": torch.zeros(64, 64, 3)}, "0 <image> slot"),
 ]
 
 
-@pytest.mark.parametrize(("change", "sentence"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
 def test_bad_settings_are_one_sentence_before_any_work(pipeline, monkeypatch, change: dict, sentence: str) -> None:
     monkeypatch.setattr(pipeline.engine.model, "forward", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(NextStepError) as caught:
-        pipeline.generate("A prompt.", **{**FAST, **change})
+        pipeline.generate(**{"prompt": "A prompt.", **FAST, **change})
     assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -197,7 +228,7 @@ def test_cfg_img_needs_all_three_branches_also_without_cfg(pipeline) -> None:
     captions = [Caption("<image>Add a hat.", (pipeline.encode_image(IMAGE),))]
     for cfg, cfg_img, branches in ((1.0, 1.0, 1), (3.0, 1.0, 2), (1.0, 2.0, 3), (3.0, 2.0, 3)):
         settings = pipeline.engine.recommended().override(cfg=cfg, cfg_img=cfg_img)
-        assert pipeline.engine.prepare(captions, (3, 4), settings, seed=1).rows.branches == branches
+        assert pipeline.engine.make_job(captions, (3, 4), settings, seed=1).rows.branches == branches
 
 
 def test_another_picture_under_the_same_words_is_another_prompt(pipeline) -> None:
@@ -238,7 +269,7 @@ def test_an_edit_in_a_batch_equals_it_alone(pipeline) -> None:
         Caption(f"<image>{t}", (pipeline.encode_image(i),)) for t, i in (("Add.", IMAGE), ("Remove red.", 1 - IMAGE))
     ]
     settings = engine.recommended().override(steps=4, cfg=3.0, cfg_img=2.0)
-    job = engine.prepare(captions, (3, 4), settings, seed=1)
+    job = engine.make_job(captions, (3, 4), settings, seed=1)
     both = decode(pipeline, job.part(0, 2))
     singles = torch.cat([decode(pipeline, job.part(i, i + 1)) for i in range(2)])
     assert (both - singles).abs().max() <= FLOAT_NOISE
@@ -268,8 +299,8 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(pipeline, monkeypatc
     assert (halves - whole).abs().max() <= FLOAT_NOISE
 
 
-def known(tokens: torch.Tensor, keep: list[int], one_by_one: bool = False) -> KnownTokens:
-    return KnownTokens(tokens, torch.tensor([n in keep for n in range(12)]), one_by_one)
+def known(tokens: torch.Tensor, keep: list[int], token_by_token: bool = False) -> KnownTokens:
+    return KnownTokens(tokens, torch.tensor([n in keep for n in range(12)]), token_by_token)
 
 
 @pytest.mark.parametrize("keep", [range(5), range(5, 12), (0, 1, 4, 5, 8), range(0, 12, 2)], ids=str)
@@ -290,7 +321,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(pipeline, done: 
     whole = decode(pipeline, job_for(pipeline, PROMPTS))
     partial = whole.clone()
     partial[:, done:] = 0
-    resumed = decode(pipeline, job_for(pipeline, PROMPTS, known=known(partial, list(range(done)), one_by_one=True)))
+    resumed = decode(pipeline, job_for(pipeline, PROMPTS, known=known(partial, list(range(done)), token_by_token=True)))
     assert torch.equal(resumed, whole)
 
 

@@ -8,8 +8,8 @@ import torch
 from nextstep_core import Progress
 from nextstep_core.decoding.progress import TokenStep
 
-# 10 places, 6 done of which 4 were drawn in 8 seconds; 3 are still to be drawn.
-STEP = TokenStep(done=6, total=10, drawn=4, left=3, seconds=8.0)
+# 10 places, 6 done of which 4 were sampled in 8 seconds; 3 are still to be.
+STEP = TokenStep(done=6, total=10, sampled=4, left=3, seconds=8.0)
 
 
 def test_a_step_by_hand() -> None:

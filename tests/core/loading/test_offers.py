@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nextstep_core.loading import offers
-from nextstep_core.loading.download import PUBLISHED
+from nextstep_core.loading.download import PUBLISHED_CHECKPOINTS
 
 FOLDER, CACHED, TINY = Path("folder"), Path("cached"), Path("tiny")
 OFFER = "NextStep-1.1 (downloads 29 GB)"
@@ -21,7 +21,7 @@ def test_lists_offer_what_is_published_and_not_there() -> None:
         "NextStep-1-Large-Pretrain (downloads 29 GB)",
     ]
     assert offers.offers([offers.VAE_ALONE], {}) == ["NextStep-1-f8ch16-Tokenizer (downloads 0.3 GB)"]
-    assert set(PUBLISHED) == {*offers.CHECKPOINTS, offers.VAE_ALONE}
+    assert set(PUBLISHED_CHECKPOINTS) == {*offers.CHECKPOINTS, offers.VAE_ALONE}
 
 
 @pytest.mark.parametrize("saved", ["NextStep-1.1", OFFER, "NextStep-1.1 (downloads 30.5 GB)"])

@@ -15,13 +15,14 @@ from nextstep_core.loading.documents import Documents
 from nextstep_core.loading.published import published, published_settings
 from nextstep_core.model.config import NextStepConfig
 
-PUBLISHED = {
+PUBLISHED_SETTINGS = {
     "NextStep-1-Large": GenerationSettings(7.5, 1.0, "constant", 50, 1.0, "score-sde-1.0", True),
     "NextStep-1-Large-Pretrain": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.0", False),
     "NextStep-1-Large-Edit": GenerationSettings(7.5, 2.0, "constant", 50, 3.2, "score-sde-1.0", True),
     "NextStep-1.1": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.1", False),
     "NextStep-1.1-Pretrain": GenerationSettings(7.5, 1.0, "constant", 28, 1.0, "score-sde-1.1", False),
 }
+EDIT_1_1 = replace(PUBLISHED_SETTINGS["NextStep-1-Large-Edit"], sampler="score-sde-1.1")
 
 
 @pytest.fixture
@@ -29,23 +30,23 @@ def config(golden: Path) -> NextStepConfig:
     return NextStepConfig.from_dict(json.loads((golden / "tiny-a" / "config.json").read_text()))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_SETTINGS)
 def test_published_settings_by_name(checkpoint: Path, config: NextStepConfig, name: str) -> None:
     says = published(Documents(checkpoint.rename(checkpoint.with_name(name))), config)
-    assert says.making == PUBLISHED[name]
+    assert says.text_to_image == PUBLISHED_SETTINGS[name]
     assert says.is_1_1 == name.startswith("NextStep-1.1")
 
 
 @pytest.mark.parametrize(
     ("newer", "name", "editing", "settings"),
     [
-        (False, "NextStep-1-Large", True, PUBLISHED["NextStep-1-Large-Edit"]),
-        (False, "nextstep-1-large-EDIT", False, PUBLISHED["NextStep-1-Large-Edit"]),
-        (True, "NextStep-1.1", True, replace(PUBLISHED["NextStep-1-Large-Edit"], sampler="score-sde-1.1")),
-        (True, "NextStep-1.1-Edit", False, replace(PUBLISHED["NextStep-1-Large-Edit"], sampler="score-sde-1.1")),
-        (True, "mine", False, PUBLISHED["NextStep-1.1"]),
-        (False, "mine-PRETRAIN", False, PUBLISHED["NextStep-1-Large-Pretrain"]),
-        (False, "pretrain-mine", False, PUBLISHED["NextStep-1-Large"]),
+        (False, "NextStep-1-Large", True, PUBLISHED_SETTINGS["NextStep-1-Large-Edit"]),
+        (False, "nextstep-1-large-EDIT", False, PUBLISHED_SETTINGS["NextStep-1-Large-Edit"]),
+        (True, "NextStep-1.1", True, EDIT_1_1),
+        (True, "NextStep-1.1-Edit", False, EDIT_1_1),
+        (True, "mine", False, PUBLISHED_SETTINGS["NextStep-1.1"]),
+        (False, "mine-PRETRAIN", False, PUBLISHED_SETTINGS["NextStep-1-Large-Pretrain"]),
+        (False, "pretrain-mine", False, PUBLISHED_SETTINGS["NextStep-1-Large"]),
     ],
 )
 def test_settings_by_family_name_and_task(newer: bool, name: str, editing: bool, settings: GenerationSettings) -> None:
@@ -63,14 +64,15 @@ def test_a_stated_sampler_or_family_leaves_nothing_to_the_name(
     (checkpoint / "generation_config.json").write_text('{"sampler": "flow-ode", "cfg_img": 3}')
     says = published(Documents(checkpoint), config)
     assert not caplog.records
-    assert (says.making.cfg_img, says.editing.cfg_img, says.editing.sampler) == (3, 3, "flow-ode")
+    assert (says.text_to_image.cfg_img, says.editing.cfg_img, says.editing.sampler) == (3, 3, "flow-ode")
 
 
 def test_what_only_a_name_tells_is_said_in_the_log(checkpoint: Path, config: NextStepConfig, caplog) -> None:
     caplog.set_level(logging.INFO)
     newer = replace(config, base_image_grid_size=32)
     says = published(Documents(checkpoint), newer)
-    assert says.is_1_1 and says.making.sampler == says.editing.sampler == "score-sde-1.1" and says.editing.shift == 3.2
+    assert says.is_1_1 and says.editing.shift == 3.2
+    assert says.text_to_image.sampler == says.editing.sampler == "score-sde-1.1"
     assert not caplog.records, "its config tells"
     published(Documents(checkpoint.rename(checkpoint.with_name("NextStep-1.1"))), config)
     assert "by its name it is taken for NextStep-1.1" in caplog.text
@@ -79,7 +81,7 @@ def test_what_only_a_name_tells_is_said_in_the_log(checkpoint: Path, config: Nex
 def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextStepConfig) -> None:
     stated = {"cfg": 4, "num_sampling_steps": 12, "timesteps_shift": 1.5, "sampler": "flow-ode", "use_norm": False}
     (checkpoint / "generation_config.json").write_text(json.dumps({**stated, "eos_token_id": 600}))
-    assert published(Documents(checkpoint), config).making == GenerationSettings(
+    assert published(Documents(checkpoint), config).text_to_image == GenerationSettings(
         4, 1.0, "constant", 12, 1.5, "flow-ode", False
     )
     pipe = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
@@ -93,11 +95,13 @@ def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextSte
 @pytest.mark.parametrize(
     ("stated", "sentence"),
     [
-        ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many', which is of a wrong type"),
-        ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
-        ({"cfg": 0.1}, "cfg is 0.1"),
+        ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many'; use a whole number"),
+        ({"num_sampling_steps": 10**9}, "`num_sampling_steps` is 1000000000; use a whole number from 1 to 1000"),
+        ({"timesteps_shift": 1e-30}, "`timesteps_shift` is 1e-30"),
+        ({"sampler": "euler"}, "generation_config.json: sampler is 'euler'; choose one of"),
+        ({"cfg": 0.1}, "`cfg` is 0.1"),
         ({"cfg": "4"}, "`cfg` is '4'"),
-        ({"use_norm": 1}, "`use_norm` is 1"),
+        ({"use_norm": 1}, "use_norm is 1"),
         ({"num_sampling_steps": 12.5}, "`num_sampling_steps` is 12.5"),
     ],
 )

@@ -110,8 +110,8 @@ def test_a_head_block_by_hand() -> None:
 def test_the_spread_is_the_root_of_the_variance(pipeline) -> None:
     vae = AutoencoderKL(replace(pipeline.vae.config, deterministic=False))
     logvar = torch.tensor([0.0, 2 * math.log(3.0), -100.0, 100.0])
-    assert vae.spread(logvar).tolist() == pytest.approx([1, 3, math.exp(-15), math.exp(10)])
-    assert pipeline.vae.spread(logvar) is None, "deterministic"
+    assert vae.posterior_std(logvar).tolist() == pytest.approx([1, 3, math.exp(-15), math.exp(10)])
+    assert pipeline.vae.posterior_std(logvar) is None, "deterministic"
 
 
 @torch.inference_mode()

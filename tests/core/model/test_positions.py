@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.images.latents import PUBLISHED
+from nextstep_core.images.latents import PUBLISHED_LATENTS
 from nextstep_core.model.config import NextStepConfig
 from nextstep_core.model.positions import apply_rotary, generation_codes, grid_codes, grid_side, has_codes, rotary_table
 
@@ -71,7 +71,7 @@ def test_which_grids_have_codes(config: NextStepConfig) -> None:
 def test_a_picture_beyond_the_codes_is_one_sentence(pipeline, base, fits, too_large, words: list[str]) -> None:
     config = replace(pipeline.engine.config, use_gen_pos_embed=True, base_image_grid_size=base)
     engine = replace(pipeline.engine, config=config)
-    assert engine.grid(*fits) == PUBLISHED.grid(*fits)
+    assert engine.grid(*fits) == PUBLISHED_LATENTS.grid(*fits)
     with pytest.raises(NextStepError) as caught:
         engine.grid(*too_large)
     assert all(word in str(caught.value) for word in words), caught.value

@@ -87,7 +87,7 @@ def test_branches_and_pictures_stand_in_order(pipeline, tokenizer) -> None:
 
 def test_only_1_1_begins_with_a_bos(pipeline, tokenizer) -> None:
     """And with one, the size loses its first id, whatever that is, as in the reference."""
-    with_bos = NextStepTokenizer(tokenizer._backend, "<|beginoftext|>")
+    with_bos = NextStepTokenizer(tokenizer._backend, "<|beginoftext|>", pipeline.engine.config)
     tail = [*tokenizer.encode("3*4"), BOI]
     for caption, lead in ((True, [606]), (False, [])):
         made = rows(pipeline, [Caption("A")], with_bos, bos_before_caption=caption)
@@ -97,10 +97,12 @@ def test_only_1_1_begins_with_a_bos(pipeline, tokenizer) -> None:
 
 
 def test_the_family_of_the_checkpoint_decides_about_the_bos(pipeline, tokenizer) -> None:
-    engine = replace(pipeline.engine, tokenizer=NextStepTokenizer(tokenizer._backend, "<|beginoftext|>"))
+    engine = replace(
+        pipeline.engine, tokenizer=NextStepTokenizer(tokenizer._backend, "<|beginoftext|>", pipeline.engine.config)
+    )
     for newer in (True, False):
         engine = replace(engine, published=replace(engine.published, is_1_1=newer))
-        job = engine.prepare([Caption("A")], (3, 4), engine.recommended(), seed=1)
+        job = engine.make_job([Caption("A")], (3, 4), engine.recommended(), seed=1)
         assert (ids(job.rows)[0] == 606) == newer
 
 
@@ -132,20 +134,20 @@ def test_slots_and_images_must_agree() -> None:
 
 
 def test_a_draw_from_the_posterior_by_hand() -> None:
-    mean, spread = torch.full((6, 64), 2.0), torch.full((6, 64), 0.5)
-    drawn = EncodedImage(mean, (2, 3), spread).sampled(torch.full((6, 64), 3.0))
+    mean, std = torch.full((6, 64), 2.0), torch.full((6, 64), 0.5)
+    drawn = EncodedImage(mean, (2, 3), std).sampled(torch.full((6, 64), 3.0))
     assert torch.equal(drawn.tokens, torch.full((6, 64), 3.5)) and drawn.grid == (2, 3)
     certain = EncodedImage(mean, (2, 3))
-    assert certain.sampled(spread) is certain
+    assert certain.sampled(std) is certain
 
 
 def test_every_input_image_moves_the_noise_and_is_drawn_on_its_own(pipeline) -> None:
     """Also of the image-only branch: each row draws for itself, before the tokens do."""
     image = EncodedImage(torch.zeros(6, 64), (2, 3), torch.ones(6, 64))
     settings = pipeline.engine.recommended().override(cfg=2.0, cfg_img=2.0)
-    job = pipeline.engine.prepare([Caption("<image>A", (image,))], (3, 4), settings, seed=3)
+    job = pipeline.engine.make_job([Caption("<image>A", (image,))], (3, 4), settings, seed=3)
     generator = torch.Generator().manual_seed(3)
     for row in (0, 1):
         noise = torch.randn(1, 16, 4, 6, generator=generator)
         assert torch.equal(job.rows.images[row][0].tokens, pipeline.engine.latents.cut(noise)[0])
-    assert torch.equal(job.noise.token(1)[0], torch.randn(1, 64, generator=generator))
+    assert torch.equal(job.noise.for_token(1)[0], torch.randn(1, 64, generator=generator))

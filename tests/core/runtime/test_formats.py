@@ -12,7 +12,7 @@ from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_128, INT8
 from nextstep_core.runtime.quantization.products import candidates, choose
 
 FORMATS = [INT8, INT4, INT4_128, FP8]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_int8_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_which_shapes_fit() -> None:
     assert INT8.fits(3, 5) and FP8.fits(3, 5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_results_have_the_dtype_of_the_input(format: Format, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

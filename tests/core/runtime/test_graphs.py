@@ -69,11 +69,11 @@ def test_a_second_run_records_nothing_and_other_shapes_do(pipeline, small_bucket
 @torch.inference_mode()
 def test_known_tokens_are_replayed_too(pipeline, small_buckets) -> None:
     drawn = pipeline.generate("A red apple.", height=64, width=48, **FAST, seed=2).tokens
-    known = KnownTokens(drawn, torch.arange(12) < 7, one_by_one=True)
+    known = KnownTokens(drawn, torch.arange(12) < 7, token_by_token=True)
     settings = pipeline.engine.recommended().override(**FAST)
     tokens = []
     for pipe in (pipeline, graphed(pipeline)):
-        job = pipe.engine.prepare([Caption("A red apple.")], (4, 3), settings, seed=2, known=known)
+        job = pipe.engine.make_job([Caption("A red apple.")], (4, 3), settings, seed=2, known=known)
         *_, progress = pipe.engine.decode(job, CPU, torch.float32)
         tokens.append(progress.tokens)
     assert (tokens[0] - tokens[1]).abs().max() <= FLOAT_NOISE
@@ -145,7 +145,8 @@ def test_the_head_is_captured_while_layers_are_streamed() -> None:
     wanted = plain.generate("a red circle", **options).tokens
     fast = graphed(plain, Again)
     with SimulatedMPS():
-        job = fast.engine.prepare([Caption("a red circle")], (4, 3), fast.engine.recommended().override(**FAST), seed=0)
+        settings = fast.engine.recommended().override(**FAST)
+        job = fast.engine.make_job([Caption("a red circle")], (4, 3), settings, seed=0)
         *_, progress = fast.engine.decode(job, MPS, torch.float32)
         drawn = progress.tokens.cpu()
     assert len(captured) == 1 and not fast.engine.caches.graphs.broken, "the draw, and no step that reads the layers"
@@ -155,10 +156,10 @@ def test_the_head_is_captured_while_layers_are_streamed() -> None:
 def test_on_amd_nothing_is_captured_unless_asked_for(pipeline, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     caplog.set_level(logging.INFO)
     graphs, device = StepGraphs(pipeline.engine.model), torch.device("cuda", 0)
-    assert graphs.fit(device)
+    assert graphs.supports(device)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not graphs.fit(device) and not graphs.fit(device)
+    assert not graphs.supports(device) and not graphs.supports(device)
     (record,) = caplog.records
     assert "CUDA graphs are off" in record.getMessage()
     monkeypatch.setenv("NEXTSTEP_GRAPHS_ON_AMD", "1")
-    assert graphs.fit(device)
+    assert graphs.supports(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nextstep_core import NextStepError
-from nextstep_core.runtime.memory import MemoryPlan, in_words, plan_host_memory, plan_memory
+from nextstep_core.runtime import memory
+from nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory, plan_memory
 
 
 @pytest.mark.parametrize(
@@ -47,8 +48,19 @@ def test_a_cpu_holds_its_weights_already() -> None:
     assert plan_host_memory(60, 500, 4, each=0).at_once == plan_memory(60, 500, 4, each=0, streamed=5).at_once == 4
 
 
+def test_what_the_computer_has_not_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "spare_bytes", lambda swapping: 2_000_000_000 if swapping else 1_000_000_000)
+    plan_host_memory(60, 35, 4, each=2_000_000_000)
+    with pytest.raises(NextStepError, match=r"One picture would take 2\.10 GB.*has 2\.00 GB left.*smaller size"):
+        plan_host_memory(60, 35, 4, each=2_100_000_000)
+
+
 def test_bytes_for_people() -> None:
-    assert [in_words(n) for n in (999_000_000, 1_000_000_000, 27_540_000_000)] == ["999.0 MB", "1.00 GB", "27.54 GB"]
+    assert [format_bytes(n) for n in (999_000_000, 1_000_000_000, 27_540_000_000)] == [
+        "999.0 MB",
+        "1.00 GB",
+        "27.54 GB",
+    ]
     plan = str(MemoryPlan(5 * 10**9, 2 * 10**9, 10**9, 1))
     assert all(size in plan for size in ("5.00 GB", "2.00 GB", "3.00 GB", "1.00 GB"))
     assert str(MemoryPlan(5, 5, 1, 1)).count("MB") == 2, "nothing is streamed"

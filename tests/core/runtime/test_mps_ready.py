@@ -52,7 +52,7 @@ def masked(pipe: NextStepPipeline) -> list[Tensor]:
     mask[:16, 16:] = 1
     known = KnownTokens(pipe.encode_image(PICTURE).tokens[None], kept_tokens(mask, grid))
     settings = pipe.engine.recommended().override(steps=3)
-    job = pipe.engine.prepare([Caption("a red circle")], grid, settings, seed=1, known=known)
+    job = pipe.engine.make_job([Caption("a red circle")], grid, settings, seed=1, known=known)
     *_, progress = pipe.engine.decode(job, pipe.device, pipe.dtype)
     return [progress.tokens.cpu()]
 
@@ -64,7 +64,7 @@ def vae(pipe: NextStepPipeline, tile: int | None = None) -> list[Tensor]:
     def encode(images: Tensor) -> Tensor:
         pixels = images.movedim(-1, 1).to(pipe.device, pipe.dtype) * 2 - 1
         mean, logvar = pipe.vae.encode_moments(pixels, run)
-        pipe.vae.spread(logvar)
+        pipe.vae.posterior_std(logvar)
         return mean
 
     latents = encode(WIDE[None])

@@ -102,7 +102,7 @@ class Watch(SimulatedMPS):
 
 def draw(pipe: NextStepPipeline, device: torch.device) -> Tensor:
     settings = pipe.engine.recommended().override(steps=3, cfg=2.0)
-    job = pipe.engine.prepare([Caption("a red circle")], (2, 3), settings, seed=1, images_per_caption=2)
+    job = pipe.engine.make_job([Caption("a red circle")], (2, 3), settings, seed=1, images_per_caption=2)
     *_, progress = pipe.engine.decode(job, device, torch.float32)
     return progress.tokens.cpu()
 
@@ -162,7 +162,7 @@ def test_page_locked_copies_lie_in_one_block_of_their_size(monkeypatch: pytest.M
         ((start, size),) = runtime.registered.items()
         assert size == sum(map(ring.packed_bytes, layers)) == 256 + 256 + 512 + 256
         for copy, own in zip(tree_leaves(copies), tree_leaves(layers)):
-            assert start <= copy.data_ptr() < start + size and (copy.data_ptr() - start) % ring.ALIGNMENT == 0
+            assert start <= copy.data_ptr() < start + size and (copy.data_ptr() - start) % ring.BUFFER_ALIGNMENT == 0
             assert copy.dtype == own.dtype and torch.equal(copy, own)
         raise KeyboardInterrupt
     assert not runtime.registered
@@ -176,7 +176,7 @@ def test_without_page_locked_memory_copies_are_plain_and_that_is_said(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(ring, "_forget_last_error", lambda: None)  # asks the device
     if why == "too much":
-        monkeypatch.setattr(ring, "_spare_bytes", lambda: 1000)
+        monkeypatch.setattr(ring, "spare_bytes", lambda: 1000)
     with ring.page_locked(layers) as copies:
         assert all(copy is own for copy, own in zip(tree_leaves(copies), tree_leaves(layers)))
     (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)

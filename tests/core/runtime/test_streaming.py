@@ -17,7 +17,7 @@ from nextstep_core.runtime.quantization import quantize_model
 from nextstep_core.runtime.streaming import streamed_bytes
 
 CPU = torch.device("cpu")
-SPREADS = {
+PLACEMENTS = {
     "nothing": lambda name: False,
     "every other layer": lambda name: name.startswith("layers.") and int(name.split(".")[1]) % 2 == 0,
     "all but one layer": lambda name: not name.startswith("layers.2."),
@@ -37,13 +37,13 @@ def load(recipe: str | None) -> NextStepPipeline:
 
 def draw(pipe: NextStepPipeline, device: torch.device, each: Callable[[Progress], None] = lambda _: None) -> Tensor:
     settings = pipe.engine.recommended().override(steps=3, cfg=2.0)
-    job = pipe.engine.prepare([Caption("a red circle")], (2, 3), settings, seed=1)
+    job = pipe.engine.make_job([Caption("a red circle")], (2, 3), settings, seed=1)
     for progress in pipe.engine.decode(job, device, torch.float32):
         each(progress)
     return progress.tokens.cpu()
 
 
-def spread(pipe: NextStepPipeline, on_device: Callable[[str], bool]) -> None:
+def place_weights(pipe: NextStepPipeline, on_device: Callable[[str], bool]) -> None:
     """Move the parameters whose name `on_device` accepts to the simulated device, and leave the rest on the host."""
     for name, parameter in list(pipe.engine.model.named_parameters()):
         if on_device(name):
@@ -64,19 +64,19 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    ("spread_name", "recipe"),
+    ("placement", "recipe"),
     [
         ("every other layer", None),
-        *(pytest.param(name, None, marks=pytest.mark.slow) for name in SPREADS if name != "every other layer"),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in PLACEMENTS if name != "every other layer"),
         pytest.param("every other layer", "int8", marks=pytest.mark.slow),
     ],
 )
 @torch.inference_mode()
-def test_streamed_weights_draw_the_same_tokens(spread_name: str, recipe: str | None) -> None:
+def test_streamed_weights_draw_the_same_tokens(placement: str, recipe: str | None) -> None:
     expected = draw(load(recipe), CPU)
     with SimulatedMPS() as mps:
         pipe = load(recipe)
-        spread(pipe, SPREADS[spread_name])
+        place_weights(pipe, PLACEMENTS[placement])
         before = places(pipe)
         drawn = draw(pipe, MPS)
         assert places(pipe) == before

@@ -17,7 +17,7 @@ def integrate(name: str, steps: int, shift: float = 1.0) -> torch.Tensor:
     """Run a sampler on the straight field towards one point, v = (target - x) / (1 - t)."""
     sampler = SAMPLERS[name]
     times = sampler.grid(steps, shift)
-    noise = torch.randn(sampler.draws(steps), 1, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(sampler.noise_count(steps), 1, 64, generator=torch.Generator().manual_seed(0))
     return sampler.integrate(lambda x, i: (TARGET - x) / (1 - times[i]), times, noise, ETA)
 
 
@@ -38,7 +38,7 @@ def test_every_sampler_ends_near_the_only_point(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_draws_are_all_used_and_no_more(name: str) -> None:
     sampler = SAMPLERS[name]
-    noise = torch.randn(sampler.draws(6), 1, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(sampler.noise_count(6), 1, 64, generator=torch.Generator().manual_seed(0))
     times = sampler.grid(6, 1.0)
     run = lambda n: sampler.integrate(lambda x, i: 0.1 * x, times, n, ETA)  # noqa: E731
     plain = run(noise)
@@ -66,7 +66,7 @@ def test_a_gaussian_stays_the_gaussian_that_it_should_be(name: str, shift: float
     mean, deviation, steps = 1.5, 0.5, 250
     sampler = SAMPLERS[name]
     times = sampler.grid(steps, shift)
-    noise = torch.randn(sampler.draws(steps), 20_000, 1, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(sampler.noise_count(steps), 20_000, 1, generator=torch.Generator().manual_seed(0))
 
     def velocity(x: torch.Tensor, i: int) -> torch.Tensor:
         t = times[i]
@@ -103,7 +103,7 @@ def test_order_of_convergence(name: str, order: int) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_network_calls_are_as_stated(name: str) -> None:
     sampler, calls = SAMPLERS[name], []
-    noise = torch.zeros(sampler.draws(6), 1, 64)
+    noise = torch.zeros(sampler.noise_count(6), 1, 64)
     sampler.integrate(lambda x, i: calls.append(i) or x, sampler.grid(6, 1.0), noise, ETA)
     assert len(calls) == sampler.calls(6)
 

@@ -103,11 +103,11 @@ def test_the_noise_stream_by_hand() -> None:
     generator = torch.Generator().manual_seed(7)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     stream = NoiseStream(7, captions=2, images_per_caption=3, token_dim=4)
-    assert torch.equal(stream.posterior(16, 2, 3), draw(1, 16, 2, 3))
+    assert torch.equal(stream.for_posterior(16, 2, 3), draw(1, 16, 2, 3))
     first = [draw(3, 4), draw(3, 4)]
-    assert torch.equal(stream.token(2), torch.stack([torch.cat([d, d]) for d in first]))
+    assert torch.equal(stream.for_token(2), torch.stack([torch.cat([d, d]) for d in first]))
     part = stream.part(1, 5)
     second = draw(3, 4)
     wanted = torch.cat([second, second])
-    assert torch.equal(part.token(1)[0], wanted[1:5])
-    assert torch.equal(stream.token(1)[0], wanted), "its part has not moved it"
+    assert torch.equal(part.for_token(1)[0], wanted[1:5])
+    assert torch.equal(stream.for_token(1)[0], wanted), "its part has not moved it"
