@@ -10,6 +10,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from nextstep_core.sampling.solvers import SAMPLERS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VALUES = re.compile(r"…(\s…)+")
@@ -60,6 +62,11 @@ def test_the_files_that_the_templates_ask_for_have_the_address_that_is_to_be_rep
                 asked = {"name": name, "url": f"{address}{name}", "directory": folders[node["type"]]}
                 assert node["properties"]["models"] == [asked], path.name
                 assert name in README, path.name
+
+
+def test_every_sampler_is_measured() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([\w.-]+) \|", page, flags=re.MULTILINE)[2:] == list(SAMPLERS), "below the head"
 
 
 def test_every_workflow_and_node_is_named() -> None:
