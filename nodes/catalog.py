@@ -47,7 +47,7 @@ def _find(name: str, among: dict[str, Path], kind: str, ways: str) -> Path:
     if name in among:
         return among[name]
     folders = " or ".join(str(root) for root in host.model_roots())
-    what = f"There is no NextStep {kind}" if name == NOTHING_FOUND else f"The NextStep {kind} {name!r} is not there"
+    what = f"There is no NextStep {kind}" if name == NOTHING_FOUND else f"The NextStep {kind} {name!r} was not found"
     raise NextStepError(f"{what}. Three ways to get one: {ways.format(folders)}. Then press R to refresh the node.")
 
 

@@ -150,7 +150,7 @@ class NextStepModelLoader(io.ComfyNode):
                 io.Vae.Output(
                     "vae",
                     display_name="vae",
-                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE there is. Core VAE nodes take it "
+                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE found. Core VAE nodes accept it "
                     "too.",
                 ),
             ],
@@ -195,7 +195,7 @@ class NextStepVAELoader(io.ComfyNode):
                     "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it.",
                 ),
             ],
-            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes take it too.")],
+            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes accept it too.")],
         )
 
     @classmethod

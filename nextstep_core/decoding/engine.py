@@ -122,7 +122,9 @@ class NextStepEngine:
         """NextStepError when `text` alone is longer than the model's context."""
         limit, length = self.config.max_position_embeddings, len(self.tokenizer.encode(text))
         if limit is not None and length > limit:
-            raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
+            raise NextStepError(
+                f"The prompt is {length} tokens long; the limit of this model is {limit}. Shorten the prompt."
+            )
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""

@@ -138,7 +138,9 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
         process.wait()
     if process.returncode != 0:
         reason = (process.stderr.read().strip().splitlines() or ["it stopped"])[-1]
-        raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to resume.")
+        raise NextStepError(
+            f"{plan.repo_id} was not downloaded completely ({reason}). Run the download again to resume."
+        )
     verify(plan, on_progress)
     return plan.folder
 
@@ -154,7 +156,7 @@ def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         right = plan.is_whole(file) and (file.sha256 is None or _sha256(path, plan, on_progress) == file.sha256)
         if not right:
             path.unlink(missing_ok=True)
-            raise NextStepError(f"{path} arrived damaged and was removed. Start the download again to fetch it anew.")
+            raise NextStepError(f"{path} was damaged during the download and was removed. Run the download again.")
     on_progress(plan.size, plan.size)
 
 

@@ -137,5 +137,5 @@ def _check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> No
     if limit is not None and needed > limit:
         raise NextStepError(
             f"The prompt is {prompt_length} tokens long and the image {grid[0] * grid[1]}; together {needed} are more "
-            f"than the {limit} that this model can hold. Shorten the prompt or choose a smaller image."
+            f"than the {limit} that this model allows. Shorten the prompt or choose a smaller image."
         )
