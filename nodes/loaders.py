@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
@@ -28,6 +28,7 @@ from .widgets import AUTO
 log = logging.getLogger(__name__)
 
 UNQUANTIZED = "none"
+STORED = (UNQUANTIZED, *RECIPES, AUTO)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ _loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDict
 
 def load_model(name: str, options: LoadOptions) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
+    check_choice("dtype", options.dtype, host.DTYPE_CHOICES)
+    check_choice("quantization", options.quantization, (UNQUANTIZED, *RECIPES, AUTO))
+    check_choice("cuda_graphs", options.cuda_graphs, (True, False))
     path = catalog.find_model(name)
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
@@ -66,7 +70,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
-        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
         adopted.append(host.adopt(model, read, compute))
         return model
 
@@ -130,7 +134,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[UNQUANTIZED, *RECIPES, AUTO],
+                    options=list(STORED),
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "

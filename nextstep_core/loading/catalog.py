@@ -3,38 +3,103 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import logging
+import os
+import stat
+import unicodedata
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import NextStepError
 from ..model.config import MODEL_TYPES
 from .build import VAE_WEIGHT_NAMES
-from .checkpoint import INDEX_NAME, SINGLE_NAME
-from .documents import CONFIG, find_documents, is_marked
+from .checkpoint import SINGLE_NAME
+from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
+from .files import is_file, is_folder
 from .gguf_file import SUFFIX as GGUF
 from .store import vae_beside
 
 DEPTH = 3
+# Entries of one root that are looked at. A link to a whole disk must not make the host wait for minutes.
+MAX_ENTRIES = 100_000
 MODEL_KEY, VAE_KEY = "model_type", "z_channels"  # of a config; they tell the one kind from the other
 VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
+
+log = logging.getLogger(__name__)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names in it) of a root and the folders a few levels down, in order; links are followed, but not back up.
+
+    What may not be read is passed over, and so are names that a dropdown cannot show.
+    """
+    left = MAX_ENTRIES
+    waiting = deque([(root, 0, frozenset[tuple[int, int]]())])
+    while waiting:
+        folder, depth, above = waiting.popleft()
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                seen = sorted((entry.name, _is_folder(entry)) for entry in islice(entries, left + 1))
+        except OSError:
+            continue
+        identity = status.st_dev, status.st_ino
+        if identity in above:
+            continue
+        left -= len(seen)
+        if left < 0:
+            log.warning("NextStep: %s holds more than %d files; the rest is not looked at", root, MAX_ENTRIES)
+            return
+        seen = [(name, is_folder) for name, is_folder in seen if _can_be_shown(name)]
+        yield folder, [name for name, _ in seen]
+        if depth < DEPTH:
+            below = (folder / name for name, is_folder in seen if is_folder)
+            waiting += [(path, depth + 1, above | {identity}) for path in below]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a circle of links
+        return False
+
+
+def _can_be_shown(name: str) -> bool:
+    """Whether a name is text: no control characters, and no bytes that stand for none."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
 
 
 def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """(root, folder) of every folder with a config.json, a few levels down."""
-    found = []
-    for root in roots:
-        for depth in range(DEPTH + 1):
-            found += [(root, config.parent) for config in root.glob("/".join(["*"] * depth + ["config.json"]))]
-    return sorted(found)
+    return sorted((root, folder) for root in roots for folder, names in _walk(root) if CONFIG in names)
+
+
+def _files(folder: Path, *suffixes: str) -> list[Path]:
+    """Regular files of these kinds in a folder, in order."""
+    try:
+        names = sorted(filter(_can_be_shown, os.listdir(folder)))
+    except OSError:
+        return []
+    return [folder / name for name in names if name.endswith(suffixes) and is_file(folder / name)]
 
 
 def _config(path: Path) -> dict[str, Any]:
     """The config of a folder, or of a single file that carries it; empty where it is unreadable."""
     if is_marked(path):
-        return _carried_config(path, path.stat().st_mtime_ns)
+        return _carried_config(path, _changed(path))
     return _read_config(path)
+
+
+def _changed(path: Path) -> int:
+    """When a file was changed, in nanoseconds; 0 where it is gone."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 @lru_cache(maxsize=64)
@@ -51,16 +116,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_nextstep(folder: Path) -> bool:
-    return _config(folder).get(MODEL_KEY) in MODEL_TYPES
+    kind = _config(folder).get(MODEL_KEY)
+    return isinstance(kind, str) and kind in MODEL_TYPES
 
 
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
     from huggingface_hub import constants
 
-    found, cache = {}, Path(constants.HF_HUB_CACHE)
-    # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
-    snapshots = sorted(cache.glob("models--*/snapshots/*"), key=lambda path: path.stat().st_mtime)
+    found = {}
+    try:
+        # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
+        snapshots = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
+    except OSError:
+        snapshots = []
     for folder in snapshots:
         if _has_weights(folder) and _is_nextstep(folder):
             repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -69,15 +138,15 @@ def cached_models() -> dict[str, Path]:
 
 
 def _has_weights(folder: Path) -> bool:
-    return (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+    return is_file(folder / INDEX_NAME) or is_file(folder / SINGLE_NAME)
 
 
 def _single_files(roots: Sequence[Path], holds: str) -> dict[str, Path]:
     """Files that carry a config of their own, a few levels down, whose config has the key `holds`."""
     found: dict[str, Path] = {}
     for root in roots:
-        for depth in range(DEPTH + 1):
-            for path in sorted(root.glob("/".join(["*"] * depth + ["*.safetensors"]))):
+        for folder, names in _walk(root):
+            for path in (folder / name for name in names if name.endswith(".safetensors")):
                 if is_marked(path) and holds in _config(path):
                     found.setdefault(path.relative_to(root).as_posix(), path)
     return found
@@ -90,10 +159,10 @@ def models(roots: Sequence[Path], file_roots: Sequence[Path] = ()) -> dict[str, 
     for root, folder in _config_folders(roots):
         if not _is_nextstep(folder):
             continue
-        paths = sorted(folder.glob(f"*{GGUF}"))
+        paths = _files(folder, GGUF)
         if _has_weights(folder):
             paths.insert(0, folder)
-        for path in paths or sorted(folder.glob("*.safetensors")) or [folder]:
+        for path in paths or _files(folder, ".safetensors") or [folder]:
             found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
     return _single_files([*roots, *file_roots], MODEL_KEY) | found
 
@@ -105,11 +174,10 @@ def vaes(roots: Sequence[Path], vae_roots: Sequence[Path] = ()) -> dict[str, Pat
     for root, folder in _config_folders([*roots, *vae_roots]):
         if VAE_KEY not in _config(folder):
             continue
-        if (folder / VAE_WEIGHT_NAMES[0]).is_file():
+        if is_file(folder / VAE_WEIGHT_NAMES[0]):
             found.setdefault(folder.relative_to(root).as_posix() if folder != root else root.name, folder)
         elif root in vae_roots:
-            files = sorted(path for path in folder.iterdir() if path.suffix in VAE_SUFFIXES)
-            found |= {path.relative_to(root).as_posix(): path for path in files}
+            found |= {path.relative_to(root).as_posix(): path for path in _files(folder, *VAE_SUFFIXES)}
     return _single_files([*roots, *vae_roots], VAE_KEY) | found
 
 
@@ -123,7 +191,18 @@ def vae_of(checkpoint: Path, others: Collection[Path]) -> Path | None:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when the files of a checkpoint or a VAE change; reads no file."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path, path.parent / CONFIG]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return json.dumps([str(path), stats])
+    """Changes when the files of a checkpoint or a VAE change; reads no file, and raises nothing."""
+    try:
+        files = sorted(path.iterdir()) if is_folder(path) else [path, path.parent / CONFIG]
+    except OSError:
+        files = []
+    return json.dumps([str(path), [found for file in files if (found := _stat(file)) is not None]])
+
+
+def _stat(file: Path) -> tuple[str, int, int] | None:
+    """(name, size, when it was changed) of a regular file, None for anything else."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (file.name, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

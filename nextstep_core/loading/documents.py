@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,25 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import NextStepError, damaged
+from ..errors import NextStepError, damaged, shown
+from .files import is_file, is_folder, read_all, read_head
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+INDEX_NAME = "model.safetensors.index.json"
 CARRIED = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG)
+
+# Bytes that a document may have. Published ones: 2 KB of config, 60 KB of index, 8 KB of tokenizer_config and 11 MB of
+# tokenizer, of which the memory for reading it is a multiple.
+SMALL_DOCUMENT = 1 << 20
+LIMITS = {TOKENIZER: 32 << 20, TOKENIZER_CONFIG: 4 << 20, INDEX_NAME: 4 << 20}
+# The header of a weights file: some hundred bytes for each tensor, and the documents that a single file carries.
+MAX_HEADER, MAX_TENSORS = 64 << 20, 100_000
+# Values in a document: a published tokenizer has half a million, and each takes some sixty bytes of memory when read.
+MAX_VALUES = 2_000_000
+MAX_DIGITS = 30  # of a whole number; the longest that means something, a seed, has twenty
 
 # Metadata of a single file, beside the documents: what it is, the checkpoint's published name, its quantization.
 MARK, VERSION = "nextstep", "1"
@@ -54,16 +67,25 @@ class Documents:
 
     def has(self, name: str) -> bool:
         """Whether there is such a document."""
-        return name in self.carried if self.carried is not None else (self.folder / name).is_file()
+        return name in self.carried if self.carried is not None else is_file(self.folder / name)
 
     def text(self, name: str) -> str:
-        """A document as text; NextStepError when it is absent or unreadable."""
+        """A document as text; NextStepError when it is absent, unreadable or longer than such a document can be."""
+        limit = LIMITS.get(name, SMALL_DOCUMENT)
         try:
-            return self.carried[name] if self.carried is not None else (self.folder / name).read_text(encoding="utf-8")
-        except (FileNotFoundError, KeyError):
+            if self.carried is None:
+                return read_all(self.folder / name, limit).decode("utf-8")
+            text = self.carried[name]
+        except (FileNotFoundError, NotADirectoryError, KeyError):
             raise NextStepError(f"{self.where(name)} does not exist. A NextStep checkpoint needs it.") from None
         except (OSError, UnicodeDecodeError) as error:
             raise NextStepError(f"{self.where(name)} is not readable ({error}). Download the file again.") from None
+        if len(text) > limit:
+            raise NextStepError(
+                f"{self.where(name)} holds {len(text):,} characters; such a document has at most {limit:,}. "
+                "Download the file again."
+            )
+        return text
 
     @contextmanager
     def as_file(self, name: str) -> Iterator[Path]:
@@ -82,19 +104,58 @@ class Documents:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """The JSON object in `text`; NextStepError, naming `where`, when it is something else."""
+    """The JSON object in `text`; NextStepError, naming `where`, when it is something else or none that means anything:
+    nested without end, with numbers that are none, with a key that has two values."""
+    values = sum(map(text.count, ",[{"))
+    if values > MAX_VALUES:
+        raise NextStepError(
+            f"{where} holds {values:,} values; at most {MAX_VALUES:,} are read. Download the file again."
+        )
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = _DECODER.decode(text)
+    except RecursionError:
+        raise NextStepError(f"{where} is nested too deeply. Download the file again.") from None
+    except ValueError as error:
         raise NextStepError(f"{where} is not readable JSON ({error}). Download the file again.") from None
     if not isinstance(data, dict):
         raise NextStepError(f"{where} holds a JSON {type(data).__name__}, not an object. Download the file again.")
     return data
 
 
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:  # Python raises only at thousands, in words about its own settings
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _fraction(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(digits)} is larger than any number")
+    return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    together = dict(pairs)
+    if len(together) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} is there twice")
+    return together
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_whole_number, parse_float=_fraction, parse_constant=_no_number, object_pairs_hook=_each_once
+)
+
+
 def find_documents(path: Path) -> Documents:
     """The documents of a checkpoint folder, of a single file that carries them, or of the folder a file lies in."""
-    if path.is_dir():
+    if is_folder(path):
         return Documents(path)
     carried = file_metadata(path) if is_marked(path) else {}
     return Documents(path.parent, carried, path) if CONFIG in carried else Documents(path.parent)
@@ -103,16 +164,26 @@ def find_documents(path: Path) -> Documents:
 def is_marked(path: Path) -> bool:
     """Whether a weights file is a single file that we wrote, from its first bytes alone."""
     try:
-        with path.open("rb") as file:
-            return f'"{MARK}":'.encode() in file.read(HEAD_BYTES)
-    except OSError:
+        return f'"{MARK}":'.encode() in read_head(path, HEAD_BYTES)
+    except (OSError, NextStepError):
         return False
 
 
 def file_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; NextStepError when it is damaged."""
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise damaged(path, error) from None
+
+
+def check_header(path: Path) -> None:
+    """NextStepError when the header of a safetensors file is longer than any that is needed; OSError without a file."""
+    length = int.from_bytes(read_head(path, 8), "little")
+    if length > MAX_HEADER:
+        raise damaged(path, f"a header of {length:,} bytes, where at most {MAX_HEADER:,} are read")
+    tensors = read_head(path, 8 + length).count(b'"data_offsets"')
+    if tensors > MAX_TENSORS:
+        raise damaged(path, f"{tensors:,} tensors, where at most {MAX_TENSORS:,} are read")

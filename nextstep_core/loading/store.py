@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import NextStepError
+from ..errors import NextStepError, shown
+from .files import is_folder
 
 EMBEDDED = "tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -47,11 +48,15 @@ def _from_hub(hub_id: str) -> Path:
 
 def vae_beside(checkpoint: Path, stated: str | None) -> Path:
     """The VAE folder that belongs to a checkpoint: what its config states, relative to its own folder, else `vae`."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    wanted = (folder / (stated or "vae")).resolve()
-    if wanted.is_dir() and wanted.is_relative_to(folder.resolve()):
+    folder = checkpoint if is_folder(checkpoint) else checkpoint.parent
+    try:
+        wanted = (folder / (stated or "vae")).resolve()
+        inside = wanted.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or what can be no name
+        inside = False
+    if inside and is_folder(wanted):
         return wanted
     raise NextStepError(
-        f"{folder} holds no VAE ({stated or 'vae'!r}). Put the checkpoint's vae folder there, or name a VAE: "
+        f"{folder} holds no VAE ({shown(stated or 'vae')}). Put the checkpoint's vae folder there, or name a VAE: "
         "the published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
     )

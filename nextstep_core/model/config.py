@@ -9,9 +9,46 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import NextStepError
+from ..errors import NextStepError, shown
 
 MODEL_TYPES = ("nextstep", "stepx_llama")
+
+# Least and greatest of every number that a config states. A config is a small file with a huge effect: its sizes decide
+# how much memory and time is asked for before anything else is known. The published 14B model is noted beside each; its
+# size may grow some eightfold before a limit has to.
+LIMITS: dict[str, tuple[float, float]] = {
+    "hidden_size": (1, 65_536),  # 5,120
+    "intermediate_size": (1, 262_144),  # 13,824
+    "num_hidden_layers": (1, 512),  # 48; each takes time even where it takes no memory
+    "num_attention_heads": (1, 1_024),  # 40
+    "num_key_value_heads": (1, 1_024),  # 8
+    "head_dim": (2, 1_024),  # 128
+    "vocab_size": (1, 2_097_152),  # 152,064
+    "rms_norm_eps": (1e-12, 0.1),  # 1e-6; none lets a row of zeros become NaN
+    "rope_theta": (1, 1e12),  # 1e6; below 1 far positions would turn faster than near ones
+    "rope_factor": (1e-3, 1e4),  # 1
+    "latent_patch_size": (1, 16),  # 2
+    "latent_channels": (1, 1_024),  # 16
+    "fm_head_dim": (1, 32_768),  # 1,536
+    "fm_head_layers": (1, 128),  # 12
+    "base_image_grid_size": (1, 512),  # 32
+    "max_position_embeddings": (1, 16_777_216),  # 131,072
+}
+MAX_TOKEN_DIM = 16_384  # 64; channels times the patch's area
+MAX_CODES = 2**28  # numbers in the table of generation codes, 5.2 million; 1 GB in float32
+
+VAE_LIMITS: dict[str, tuple[float, float]] = {
+    "ch": (32, 1_024),  # 128
+    "num_res_blocks": (1, 16),  # 2
+    "z_channels": (1, 1_024),  # 16
+    "in_channels": (3, 3),  # pictures are red, green and blue
+    "out_ch": (3, 3),
+    "scaling_factor": (1e-3, 1e3),  # 1 and 0.36; latents are divided by it
+    "shift_factor": (-1e3, 1e3),  # 0 and 0.12
+    "psz": (1, 16),  # 1
+}
+MAX_LEVELS, MAX_MULTIPLIER = 6, 32  # 4 and 4
+MAX_WIDTH = 8_192  # 512; channels of a level, ch times its multiplier
 
 
 def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
@@ -20,6 +57,7 @@ def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
         "float": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool),
         "bool": lambda v: isinstance(v, bool),
+        "str": lambda v: isinstance(v, str),
     }
     for field in fields(cls):
         kind = str(field.type).removesuffix(" | None")
@@ -29,7 +67,16 @@ def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
         if value is None and str(field.type).endswith("| None"):
             continue
         if not checks[kind](value):
-            raise NextStepError(f"{source}: `{field.name}` is {value!r}, expected {kind}.")
+            raise NextStepError(f"{source}: `{field.name}` is {shown(value)}, expected {kind}.")
+
+
+def _check_limits(values: dict[str, Any], limits: dict[str, tuple[float, float]], source: str) -> None:
+    """Reject numbers outside their limits. What is None is left to its default."""
+    for name, (least, most) in limits.items():
+        value = values.get(name)
+        if value is not None and not least <= value <= most:  # NaN is neither
+            wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            raise NextStepError(f"{source}: `{name}` is {shown(value)}, expected {wanted}.")
 
 
 def _require(values: dict[str, Any], names: tuple[str, ...], source: str) -> None:
@@ -80,14 +127,15 @@ class NextStepConfig:
         NextStepError names `source` and the key that is missing, of a wrong type or contradictory.
         """
         model_type = data.get("model_type")
-        if model_type not in MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise NextStepError(
-                f"{source} describes a model of type {model_type!r}, not a NextStep model "
+                f"{source} describes a model of type {shown(model_type)}, not a NextStep model "
                 f"(expected model_type {' or '.join(map(repr, MODEL_TYPES))})."
             )
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        rope = data.get("rope_parameters") or {}
-        scaling = data.get("rope_scaling") or {key: rope[key] for key in ("rope_type", "factor") if key in rope}
+        rope = _table(data, "rope_parameters", source)
+        nested: dict[str, Any] = {key: rope[key] for key in ("rope_type", "factor") if key in rope}
+        scaling = _table(data, "rope_scaling", source) or nested
         values.setdefault("rope_theta", rope.get("rope_theta"))
         values["rope_factor"] = _linear_rope_factor(scaling, source)
         _require(values, ("hidden_size", "num_attention_heads", "attention_bias"), source)
@@ -102,25 +150,12 @@ class NextStepConfig:
             values, tuple(f.name for f in fields(cls) if "None" not in str(f.type) and f.default is not False), source
         )
         _check_types(cls, values, source)
+        _check_limits(values, LIMITS, source)
         config = cls(**values)
         config._check_consistency(source)
         return config
 
     def _check_consistency(self, source: str) -> None:
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "vocab_size",
-            "latent_patch_size",
-            "latent_channels",
-            "fm_head_dim",
-            "fm_head_layers",
-        ):
-            if getattr(self, name) < 1:
-                raise NextStepError(f"{source}: `{name}` is {getattr(self, name)}, expected at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise NextStepError(
                 f"{source}: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
@@ -128,16 +163,40 @@ class NextStepConfig:
             )
         if self.head_dim % 2:
             raise NextStepError(f"{source}: `head_dim` is {self.head_dim}; rotary embedding needs an even number.")
+        if self.token_dim > MAX_TOKEN_DIM:
+            raise NextStepError(
+                f"{source}: a token of `latent_channels` ({self.latent_channels}) times the area of a patch of "
+                f"`latent_patch_size` ({self.latent_patch_size}) has {self.token_dim:,} numbers, expected at most "
+                f"{MAX_TOKEN_DIM:,}."
+            )
+        codes = (self.base_image_grid_size or 0) ** 2 * self.hidden_size  # the default grid is never too much
+        if self.use_gen_pos_embed and (self.hidden_size % 4 or codes > MAX_CODES):
+            raise NextStepError(
+                f"{source}: `use_gen_pos_embed` needs a `hidden_size` ({self.hidden_size}) that is a multiple of 4, "
+                f"and at most {MAX_CODES:,} when multiplied by the area of the `base_image_grid_size` "
+                f"({self.base_image_grid_size})."
+            )
         for name in ("boi", "eoi", "image_placeholder_id", "pad_token_id_added"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
                 raise NextStepError(
-                    f"{source}: `{name}` is {getattr(self, name)}, outside the vocabulary of {self.vocab_size} tokens."
+                    f"{source}: `{name}` is {shown(value)}, outside the vocabulary of {self.vocab_size} tokens."
                 )
 
 
+def _table(data: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    """A JSON object that may be absent, empty then."""
+    value = data.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise NextStepError(f"{source}: `{name}` is {shown(value)}, expected an object.")
+    return value or {}
+
+
 def _divide(values: dict[str, Any], above: str, below: str, source: str) -> int:
-    _check_types(NextStepConfig, {name: values[name] for name in (above, below)}, source)
-    if values[below] < 1 or values[above] % values[below]:
+    stated = {name: values[name] for name in (above, below)}
+    _check_types(NextStepConfig, stated, source)
+    _check_limits(stated, LIMITS, source)
+    if values[above] % values[below]:
         raise NextStepError(f"{source}: `{above}` ({values[above]}) is not a multiple of `{below}` ({values[below]}).")
     return int(values[above] // values[below])
 
@@ -147,9 +206,14 @@ def _linear_rope_factor(scaling: dict[str, Any], source: str) -> float:
     if kind == "default":
         return 1.0
     factor = scaling.get("factor")
-    if kind == "linear" and isinstance(factor, (int, float)) and factor > 0:
-        return float(factor)
-    raise NextStepError(f"{source}: `rope_scaling` {scaling!r} is not supported (only none, or linear with a factor).")
+    if kind == "linear" and isinstance(factor, (int, float)) and not isinstance(factor, bool):
+        least, most = LIMITS["rope_factor"]
+        if least <= factor <= most:
+            return float(factor)
+    raise NextStepError(
+        f"{source}: `rope_scaling` of the type {shown(kind)} with the factor {shown(factor)} is not supported (only "
+        "none, or linear with a factor)."
+    )
 
 
 @dataclass(frozen=True)
@@ -179,12 +243,27 @@ class VAEConfig:
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         _require(values, ("ch", "ch_mult", "num_res_blocks", "z_channels"), source)
         _check_types(cls, values, source)
+        _check_limits(values, VAE_LIMITS, source)
         mult = values["ch_mult"]
-        if not isinstance(mult, (list, tuple)) or not mult or not all(isinstance(m, int) and m > 0 for m in mult):
-            raise NextStepError(f"{source}: `ch_mult` is {mult!r}, expected a list of whole numbers.")
+        if (
+            not isinstance(mult, (list, tuple))
+            or not 1 <= len(mult) <= MAX_LEVELS
+            or not all(map(_is_multiplier, mult))
+        ):
+            raise NextStepError(
+                f"{source}: `ch_mult` is {shown(mult)}, expected up to {MAX_LEVELS} whole numbers from 1 to "
+                f"{MAX_MULTIPLIER}."
+            )
         values["ch_mult"] = tuple(mult)
         if values["ch"] % 32:
             raise NextStepError(f"{source}: `ch` is {values['ch']}; group norm with 32 groups needs a multiple of 32.")
-        if values.get("scaling_factor") == 0:
-            raise NextStepError(f"{source}: `scaling_factor` is 0, which would erase every latent.")
+        if values["ch"] * max(mult) > MAX_WIDTH:
+            raise NextStepError(
+                f"{source}: `ch` ({values['ch']}) times the largest of `ch_mult` ({max(mult)}) is more than the "
+                f"{MAX_WIDTH:,} channels that a level may have."
+            )
         return cls(**values)
+
+
+def _is_multiplier(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_MULTIPLIER

@@ -40,6 +40,30 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": None}, "attention_bias"),
     ({"latent_channels": None}, "latent_channels"),
     ({"rope_theta": None}, "rope_theta"),
+    ({"rope_theta": 0}, "rope_theta"),
+    ({"rope_theta": float("nan")}, "rope_theta"),
+    ({"rope_theta": float("inf")}, "rope_theta"),
+    ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling"),
+    ({"rope_scaling": [1]}, "rope_scaling"),
+    ({"rope_parameters": "linear"}, "rope_parameters"),
+    ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+    ({"rms_norm_eps": 1}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"hidden_size": 65_537}, "hidden_size"),
+    ({"intermediate_size": 0}, "intermediate_size"),
+    ({"num_hidden_layers": 10**100}, "num_hidden_layers"),
+    ({"num_hidden_layers": 513}, "num_hidden_layers"),
+    ({"num_attention_heads": 2**63, "head_dim": None}, "num_attention_heads"),
+    ({"vocab_size": 2**31}, "vocab_size"),
+    ({"latent_patch_size": 16, "latent_channels": 65}, "latent_patch_size"),
+    ({"fm_head_layers": 129}, "fm_head_layers"),
+    ({"base_image_grid_size": 0}, "base_image_grid_size"),
+    ({"use_gen_pos_embed": True, "hidden_size": 65_536, "base_image_grid_size": 65}, "base_image_grid_size"),
+    ({"use_gen_pos_embed": True, "hidden_size": 98}, "hidden_size"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    ({"vae_name_or_path": 2}, "vae_name_or_path"),
+    ({"boi": 10**100}, "boi"),
 ]
 
 
@@ -61,6 +85,17 @@ def test_a_wrong_model_config_names_its_key(change: dict[str, Any], key: str) ->
         ({"z_channels": "16"}, "z_channels"),
         ({"psz": "1"}, "psz"),
         ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": float("nan")}, "scaling_factor"),
+        ({"scaling_factor": 1e-30}, "scaling_factor"),
+        ({"shift_factor": float("-inf")}, "shift_factor"),
+        ({"ch": 2**40}, "ch"),
+        ({"ch_mult": [1, 2, 2**40]}, "ch_mult"),
+        ({"ch_mult": [1] * 7}, "ch_mult"),
+        ({"ch_mult": [True]}, "ch_mult"),
+        ({"ch": 1024, "ch_mult": [1, 9]}, "ch_mult"),
+        ({"num_res_blocks": 10**9}, "num_res_blocks"),
+        ({"in_channels": 4}, "in_channels"),
+        ({"psz": 0}, "psz"),
         ({"deterministic": 0}, "deterministic"),
     ],
     ids=str,
@@ -68,6 +103,14 @@ def test_a_wrong_model_config_names_its_key(change: dict[str, Any], key: str) ->
 def test_a_wrong_vae_config_names_its_key(change: dict[str, Any], key: str) -> None:
     with pytest.raises(NextStepError, match=f"^there.*`{key}`"):
         VAEConfig.from_dict(VAE | change, "there")
+
+
+def test_published_sizes_may_grow_eightfold() -> None:
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40}
+    sizes |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 152_064, "fm_head_dim": 1536}
+    grown = {name: 8 * size for name, size in sizes.items()} | {"fm_head_layers": 96, "latent_channels": 128}
+    assert NextStepConfig.from_dict(MODEL | grown).hidden_size == 40_960
+    assert VAEConfig.from_dict(VAE | {"ch": 1024, "ch_mult": [1, 2, 4, 8], "z_channels": 128}).ch == 1024
 
 
 def test_every_missing_key_is_named() -> None:

@@ -1,0 +1,52 @@
+"""Opening files that strangers made: only regular ones, wherever a link leads, and no more than is asked for.
+
+A pipe would make us wait for ever, an endless device would fill the memory, and some devices act when they are opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ..errors import NextStepError
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, links followed; False for what cannot even be looked at."""
+    return os.path.isfile(path)  # pathlib's raises where a folder may not be read
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, links followed; False for what cannot even be looked at."""
+    return os.path.isdir(path)
+
+
+def check_regular(path: Path) -> None:
+    """NextStepError for what is there but no regular file. OSError where nothing is there."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise NextStepError(f"{path} is no regular file (a pipe, a device or a folder). Replace it by a real one.")
+
+
+def read_head(path: Path, count: int) -> bytes:
+    """The first `count` bytes of a regular file, fewer where it is shorter; OSError and NextStepError as above."""
+    check_regular(path)
+    # Looked at once more when open, for the case that it was replaced in between; and not waited for, if so by a pipe.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NextStepError(f"{path} is no regular file. Replace it by a real one.")
+        return file.read(count) or b""  # None where a read would have waited
+
+
+def read_all(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; NextStepError for a larger one, before it is read."""
+    check_regular(path)
+    size = os.stat(path).st_size
+    data = read_head(path, limit + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:  # some files tell no size, or not the true one
+        raise NextStepError(
+            f"{path} holds {max(size, len(data)):,} bytes; a file of this name has at most {limit:,}. "
+            "Download the file again."
+        )
+    return data
