@@ -5,7 +5,10 @@ Every message is a sentence for the person at the screen.
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterable
+from math import log10
 from pathlib import Path
 
 
@@ -26,6 +29,24 @@ def not_finite(what: str) -> NextStepError:
     )
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def not_written(path: Path, error: OSError, size: int | None = None) -> NextStepError:
+    """The error for a file or folder that cannot be written; `size` is how many bytes it was to have, where known."""
+    if error.errno in NO_ROOM:
+        needed = "" if size is None else f": {size / 1e9:.2f} GB are needed"
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        return NextStepError(
+            f"There is no room for {path} on its disk{needed}, {free / 1e9:.2f} GB free. Make room, or choose another "
+            "disk."
+        )
+    if error.errno in NOT_ALLOWED:
+        return NextStepError(f"{path} cannot be written ({error.strerror}). Choose a folder that you may write to.")
+    return NextStepError(f"{path} could not be written ({error.strerror or error}). Check the disk and the name.")
+
+
 SHOWN = 80  # characters of a text, digits of a number
 
 
@@ -34,19 +55,33 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}... ({len(value):,} characters)"
     if isinstance(value, int) and abs(value) >= 10**SHOWN:  # Python itself refuses to print some of these
-        return f"a number of {len(f'{value:x}') * 1.2:,.0f} digits"
+        return f"a number of {int(value.bit_length() * log10(2)) + 1:,} digits"
     if value is None or isinstance(value, (bool, int)):
         return str(value)
     if isinstance(value, float):
         return float.__repr__(value).removesuffix(".0")
-    return f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """NextStepError, naming the choices, when `value` is none of them."""
     choices = list(choices)
-    if value not in choices:
-        raise NextStepError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}.")
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        raise NextStepError(f"{name} is {shown(value)}; choose one of {', '.join(map(str, choices))}.")
+
+
+def check_text(name: str, value: object) -> str:
+    """The value; NextStepError when it is no text, or one that no file could hold."""
+    if not isinstance(value, str):
+        raise NextStepError(f"{name} is {shown(value)}; it must be a text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise NextStepError(
+            f"{name} holds half a character ({value[error.start]!r} at place {error.start + 1:,}). Type it again."
+        ) from None
+    return value
 
 
 OUT_OF_MEMORY_SIGNS = (

@@ -8,12 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..nextstep_core.errors import check_text
 from ..nextstep_core.request.layout import IMAGE_SLOT
 from . import host
 from .latents import decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
-from .types import CATEGORY, HostModel, ModelSocket, PromptValue
+from .types import CATEGORY, HostModel, ModelSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, size_inputs
 
 EDIT_NEGATIVE = "Copy original image."
@@ -78,6 +79,7 @@ class NextStepTextToImage(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model, vae=vae)
         host.note_in_picture(cls, model.facts)
         latent = empty_latent(width, height, batch_size)
         return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
@@ -127,7 +129,9 @@ class NextStepImageEdit(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model, vae=vae)
         host.note_in_picture(cls, model.facts)
+        check_text("instruction", instruction)
         if IMAGE_SLOT not in instruction:
             instruction = IMAGE_SLOT + instruction
         positive, latent = encode_edit(model, vae, image, instruction, size, width, height)

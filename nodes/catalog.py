@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.loading import catalog
 from ..nextstep_core.loading.store import ASSETS, EMBEDDED
 from . import host
@@ -44,10 +44,12 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def _find(name: str, among: dict[str, Path], kind: str, ways: str) -> Path:
-    if name in among:
+    if isinstance(name, str) and name in among:
         return among[name]
     folders = " or ".join(str(root) for root in host.model_roots())
-    what = f"There is no NextStep {kind}" if name == NOTHING_FOUND else f"The NextStep {kind} {name!r} is not there"
+    what = f"There is no NextStep {kind}"
+    if name != NOTHING_FOUND:
+        what = f"The NextStep {kind} {shown(name)} is not there"
     raise NextStepError(f"{what}. Three ways to get one: {ways.format(folders)}. Then press R to refresh the node.")
 
 

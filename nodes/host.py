@@ -32,6 +32,7 @@ from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
 from ..nextstep_core.runtime.cpu import fastest_dtype
+from ..nextstep_core.runtime.interrupt import leaves
 from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
 
@@ -180,7 +181,7 @@ def adopt(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], compute: torc
     )
     fill(model, state)
     del state
-    make_ready(model, patcher.load_device, compute)
+    make_ready(model, patcher.load_device, compute, check_interrupt)
     return patcher
 
 
@@ -309,6 +310,8 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale
     vae.first_stage_model.regularization = ChannelNorm(config)
+    for layer in leaves(vae.first_stage_model):  # older hosts look for an interrupt between nodes only
+        layer.register_forward_pre_hook(lambda *_: check_interrupt())
     vae.is_dynamic = stays_cached
     return vae
 

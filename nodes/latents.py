@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..nextstep_core.errors import NextStepError, not_finite
+from ..nextstep_core.decoding.job import BATCH_SIZE
+from ..nextstep_core.errors import NextStepError, check_choice, not_finite
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
-from .types import CATEGORY
+from .types import CATEGORY, check_sockets
 from .widgets import canvas_inputs
 
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
-    """A LATENT of zeros for so many pictures."""
-    shape = batch, *PUBLISHED_LATENTS.shape(PUBLISHED_LATENTS.grid(height, width))
+    """A LATENT of zeros for so many pictures; NextStepError for numbers that no widget would give."""
+    shape = BATCH_SIZE.check(batch), *PUBLISHED_LATENTS.shape(PUBLISHED_LATENTS.grid(height, width))
     samples = torch.zeros(shape, device=host.intermediate_device())
     return {"samples": samples, "downscale_ratio_spacial": PUBLISHED_LATENTS.downscale}
 
@@ -95,7 +96,9 @@ class NextStepAspectRatio(io.ComfyNode):
 
     @classmethod
     def execute(cls, ratio: str, base: str) -> io.NodeOutput:
-        return io.NodeOutput(*ratio_size(ratio, int(base) if base.isdecimal() else 0))
+        sizes = {str(size): size for size in BASES}
+        check_choice("base", base, sizes)
+        return io.NodeOutput(*ratio_size(ratio, sizes[base]))
 
 
 class NextStepVAEDecode(io.ComfyNode):
@@ -118,4 +121,5 @@ class NextStepVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict[str, Any], vae: Any) -> io.NodeOutput:
+        check_sockets(samples=samples, vae=vae)
         return io.NodeOutput(decode_latent(vae, samples))

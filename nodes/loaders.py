@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
@@ -45,6 +45,9 @@ _loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDict
 
 def load_model(name: str, options: LoadOptions) -> HostModel:
     """The model behind a dropdown name; loads it unless an equal one is still in use."""
+    check_choice("dtype", options.dtype, host.DTYPE_CHOICES)
+    check_choice("quantization", options.quantization, (UNQUANTIZED, *RECIPES, AUTO))
+    check_choice("cuda_graphs", options.cuda_graphs, (True, False))
     path = catalog.find_model(name)
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
@@ -60,13 +63,13 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
-        plan = _with_fitting_recipe(plan, compute)
+        plan = _with_fitting_recipe(plan, storage, compute)
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
-        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
         adopted.append(host.adopt(model, read, compute))
         return model
 
@@ -79,7 +82,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
 
 
-def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
+def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
     """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
 
     The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
@@ -87,7 +90,7 @@ def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
     room = host.card_memory()
     if room is None or plan.recipe is not None:
         return plan
-    name = fitting_recipe(plan, dtype, room)
+    name = fitting_recipe(plan, storage, compute, room)
     log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
     return plan if name is None else replace(plan, recipe=RECIPES[name])
 

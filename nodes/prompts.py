@@ -7,20 +7,22 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError, check_choice, not_finite
+from ..nextstep_core.errors import NextStepError, check_choice, check_text, not_finite
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
 from ..nextstep_core.request.sizes import BASES, nearest_ratio, ratio_size
 from . import host
 from .latents import empty_latent
-from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, SIZES, size_inputs
 
 
 def encode_prompt(model: HostModel, prompt: str, positive_suffix: str = "") -> PromptValue:
     """A prompt for the sampler; NextStepError when it has image slots, or is too long for the model by itself."""
-    caption = Caption(f"{prompt} {positive_suffix}" if positive_suffix else prompt)
+    check_text("prompt", prompt)
+    suffix = check_text("positive_suffix", positive_suffix)
+    caption = Caption(f"{prompt} {suffix}" if suffix else prompt)
     model.engine.check_prompt(caption.text)
     return PromptValue((caption,))
 
@@ -54,6 +56,7 @@ def encode_edit(
     in order, and one picture is made from all of them. NextStepError for anything else.
     """
     pixels = to_rgb(image)
+    check_text("instruction", instruction)
     slots, count = instruction.count(IMAGE_SLOT), len(pixels)
     if slots not in (1, count):
         raise NextStepError(
@@ -61,6 +64,8 @@ def encode_edit(
             "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
         )
     new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
+    grid = model.engine.grid(new_height, new_width)
+    model.engine.check_prompt(instruction, [grid] * slots)
     latents = vae.encode(cover(pixels, new_width, new_height))
     channels = model.engine.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
@@ -70,7 +75,6 @@ def encode_edit(
         )
     if not latents.isfinite().all():
         raise not_finite("An input image that the VAE encoded")
-    grid = model.engine.grid(new_height, new_width)
     encoded = [EncodedImage(picture, grid) for picture in model.engine.latents.to_tokens(latents.float())]
     captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
     return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))
@@ -108,6 +112,7 @@ class NextStepTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: HostModel, prompt: str, positive_suffix: str = "") -> io.NodeOutput:
+        check_sockets(model=model)
         return io.NodeOutput(encode_prompt(model, prompt, positive_suffix))
 
 
@@ -132,6 +137,7 @@ class NextStepPromptBatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, first: PromptValue, second: PromptValue) -> io.NodeOutput:
+        check_sockets(first=first, second=second)
         return io.NodeOutput(PromptValue(first.captions + second.captions))
 
 
@@ -169,4 +175,5 @@ class NextStepEditEncode(io.ComfyNode):
     def execute(
         cls, model: HostModel, vae: Any, image: Tensor, instruction: str, size: str, width: int, height: int
     ) -> io.NodeOutput:
+        check_sockets(model=model, vae=vae)
         return io.NodeOutput(*encode_edit(model, vae, image, instruction, size, width, height))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
-from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue
+from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ PARTIAL = "nextstep_partial"
 
 
 def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
-    """The node's widgets over the checkpoint's recommendation."""
+    """The node's widgets over the checkpoint's recommendation; NextStepError for a value that is none."""
+    for name, value in {"cfg_img": cfg_img, **widgets}.items():
+        if value is None:
+            raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")
     return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
@@ -88,6 +92,7 @@ def make_job(
         negative_prompt=negative.captions[0].text if negative is not None else "",
         images_per_caption=images_per_caption(positive, latent["samples"].shape[0]),
         known=known_tokens(model, latent, grid),
+        check=host.check_interrupt,
     )
 
 
@@ -118,8 +123,9 @@ def sample(
     reporter = host.ProgressReporter(job.total)
     progress = None
     try:
-        for progress in model.engine.decode(job, device, model.dtype, plan.at_once):
-            reporter.update(progress.done, *preview.update(progress), rate_text(progress))
+        with closing(model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt)) as run:
+            for progress in run:
+                reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
         if on_interrupt == DISCARD or progress is None:
             raise
@@ -229,6 +235,9 @@ class NextStepSampler(DrawingNode):
         on_interrupt: str = DISCARD,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model, positive=positive, latent=latent)
+        if negative is not None:
+            check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
         host.note_in_picture(cls, model.facts)
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
+from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.request.layout import Caption
 from .host import stays_cached
 
@@ -50,3 +52,55 @@ class PromptValue:
     def editing(self) -> bool:
         """Whether there is an input image."""
         return any(caption.images for caption in self.captions)
+
+
+def check_sockets(**inputs: Any) -> None:
+    """NextStepError for the first input that is not what its socket carries.
+
+    The host looks at what a link says it carries. It takes a value that a workflow holds in place of a link as it is.
+    """
+    for name, value in inputs.items():
+        SOCKETS[name](name, value)
+
+
+def _carries(kind: type, source: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise NextStepError(f"{name} is {shown(value)}; connect the output of {source}.")
+
+    return check
+
+
+def _check_vae(name: str, value: Any) -> None:
+    if not all(callable(getattr(value, call, None)) for call in ("encode", "decode")):
+        raise NextStepError(f"{name} is {shown(value)}; connect the vae output of Load NextStep Model.")
+
+
+def _check_latent(name: str, value: Any) -> None:
+    samples = value.get("samples") if isinstance(value, dict) else None
+    if isinstance(samples, Tensor) and _holds_pictures(samples):
+        _check_mask(value.get("noise_mask"))
+        return
+    what = shown(samples if isinstance(value, dict) else value)
+    if isinstance(samples, Tensor):
+        what = f"of the shape {tuple(samples.shape)} with {samples.dtype} values"
+    raise NextStepError(f"{name} is {what}, not pictures. Connect NextStep Empty Latent or VAE Encode.")
+
+
+def _holds_pictures(samples: Tensor) -> bool:
+    plain = samples.is_floating_point() and samples.layout is torch.strided
+    return plain and samples.ndim == 4 and samples.numel() > 0
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim >= 2 and mask.numel()):
+        what = f"of the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else shown(mask)
+        raise NextStepError(f"The latent's mask is {what}; expected (height, width). Use Set Latent Noise Mask.")
+
+
+SOCKETS: dict[str, Callable[[str, Any], None]] = {
+    "model": _carries(HostModel, "Load NextStep Model"),
+    **dict.fromkeys(("positive", "negative", "first", "second"), _carries(PromptValue, "a NextStep Encode node")),
+    **dict.fromkeys(("latent", "samples"), _check_latent),
+    "vae": _check_vae,
+}

@@ -6,10 +6,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, check_choice
-from ..nextstep_core.images.latents import PUBLISHED_LATENTS
+from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
+from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.guidance import SCHEDULES
-from ..nextstep_core.sampling.settings import GenerationSettings
+from ..nextstep_core.sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS, GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
 
 AUTO = "auto"
@@ -51,30 +53,32 @@ class DrawingNode(io.ComfyNode):
         return True
 
 
+def ends(number: Range[Any]) -> dict[str, Any]:
+    """A range as a widget takes it."""
+    return {"min": number.minimum, "max": number.maximum}
+
+
 def setting_inputs(steps: int, shift: float) -> list[io.Input]:
     """The sampling widgets that all nodes that draw share."""
     return [
         io.Int.Input(
-            "seed",
+            SEED.name,
             default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
+            **ends(SEED),
             control_after_generate=True,
             tooltip="One seed gives one picture on every device, as long as the weights are stored in one format.",
         ),
         io.Int.Input(
-            "steps",
+            STEPS.name,
             default=steps,
-            min=1,
-            max=1000,
+            **ends(STEPS),
             tooltip="Flow steps per token. Published: 28 for NextStep-1.1 and the Pretrain checkpoints, 50 for "
             "NextStep-1-Large and -Edit.",
         ),
         io.Float.Input(
-            "cfg",
+            CFG.name,
             default=7.5,
-            min=1.0,
-            max=100.0,
+            **ends(CFG),
             step=0.1,
             round=0.01,
             tooltip="Guidance: how closely the prompt is followed. 1 turns it off and halves the work; 7.5 is the "
@@ -88,10 +92,9 @@ def setting_inputs(steps: int, shift: float) -> list[io.Input]:
             "or rising from half (linear-rise).",
         ),
         io.Float.Input(
-            "shift",
+            SHIFT.name,
             default=shift,
-            min=0.01,
-            max=100.0,
+            **ends(SHIFT),
             step=0.1,
             round=0.01,
             tooltip="Timestep shift: above 1 spends more steps on coarse structure. Published: 1.0; 3.2 for editing.",
@@ -114,10 +117,9 @@ def setting_inputs(steps: int, shift: float) -> list[io.Input]:
 def cfg_img_input() -> io.Input:
     """The widget for guidance by the input picture."""
     return io.Float.Input(
-        "cfg_img",
+        CFG_IMG.name,
         default=2.0,
-        min=1.0,
-        max=100.0,
+        **ends(CFG_IMG),
         step=0.1,
         round=0.01,
         optional=True,
@@ -129,14 +131,16 @@ def side_inputs() -> list[io.Input]:
     """Width and height in pixels."""
     unit = PUBLISHED_LATENTS.unit
     return [
-        io.Int.Input(side, default=512, min=unit, max=4096, step=unit, tooltip=f"In pixels, a multiple of {unit}.")
-        for side in ("width", "height")
+        io.Int.Input(side.name, default=512, **ends(side), step=unit, tooltip=f"In pixels, a multiple of {unit}.")
+        for side in (WIDTH, HEIGHT)
     ]
 
 
 def canvas_inputs() -> list[io.Input]:
     """Width, height and batch size of an empty canvas."""
-    batch = io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures per run, each with its own noise.")
+    batch = io.Int.Input(
+        BATCH_SIZE.name, default=1, **ends(BATCH_SIZE), tooltip="Pictures per run, each with its own noise."
+    )
     return [*side_inputs(), batch]
 
 

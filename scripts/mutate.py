@@ -43,7 +43,7 @@ OTHER = {
     ast.Mod: ast.FloorDiv, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
 CASTS = {"to", "float", "bfloat16", "int", "clone", "clamp", "clamp_min", "cpu", "view_as", "copy", "resolve", "lower"}
-LIBRARIES = ("torch", "torch._dynamo", "numpy", "einops", "safetensors.torch", "PIL.Image", "transformers")
+LIBRARIES = ("torch", "torch._dynamo", "numpy", "einops", "safetensors.torch", "PIL.Image", "tokenizers")
 SILENT = ("log.", "print(", "parser.", "'", '"')  # statements that only say something, and docstrings
 
 

@@ -6,7 +6,7 @@ which device and dtype to compute in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,13 +19,15 @@ from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
-from ..request.layout import Caption, EncodedImage, PromptRows, build_rows
-from ..request.tokenizer import NextStepTokenizer
+from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
+from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
+from ..runtime.interrupt import Check, checked, go_on
+from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
-from .job import Job, KnownTokens
+from .job import PICTURES, Job, KnownTokens
 from .loop import decode
 from .memory import RunSize, working_bytes
 from .progress import Progress, TokenStep
@@ -97,8 +99,14 @@ class NextStepEngine:
         positive_prompt: str = "",
         images_per_caption: int = 1,
         known: KnownTokens | None = None,
+        check: Check = go_on,
     ) -> Job:
-        """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long."""
+        """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long.
+
+        `check` may raise to stop.
+        """
+        settings.check()
+        PICTURES.check(len(captions) * images_per_caption)
         rows = build_rows(
             self.tokenizer,
             self.config,
@@ -110,6 +118,7 @@ class NextStepEngine:
             cfg=settings.cfg,
             cfg_img=settings.cfg_img,
             bos_before_caption=self.published.is_1_1,
+            check=check,
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
         images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)
@@ -118,10 +127,13 @@ class NextStepEngine:
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
         return image.sampled(self.latents.cut(noise.for_posterior(*self.latents.shape(image.grid)))[0])
 
-    def check_prompt(self, text: str) -> None:
-        """NextStepError when `text` alone is longer than the model's context."""
-        limit, length = self.config.max_position_embeddings, len(self.tokenizer.encode(text))
-        if limit is not None and length > limit:
+    def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
+        """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
+        model's context by itself."""
+        words = self.tokenizer.check_length("The prompt", text).replace(IMAGE_SLOT, "")
+        limit = context_of(self.config)
+        length = len(self.tokenizer.encode(words)) + sum(rows * columns for rows, columns in grids)
+        if length > limit:
             raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
@@ -139,16 +151,22 @@ class NextStepEngine:
         return embeds
 
     def decode(
-        self, job: Job, device: torch.device, dtype: torch.dtype, at_once: int | None = None
-    ) -> Iterator[Progress]:
+        self,
+        job: Job,
+        device: torch.device,
+        dtype: torch.dtype,
+        at_once: int | None = None,
+        check: Check = go_on,
+    ) -> Generator[Progress, None, None]:
         """Sample the pictures' tokens on `device` in `dtype`, yielding after each.
 
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
-        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch.
+        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch. `check`
+        is called before every layer of the transformer and may raise to stop.
         """
+        start, size = 0, self._at_once(job, device, dtype, min(at_once or job.pictures, job.pictures))
         tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
-        start, size = 0, min(at_once or job.pictures, job.pictures)
-        with weights_on(self.model, tokens.device):
+        with weights_on(self.model, tokens.device), checked(self.model.layers, check):
             while start < job.pictures:
                 stop = min(start + size, job.pictures)
                 tokens[start:] = 0  # also what a part left that ran out of memory
@@ -163,6 +181,14 @@ class NextStepEngine:
                     size = -(-size // 2)
                 else:
                     start = stop
+
+    def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:
+        """How many pictures are drawn together. A CPU's memory is asked beforehand: where it runs out, the system ends
+        the program instead of refusing."""
+        if device.type != "cpu":
+            return wanted
+        check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, f"{job.pictures} pictures")
+        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part(0, 1), dtype)).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)

@@ -14,8 +14,12 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..model.config import NextStepConfig, VAEConfig
+from ..ranges import Range
 
 Grid: TypeAlias = tuple[int, int]  # (rows, columns) of tokens
+
+# In pixels. The least is a token of the published checkpoints; the greatest is far beyond what any was trained for.
+WIDTH, HEIGHT = Range("width", 16, 4096), Range("height", 16, 4096)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class LatentSpace:
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of a picture in pixels; NextStepError offers the nearest size where a side does not fit."""
-        unit = self.unit
-        if width < unit or height < unit or width % unit or height % unit:
+        unit, width, height = self.unit, WIDTH.check(width), HEIGHT.check(height)
+        if width % unit or height % unit:
             near = [max(unit, round(side / unit) * unit) for side in (width, height)]
             raise NextStepError(
                 f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "

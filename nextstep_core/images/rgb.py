@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
@@ -9,22 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NextStepError
+from ..errors import NextStepError, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # One picture: PIL, or an array or tensor (H, W, C) in [0, 1].
 ImageInput: TypeAlias = Union["Image.Image", np.ndarray, Tensor]
+SPARE = 4  # times what will be seen of a picture's side is resized at most
 
 
 def to_rgb(images: Tensor) -> Tensor:
     """(B, H, W, 3) float32 in [0, 1] from (B, H, W, C): gray is repeated, alpha is laid on white.
 
-    NextStepError for empty pictures, another number of channels, or NaN.
+    NextStepError for what is no picture, empty ones, another number of channels, other kinds of numbers, or NaN.
     """
+    if not isinstance(images, Tensor):
+        raise NextStepError(f"An input image is {shown(images)}, not a picture.")
     if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
         raise NextStepError(f"An input image has the shape {tuple(images.shape)}; expected (batch, height, width, 3).")
+    if not images.is_floating_point() or images.layout is not torch.strided or images.device.type == "meta":
+        kind = f"{images.dtype}" if images.layout is torch.strided else f"{images.layout}"
+        raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")
     images = images.float()
     if not torch.isfinite(images).all():
         raise NextStepError("An input image holds NaN or infinite values.")
@@ -42,6 +49,11 @@ def cover(images: Tensor, width: int, height: int) -> Tensor:
     """Resize (B, H, W, 3) until it covers width x height, keeping its proportions, and crop the center."""
     old_height, old_width = images.shape[1:3]
     scale = max(width / old_width, height / old_height)
+    # A sliver would be enlarged to a length that no memory holds, only to be cut off: its middle is enough.
+    long = min(old_height, ceil(SPARE * height / scale)), min(old_width, ceil(SPARE * width / scale))
+    above, before = (old_height - long[0]) // 2, (old_width - long[1]) // 2
+    images = images[:, above : above + long[0], before : before + long[1]]
+    old_height, old_width = long
     new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
     channels_first = images.movedim(-1, 1)
     if new != (old_height, old_width):
@@ -56,5 +68,9 @@ def to_pixels(image: ImageInput) -> Tensor:
 
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
+    if not isinstance(image, (np.ndarray, Tensor)) or image.dtype == object or image.ndim not in (3, 4):
+        raise NextStepError(
+            f"An input image is {shown(image)}; expected a picture, or an array of the shape (height, width, 3)."
+        )
     pixels = torch.as_tensor(image)
     return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1

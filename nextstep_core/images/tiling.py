@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from ..errors import NextStepError, is_out_of_memory
+from ..ranges import Range
 
 Network = Callable[[Tensor], Tensor]
 
 SIDES = (512, 256, 128)  # of tiles, in the order in which they are tried; NextStep-1 was trained at the first
+TILE = Range("The side of the VAE's tile", SIDES[-1], 4096)  # in pixels
 OVERLAP = 4  # neighbours share at least one part in so many of a side
 
 
 def check_tile(tile: int, unit: int) -> None:
     """NextStepError for a side that cannot be: tiles are whole latent positions of `unit` pixels, and not too small."""
-    if tile < SIDES[-1] or tile % unit:
-        raise NextStepError(f"The VAE's tile is {tile} pixels; use a multiple of {unit}, at least {SIDES[-1]}.")
+    if TILE.check(tile) % unit:
+        raise NextStepError(f"{TILE.name} is {tile} pixels; use a multiple of {unit}.")
 
 
 def run_in_tiles(network: Network, x: Tensor, pixels_in: int, pixels_out: int, tile: int | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from ..runtime.cpu import pack_linears
+from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import (
     RECIPES,
     QuantizedLinear,
@@ -83,11 +84,13 @@ class ModelPlan:
         dtype: torch.dtype | None,
         on_tensor: Callable[[int, int], None] | None = None,
         work_on: torch.device | str | None = None,
+        check: Check = go_on,
     ) -> Iterator[tuple[str, Tensor]]:
         """The image model's tensors on `device`, one at a time; what the checkpoint may leave out is computed.
 
         Quantizing happens on `work_on` (default `device`), so that a GPU can do it for weights that stay on the host.
-        `on_tensor` gets (done, of how many) before each tensor and may raise to stop.
+        `on_tensor` gets (done, of how many) before each tensor and may raise to stop; `check` may too, and is called
+        between the pieces of a tensor.
         """
         quantized = {} if self.recipe is None else dict(quantized_linears(self.empty_model()))
         stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
@@ -95,14 +98,14 @@ class ModelPlan:
         present = [name for name in self.model_names if name in self.files.locations]
         # What is only read goes where it stays; a trip over another device would cost time and fresh host memory.
         where = dict.fromkeys(to_quantize, work_on or device)
-        read = read_tensors(self.files, present, device, dtype, keep=stored if self.stored else (), where=where)
+        read = read_tensors(self.files, present, device, dtype, stored if self.stored else (), where, check)
         for done, (name, tensor) in enumerate(read):
             if on_tensor is not None:
                 on_tensor(done, len(present))
             if name not in to_quantize:
                 yield name, tensor
                 continue
-            weight, scale = quantize_in_pieces(to_quantize[name], tensor)
+            weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
             check_finite(name, scale, self.files.locations[name][0][0])  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
             yield name, weight.to(device)
@@ -117,11 +120,11 @@ class ModelPlan:
         state = model.state_dict()
         return sum(t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items())
 
-    def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
-        """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""
+    def load_model(self, device: torch.device | str, dtype: torch.dtype | None, check: Check = go_on) -> NextStepModel:
+        """The image model on `device` in `dtype` (None keeps the file's), ready to run; `check` may raise to stop."""
         model = self.empty_model()
-        fill(model, dict(self.read_model(device, dtype)))
-        make_ready(model, torch.device(device), model.norm.weight.dtype)
+        fill(model, dict(self.read_model(device, dtype, lambda *_: check(), check=check)))
+        make_ready(model, torch.device(device), model.norm.weight.dtype, check)
         return model
 
     def load_text_embedding(self) -> TextEmbedding:
@@ -181,11 +184,11 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.requires_grad_(False)
 
 
-def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """What is done to a filled model once, so that it computes fast on `device` in `dtype`."""
-    choose_kernels(model, device, dtype)
+def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype, check: Check = go_on) -> None:
+    """What is done to a filled model once, so that it computes fast on `device` in `dtype`; `check` may stop it."""
+    choose_kernels(model, device, dtype, check)
     if device.type == "cpu" and dtype == torch.float32:
-        pack_linears(model)
+        pack_linears(model, check)
 
 
 def find_vae(path: Path) -> tuple[Path, Documents]:

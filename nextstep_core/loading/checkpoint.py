@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import SHOWN, NextStepError, damaged, shown
+from ..runtime.interrupt import Check, go_on
 from . import gguf_file, torch_file
 from .documents import INDEX_NAME, Documents, check_header
 from .files import check_regular, is_file
@@ -25,6 +26,7 @@ from .files import check_regular, is_file
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as users call them
 SINGLE_NAME = "model.safetensors"
 MAX_NAMES_SHOWN = 8
+PIECE = 1 << 26  # bytes that are copied without looking up
 MAX_SHARDS = 1_000  # of one index; the published checkpoints have up to a dozen
 SMALL = 1 << 20  # numbers; norms, biases and scales have fewer
 
@@ -264,11 +266,13 @@ def read_tensors(
     dtype: torch.dtype | None = None,
     keep: Container[str] = (),
     where: Mapping[str, torch.device | str] = MappingProxyType({}),
+    check: Check = go_on,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read tensors by name, each moved to its device and dtype before the next is touched.
 
     Those of `keep` keep their dtype, and those of `where` go to the device that is named there instead.
-    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file.
+    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file. `check` is
+    called between the pieces of what is copied and may raise to stop.
     NextStepError when one holds NaN or infinite values. Matrices that stay views are not looked at: that would read a
     checkpoint of 30 GB a second time. What they make of a picture is found when its tokens are checked.
     """
@@ -279,7 +283,7 @@ def read_tensors(
         for name in names:
             to = None if name in keep else dtype
             places, shape = files.locations[name], files.shapes[name]
-            tensor, is_view = _assemble(opened, places, shape, where.get(name, device), to)
+            tensor, is_view = _assemble(opened, places, shape, where.get(name, device), to, check)
             if not is_view or tensor.ndim != 2 or tensor.numel() <= SMALL:
                 check_finite(name, tensor, places[0][0])
             yield name, tensor
@@ -287,22 +291,24 @@ def read_tensors(
 
 
 def _assemble(
-    opened: _OpenFiles, places: tuple[Place, ...], shape: Shape, device: torch.device | str, dtype: torch.dtype | None
+    opened: _OpenFiles,
+    places: tuple[Place, ...],
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    check: Check,
 ) -> tuple[Tensor, bool]:
     """(a tensor from its places, whether it is what the file holds and not a copy)."""
-    first = opened.read(*places[0])
-    to = dtype if first.is_floating_point() else None
-    if len(places) == 1:
-        moved = first.to(device=device, dtype=to)
-        return moved, moved is first
-    whole = torch.empty(shape, device=device, dtype=to or first.dtype)
-    whole[: len(first)] = first
-    row = len(first)
-    del first  # one part in memory at a time
+    part = opened.read(*places[0])
+    to = dtype if dtype is not None and part.is_floating_point() else part.dtype
+    stays = (part.device, part.dtype) == (torch.device(device), to)
+    if len(places) == 1 and (stays or not part.ndim):
+        return part.to(device, to), stays
+    whole = torch.empty(shape, device=device, dtype=to)
+    row = _copy(part, whole, check)
+    del part  # one part in memory at a time
     for place in places[1:]:
-        part = opened.read(*place)
-        whole[row : row + len(part)] = part
-        row += len(part)
+        row += _copy(opened.read(*place), whole[row:], check)
     return whole, False
 
 
@@ -321,6 +327,16 @@ def _is_finite(tensor: Tensor) -> bool:
         return all(bool(piece.to(torch.float16).isfinite().all()) for piece in tensor.flatten().split(SMALL))
     # A sum reads the tensor once and needs no memory. It may overflow where no number did: then they are looked at.
     return bool(tensor.sum().isfinite()) or all(bool(p.isfinite().all()) for p in tensor.flatten().split(SMALL))
+
+
+def _copy(source: Tensor, target: Tensor, check: Check) -> int:
+    """Copy the rows of `source` to the front of `target`; how many there are."""
+    rows = max(1, PIECE * len(source) // max(1, source.nbytes))
+    for start in range(0, len(source), rows):
+        check()
+        piece = source[start : start + rows]
+        target[start : start + len(piece)] = piece
+    return len(source)
 
 
 class _OpenFiles:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import NextStepError
 from ..model.config import NextStepConfig
-from ..sampling.settings import GenerationSettings
+from ..sampling.settings import NUMBERS, GenerationSettings
 from .documents import GENERATION_CONFIG, Documents
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,10 @@ def published_settings(is_1_1: bool, name: str, editing: bool) -> GenerationSett
 def _with_stated(settings: GenerationSettings, stated: dict[str, Any], where: str) -> GenerationSettings:
     """What `generation_config.json` states, over the published settings."""
     keys = {f.name: FILE_KEYS.get(f.name, f.name) for f in fields(GenerationSettings)}
-    for name, key in keys.items():
-        value, default = stated.get(key), getattr(settings, name)
-        fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
-        if value is not None and not fits:
-            raise NextStepError(f"{where}: `{key}` is {value!r}, which is of a wrong type.")
-    return settings.override(**{name: stated.get(key) for name, key in keys.items()})
+    for name, number in NUMBERS.items():
+        if stated.get(keys[name]) is not None:
+            replace(number, name=f"{where}: `{keys[name]}`").check(stated[keys[name]])
+    try:
+        return settings.override(**{name: stated.get(key) for name, key in keys.items()})
+    except NextStepError as error:
+        raise NextStepError(f"{where}: {error}") from None

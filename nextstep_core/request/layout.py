@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError
+from ..errors import NextStepError, check_text, shown
 from ..images.latents import Grid
 from ..model.config import NextStepConfig
-from .tokenizer import IMAGE_AREA, NextStepTokenizer
+from ..runtime.interrupt import Check, go_on
+from ..runtime.memory import check_room
+from .tokenizer import IMAGE_AREA, LONGEST, NextStepTokenizer, context_of
 
 IMAGE_SLOT = "<image>"
+POSITION_BYTES = 32  # of a row while it is laid out: ids and validity, as lists and as tensors
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Caption:
     images: tuple[EncodedImage, ...] = ()
 
     def __post_init__(self) -> None:
-        slots = self.text.count(IMAGE_SLOT)
+        slots = check_text("The prompt", self.text).count(IMAGE_SLOT)
         if slots != len(self.images):
             raise NextStepError(
                 f"The prompt has {slots} {IMAGE_SLOT} slot(s) for {len(self.images)} input image(s). Write "
-                f"{IMAGE_SLOT} once for each image, where it belongs in the text. The prompt was: {self.text!r}"
+                f"{IMAGE_SLOT} once for each image, where it belongs in the text. The prompt was: {shown(self.text)}"
             )
 
 
@@ -99,12 +102,17 @@ def build_rows(
     cfg: float,
     cfg_img: float,
     bos_before_caption: bool,
+    check: Check = go_on,
 ) -> PromptRows:
     """Lay out all branches that the guidance needs.
 
     cfg 1 is off, and so is cfg_img 1 or a call without images; with cfg_img on there are three branches. NextStepError
-    when the longest row and the image's tokens do not fit the context that the config states.
+    when the longest row and the image's tokens do not fit the context that the config states; what surely does not is
+    not even counted. `check` is called for every row and may raise to stop.
     """
+    _check_texts(tokenizer, captions, negative_prompt, positive_prompt)
+    for caption in captions:
+        _check_context(config, sum(image.grid[0] * image.grid[1] for image in caption.images), grid)
     repeated = [caption for caption in captions for _ in range(images_per_caption)]
     suffix = f" {positive_prompt}" if positive_prompt else ""
     rows = [Caption(caption.text + suffix, caption.images) for caption in repeated]
@@ -117,13 +125,37 @@ def build_rows(
         branches += 1
     prefix = _prefix_ids(tokenizer, config, grid)
     lead = tokenizer.bos_token if bos_before_caption and tokenizer.bos_token else ""
-    ids = [tokenizer.encode(lead + _fill_slots(tokenizer, config, row)) for row in rows]
+    ids, read = [], {}
+    for row in rows:
+        check()
+        text = lead + _fill_slots(tokenizer, config, row)
+        if text not in read:
+            read[text] = tokenizer.encode(text)
+        ids.append(read[text])
     width = max(map(len, ids))
     _check_context(config, width + len(prefix), grid)
-    padded = [[config.pad_token_id_added] * (width - len(row)) + row + prefix for row in ids]
-    valid = [[False] * (width - len(row)) + [True] * (len(row) + len(prefix)) for row in ids]
+    check_room(len(ids) * (width + len(prefix)) * POSITION_BYTES, f"{len(ids)} prompts of {width:,} tokens")
+    padded = torch.full((len(ids), width + len(prefix)), config.pad_token_id_added)
+    valid = torch.zeros(padded.shape, dtype=torch.bool)
+    for n, row_ids in enumerate(ids):
+        check()
+        padded[n, width - len(row_ids) :] = torch.tensor(row_ids + prefix)
+        valid[n, width - len(row_ids) :] = True
     images = tuple(row.images for row in rows)
-    return PromptRows(torch.tensor(padded), torch.tensor(valid), images, branches)
+    return PromptRows(padded, valid, images, branches)
+
+
+def _check_texts(
+    tokenizer: NextStepTokenizer, captions: Sequence[Caption], negative_prompt: str, positive_prompt: str
+) -> None:
+    texts = [tokenizer.check_length("The prompt", caption.text) for caption in captions]
+    texts.append(tokenizer.check_length("The negative prompt", negative_prompt))
+    texts += [tokenizer.check_length("The positive prompt", positive_prompt)] * len(captions)
+    if (size := sum(map(len, texts))) > LONGEST:
+        raise NextStepError(
+            f"The {len(captions)} prompts are {size:,} characters long in all; in one call they may be {LONGEST:,}. "
+            "Draw them in several."
+        )
 
 
 def _fill_slots(tokenizer: NextStepTokenizer, config: NextStepConfig, row: Caption) -> str:
@@ -133,8 +165,8 @@ def _fill_slots(tokenizer: NextStepTokenizer, config: NextStepConfig, row: Capti
 
 
 def _check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> None:
-    limit, needed = config.max_position_embeddings, prompt_length + grid[0] * grid[1]
-    if limit is not None and needed > limit:
+    limit, needed = context_of(config), prompt_length + grid[0] * grid[1]
+    if needed > limit:
         raise NextStepError(
             f"The prompt is {prompt_length} tokens long and the image {grid[0] * grid[1]}; together {needed} are more "
             f"than the {limit} that this model can hold. Shorten the prompt or choose a smaller image."

@@ -1,75 +1,136 @@
 """The checkpoint's own tokenizer, from `tokenizer.json` and the special tokens that `tokenizer_config.json` names.
 
 No class is taken from the checkpoint and none is guessed from its name, so no remote code can run and every version of
-transformers gives the same ids.
+the library gives the same ids.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from ..errors import NextStepError
+from ..errors import NextStepError, check_text, shown
 from ..loading.documents import TOKENIZER, TOKENIZER_CONFIG, Documents
 from ..model.config import NextStepConfig
+from .tokenizer_file import ADDED, check_token, checked
 
 IMAGE_AREA = "<|image_area|>"
+CONTEXT = 131_072  # tokens, where a config states none
+# Text is bounded before it is counted, since to count a megabyte takes a second. In prose a token is some 4 bytes, in
+# other scripts fewer; only a run of one character, such as thousands of spaces, is more than so many on average.
+BYTES_PER_TOKEN = 16
+LONGEST = 2**20  # bytes, whatever the context
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def context_of(config: NextStepConfig) -> int:
+    """How many tokens of prompt and picture together the model can hold."""
+    return config.max_position_embeddings or CONTEXT
+
+
+@contextmanager
+def _library(wrong: str) -> Iterator[None]:
+    """Whatever the library raises inside as a NextStepError that begins with `wrong`.
+
+    It raises bare `Exception`, and where it panics something that is no `Exception`, which no caller is prepared for.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise NextStepError(f"{wrong} ({str(error)[:200]!r}).") from None
 
 
 class NextStepTokenizer:
     """Text to ids and back, with what the prompt layout needs to know of the special tokens."""
 
-    def __init__(self, backend: Any, bos_token: str | None) -> None:
+    def __init__(self, backend: Any, bos_token: str | None, config: NextStepConfig) -> None:
         self._backend = backend
         self.bos_token = bos_token
+        self._known, self._context = config.vocab_size, context_of(config)
 
     @classmethod
     def load(cls, documents: Documents, config: NextStepConfig) -> NextStepTokenizer:
-        """From a checkpoint's documents; NextStepError when one is absent, damaged or of another model."""
-        from transformers import AddedToken, PreTrainedTokenizerFast  # slow to import, so not at module level
+        """From a checkpoint's documents; NextStepError when one is absent, damaged or of another model, or describes a
+        tokenizer of a kind that no published checkpoint has."""
+        from tokenizers import AddedToken, Tokenizer
 
-        where = documents.where(TOKENIZER)
-        documents.read(TOKENIZER)
+        where, stated = documents.where(TOKENIZER), documents.where(TOKENIZER_CONFIG)
+        parts = checked(documents.read(TOKENIZER), where)
         settings = documents.read(TOKENIZER_CONFIG)
-        bos_token = _content(settings.get("bos_token"))
-        try:
-            with documents.as_file(TOKENIZER) as path:
-                backend = PreTrainedTokenizerFast(
-                    tokenizer_file=str(path),
-                    bos_token=bos_token,
-                    eos_token=_content(settings.get("eos_token")),
-                    pad_token=_content(settings.get("pad_token")),
-                    padding_side="left",
-                    clean_up_tokenization_spaces=False,
-                )
-        except Exception as error:  # the tokenizers library raises bare Exception on a malformed file
-            raise NextStepError(f"{where} is not a usable tokenizer ({error}). Download the file again.") from None
-        flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-        declared = settings.get("added_tokens_decoder") or {}
-        for _, token in sorted(declared.items(), key=lambda item: int(item[0])):
-            backend.add_tokens([AddedToken(token["content"], **{f: bool(token.get(f)) for f in flags})])
-        tokenizer = cls(backend, bos_token)
+        special = {
+            name: _special(settings.get(name), f"{stated}: `{name}`")
+            for name in ("bos_token", "eos_token", "pad_token")
+        }
+        declared = _declared(settings.get("added_tokens_decoder") or {}, stated)
+        with _library(f"{where} is not a usable tokenizer; download the file again"):
+            backend = Tokenizer.from_str(json.dumps(parts))
+            backend.add_special_tokens([token for token in special.values() if token])
+            backend.add_tokens(
+                [AddedToken(token["content"], **{f: bool(token.get(f)) for f in FLAGS}) for token in declared]
+            )
+        tokenizer = cls(backend, special["bos_token"], config)
         tokenizer._check_special_tokens(config, where)
         return tokenizer
 
     def _check_special_tokens(self, config: NextStepConfig, where: str) -> None:
-        ids = [self._backend.convert_tokens_to_ids(IMAGE_AREA), config.boi, config.eoi, config.image_placeholder_id]
+        ids = [self._backend.token_to_id(IMAGE_AREA), config.boi, config.eoi, config.image_placeholder_id]
         texts = [IMAGE_AREA, *map(self.decode, ([i] for i in ids[1:]))]
         for token_id, text in zip(ids, texts):
             if token_id is None or not text or self.encode(text, special=False) != [token_id]:
                 raise NextStepError(
-                    f"{where} does not know the special token {text or token_id!r} as the id {token_id} of "
+                    f"{where} does not know the special token {shown(text or token_id)} as the id {token_id} of "
                     "config.json: the two belong to different checkpoints."
                 )
 
+    def check_length(self, name: str, text: object) -> str:
+        """The text; NextStepError for what is no text, or longer than any that fits the model's context."""
+        text = check_text(name, text)
+        limit, size = min(self._context * BYTES_PER_TOKEN, LONGEST), len(text.encode())
+        if size > limit:
+            raise NextStepError(
+                f"{name} is {size:,} bytes long; for this model, which can hold {self._context:,} tokens, it may be "
+                f"{limit:,}. Shorten it."
+            )
+        return text
+
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of `text`, untruncated; `special` adds what the tokenizer's own post-processor adds."""
-        return list(self._backend(text, truncation=False, add_special_tokens=special)["input_ids"])
+        """Ids of `text`, untruncated; `special` adds what the tokenizer's own post-processor adds.
+
+        Takes a second for some megabytes: what a user wrote is first given to `check_length`.
+        """
+        with _library("The tokenizer cannot read this text; shorten it"):
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        if ids and max(ids) >= self._known:
+            raise NextStepError(
+                f"The tokenizer gives the id {max(ids)}, but the model knows only {self._known} tokens: the two belong "
+                "to different checkpoints."
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out."""
-        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        with _library("The tokenizer cannot write these ids as text"):
+            text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
+
+
+def _special(token: Any, where: str) -> str | None:
+    """A special token's text, which is stated as such or in an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return None if content is None else check_token(content, where)
+
+
+def _declared(tokens: Any, where: str) -> list[dict[str, Any]]:
+    """What `added_tokens_decoder` declares, in the order of its ids."""
+    where = f"{where}: `added_tokens_decoder`"
+    if not isinstance(tokens, dict) or len(tokens) > ADDED.maximum:
+        raise NextStepError(f"{where} is not an object of at most {ADDED.maximum} tokens. Download the file again.")
+    for number, token in tokens.items():
+        if not (number.isascii() and number.isdecimal() and len(number) <= 10 and isinstance(token, dict)):
+            raise NextStepError(f"{where} has {shown(token)} for the id {shown(number)}. Download the file again.")
+        check_token(token.get("content"), where)
+    return [token for _, token in sorted(tokens.items(), key=lambda item: int(item[0]))]

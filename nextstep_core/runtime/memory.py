@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import NextStepError
 
@@ -52,7 +54,29 @@ def plan_memory(
     return MemoryPlan(weights, max(0, room - max(working, spare)) if stay else 0, working, at_once)
 
 
+def spare_bytes(swapping: bool = False) -> int:
+    """What the computer can give without swapping, or in all. Linux alone has to be asked: it kills where others
+    refuse."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return sys.maxsize
+    entries = dict(line.split(":") for line in table.read_text().splitlines())
+    asked = ("MemAvailable", "SwapFree") if swapping else ("MemAvailable",)
+    return sum(int(entries[name].split()[0]) * 1024 for name in asked)
+
+
+def check_room(needed: int, what: str) -> None:
+    """NextStepError when `what` takes more of the computer's memory than it can give."""
+    if needed > (room := spare_bytes(swapping=True)):
+        raise NextStepError(
+            f"{what} would take {format_bytes(needed)} of memory; the computer has {format_bytes(room)} left. Choose a "
+            "smaller size or fewer pictures."
+        )
+
+
 def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
-    """The plan for a CPU, where all weights lie already and `free` bytes are left."""
+    """The plan for a CPU, where all weights lie already and `free` bytes are left. One picture may swap; NextStepError
+    when it does not even fit with that."""
+    check_room(each, "One picture")
     at_once = max(1, min(pictures, free // max(1, each)))
     return MemoryPlan(weights, weights, at_once * each, at_once)

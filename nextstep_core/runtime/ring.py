@@ -8,17 +8,15 @@ but these buffers is in use.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .memory import format_bytes
+from .memory import format_bytes, spare_bytes
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +176,7 @@ def _locked_block(size: int) -> Tensor:
 
     Registered, because PyTorch's own page-locked memory comes in powers of two.
     """
-    spare = _spare_bytes()
+    spare = spare_bytes()
     if size > spare:
         raise RuntimeError(f"the computer has {format_bytes(spare)} to spare")
     block = torch.empty(size, dtype=torch.uint8)
@@ -187,15 +185,6 @@ def _locked_block(size: int) -> Tensor:
         _forget_last_error()
         raise RuntimeError(f"the system refuses ({error})")
     return block
-
-
-def _spare_bytes() -> int:
-    """What the host can give without swapping. Linux alone has to be asked: it kills where others refuse."""
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return sys.maxsize
-    line = next(line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
 
 
 def _forget_last_error() -> None:

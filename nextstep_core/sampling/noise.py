@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .settings import SEED
+
 
 class NoiseStream:
-    """The seeded stream of one call."""
+    """The seeded stream of one call; NextStepError for a seed that is none."""
 
     def __init__(self, seed: int, captions: int, images_per_caption: int, token_dim: int) -> None:
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(SEED.check(seed))
         self.captions = captions
         self.shape = (images_per_caption, token_dim)
         self.pictures = slice(None)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import NextStepError, check_choice
+from ..errors import NextStepError, check_choice, shown
+from ..ranges import Range
 from .guidance import SCHEDULES
 from .solvers import SAMPLERS
+
+STEPS = Range("steps", 1, 1000)
+CFG = Range("cfg", 1.0, 100.0)
+CFG_IMG = Range("cfg_img", 1.0, 100.0)
+SHIFT = Range("shift", 0.01, 100.0)
+SEED = Range("seed", 0, 2**64 - 1)
+NUMBERS: dict[str, Range[Any]] = {number.name: number for number in (STEPS, CFG, CFG_IMG, SHIFT)}
 
 
 @dataclass(frozen=True)
@@ -25,20 +32,20 @@ class GenerationSettings:
 
     def override(self, **values: Any) -> GenerationSettings:
         """These settings with every value that is not None replaced; NextStepError when the result makes no sense."""
-        settings = replace(self, **{name: value for name, value in values.items() if value is not None})
+        stated = {name: value for name, value in values.items() if value is not None}
+        stated |= {name: NUMBERS[name].check(stated[name]) for name in stated.keys() & NUMBERS}
+        settings = replace(self, **stated)
         settings.check()
         return settings
 
     def check(self) -> None:
         """NextStepError, in one sentence, for the first value that cannot work."""
-        for name in ("cfg", "cfg_img"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 1):
-                raise NextStepError(f"{name} is {value:g}; use 1.0 to turn this guidance off or a larger value.")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise NextStepError(f"shift is {self.shift:g}; it must be above 0 (1.0 leaves the time grid as it is).")
+        for name, number in NUMBERS.items():
+            number.check(getattr(self, name))
         check_choice("cfg_schedule", self.cfg_schedule, SCHEDULES)
         check_choice("sampler", self.sampler, SAMPLERS)
+        if not isinstance(self.use_norm, bool):
+            raise NextStepError(f"use_norm is {shown(self.use_norm)}; use True or False.")
         least = SAMPLERS[self.sampler].min_steps
         if self.steps < least:
             raise NextStepError(f"steps is {self.steps}; {self.sampler} needs at least {least}.")

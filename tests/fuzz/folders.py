@@ -15,8 +15,8 @@ from .case import Case
 from .json_mutation import mutated
 
 NAMES = (
-    b"config.json", b"config.json", b"config.json", b"model.safetensors", b"model.safetensors.index.json", b"x.safetensors",
-    b"x.gguf", b"checkpoint.pt", b"vae", b"tokenizer.json", b"generation_config.json", b"snapshots",
+    b"config.json", b"config.json", b"config.json", b"model.safetensors", b"model.safetensors.index.json",
+    b"x.safetensors", b"x.gguf", b"checkpoint.pt", b"vae", b"tokenizer.json", b"generation_config.json", b"snapshots",
 )  # fmt: skip
 ODD_NAMES = (
     b"line\nbreak",
@@ -30,8 +30,8 @@ ODD_NAMES = (
     b"\xe3\x80\x80",
 )
 TARGETS = (
-    b"/dev/zero", b"/dev/urandom", b"/dev/full", b"/dev/stdin", b"/dev/tty", b"/proc/kmsg", b"/proc/self/mem", b"/proc/self",
-    b".", b"..", b"../..", b"itself", b"nowhere", b"config.json", b"/", b"/etc", b"", b"a" * 4000,
+    b"/dev/zero", b"/dev/urandom", b"/dev/full", b"/dev/stdin", b"/dev/tty", b"/proc/kmsg", b"/proc/self/mem",
+    b"/proc/self", b".", b"..", b"../..", b"itself", b"nowhere", b"config.json", b"/", b"/etc", b"", b"a" * 4000,
 )  # fmt: skip
 FILES = tuple(path for path in good.CHECKPOINT.rglob("*") if path.is_file())
 

@@ -16,6 +16,7 @@ from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.images.latents import LatentSpace
 from nextstep_core.request.layout import Caption
 from nextstep_core.request.masks import kept_tokens
+from nextstep_core.runtime.interrupt import go_on
 
 from .case import Case
 
@@ -105,9 +106,8 @@ def _known(tokens: Tensor, keep: Tensor) -> Tensor:
     settings = pipe.engine.recommended().override(**SETTINGS)
     job = pipe.engine.make_job([Caption("A")], (2, 3), settings, seed=0, known=KnownTokens(tokens, keep))
     with torch.inference_mode():
-        for progress in pipe.engine.decode(job, torch.device("cpu"), torch.float32):
-            pass
-        return pipe._finish(progress.tokens, (2, 3), None).images
+        *_, progress = pipe.engine.decode(job, torch.device("cpu"), torch.float32)
+        return pipe._finish(progress.tokens, (2, 3), None, go_on).images
 
 
 def _masks(rng: Random) -> Case:

@@ -59,6 +59,31 @@ class KeepValue:
         return ()
 
 
+class AnyType(str):
+    """A socket's type that goes with every other."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class GiveValue:
+    """Test node: gives any value at all, as nodes of other packs may, at which the host looks no further."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = (AnyType("*"),), "give", "tests"
+    given: ClassVar[list[Any]] = []
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    @classmethod
+    def IS_CHANGED(cls) -> float:
+        return float("nan")
+
+    def give(self) -> tuple:
+        return (self.given[-1],)
+
+
 def node(class_type: str, **inputs: Any) -> dict:
     """One node of a prompt in API form; a link is [node id, output index]."""
     return {"class_type": class_type, "inputs": inputs}
@@ -105,7 +130,7 @@ class ComfyGraph:
         folder_paths.set_input_directory(str(base / "input"))
         asyncio.run(nodes.init_builtin_extra_nodes())
         assert asyncio.run(nodes.load_custom_node(str(ROOT)))
-        nodes.NODE_CLASS_MAPPINGS["KeepValue"] = KeepValue
+        nodes.NODE_CLASS_MAPPINGS |= {"KeepValue": KeepValue, "GiveValue": GiveValue}
         self.nodes, self._execution = nodes, execution
         self.server = FakeServer()
         # The cache that keeps the last prompt's outputs, however little memory is free.
@@ -138,6 +163,17 @@ class ComfyGraph:
         """A module of the pack as the host imported it, such as "nodes.host"."""
         prefix = self.nodes.NODE_CLASS_MAPPINGS["NextStepSampler"].__module__.removesuffix(".nodes.sampler")
         return sys.modules[f"{prefix}.{module}"]
+
+    def ending(self, prompt: dict) -> tuple[str, str]:
+        """How a prompt ends: "refused" by the host with its message, in an error of this type with its message, or
+        "done"."""
+        prompt_id = uuid.uuid4().hex
+        ok, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt(prompt_id, prompt, None))
+        if not ok:
+            return "refused", f"{error} {node_errors}"
+        self._executor.execute(prompt, prompt_id, {"client_id": "tests"}, outputs)
+        errors = [data for name, data in self._executor.status_messages if name == "execution_error"]
+        return (errors[-1]["exception_type"], errors[-1]["exception_message"]) if errors else ("done", "")
 
     def run(self, prompt: dict, only: list[str] | None = None) -> dict[str, Any]:
         """Validate and execute (`only`: ids of the output nodes to run); the outputs by node id. Raises AssertionError

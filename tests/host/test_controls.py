@@ -330,7 +330,7 @@ def test_a_mode_that_does_not_exist_is_one_sentence(kit) -> None:
             kit.model, kit.vae, square_picture(), "<image>x", "big"
         ),
         "dtype is 'int8'; choose one of auto, bf16": lambda: kit.host.pick_dtypes("int8", 1),
-        "base is 500; choose one of 256": lambda: kit.latents.NextStepAspectRatio.execute("16:16 square", "500"),
+        "base is '500'; choose one of 256": lambda: kit.latents.NextStepAspectRatio.execute("16:16 square", "500"),
     }
     for sentence, call in calls.items():
         with pytest.raises(kit.error, match=sentence):

@@ -135,26 +135,57 @@ def test_an_empty_prompt_without_a_negative_one_is_a_picture(pipeline) -> None:
 
 BAD = [
     ({"height": 72}, "48x64"),
-    ({"height": 0}, "48x16"),
+    ({"height": 0}, "height is 0; use a whole number from 16 to 4096"),
+    ({"width": 10**9}, "width is 1000000000"),
+    ({"width": "64"}, "width is '64'"),
+    ({"height": 64.0}, "height is 64;"),
     ({"cfg": 0.5}, "cfg is 0.5"),
+    ({"cfg": 1e30}, "cfg is 1e+30; use a number from 1 to 100"),
+    ({"cfg": True}, "cfg is True"),
+    ({"cfg": "7.5" * 1000}, "(3,000 characters)"),
+    ({"cfg": {}}, "cfg is a dict"),
     ({"cfg": float("nan")}, "cfg is nan"),
     ({"cfg_img": 0.0}, "cfg_img is 0"),
-    ({"steps": 0}, "steps is 0; score-sde-1.1"),
+    ({"steps": 0}, "steps is 0; use a whole number from 1 to 1000"),
+    ({"steps": 10**6}, "steps is 1000000"),
+    ({"steps": 10**5000}, "steps is a number of 5,0"),
+    ({"steps": 4.5}, "steps is 4.5"),
     ({"steps": 1, "sampler": "score-sde-1.0"}, "steps is 1; score-sde-1.0"),
     ({"shift": 0.0}, "shift is 0"),
+    ({"shift": 1e-30}, "shift is 1e-30"),
     ({"sampler": "euler"}, "score-sde-1.0"),
+    ({"sampler": []}, "sampler is a list"),
     ({"cfg_schedule": "cosine"}, "constant"),
-    ({"num_images_per_prompt": 0}, "at least one"),
+    ({"use_norm": 1}, "use_norm is 1"),
+    ({"seed": 2**64}, "seed is 18446744073709551616"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 0.5}, "seed is 0.5"),
+    ({"vae_tile": "64"}, "tile is '64'"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+    ({"num_images_per_prompt": 5000}, "num_images_per_prompt is 5000"),
+    ({"prompt": 5}, "A prompt is 5; it must be a text"),
+    ({"prompt": []}, "at least one prompt"),
+    ({"prompt": ["one", None]}, "A prompt is None"),
+    ({"prompt": ["one"] * 4097}, "pictures in one call is 4097"),
+    ({"prompt": ["one"] * 3, "num_images_per_prompt": 4096}, "pictures in one call is 12288"),
+    ({"prompt": "a \ud800 b"}, "half a character"),
+    ({"negative_prompt": "\udfff"}, "half a character"),
+    ({"negative_prompt": None}, "negative_prompt is None"),
+    ({"positive_prompt": 7}, "positive_prompt is 7"),
+    ({"images": 5}, "0 <image> slot"),
+    ({"prompt": "<image>x", "images": "a picture"}, "An input image is 'a picture'"),
+    ({"prompt": "<image>x", "images": torch.zeros(64, 64, 3) == 1}, "An input image holds torch.bool values"),
     ({"images": torch.zeros(64, 64, 3)}, "0 <image> slot"),
 ]
 
 
-@pytest.mark.parametrize(("change", "sentence"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "sentence"), BAD, ids=[sentence for _, sentence in BAD])
 def test_bad_settings_are_one_sentence_before_any_work(pipeline, monkeypatch, change: dict, sentence: str) -> None:
     monkeypatch.setattr(pipeline.engine.model, "forward", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(NextStepError) as caught:
-        pipeline.generate("A prompt.", **{**FAST, **change})
+        pipeline.generate(**{"prompt": "A prompt.", **FAST, **change})
     assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from nextstep_core import NextStepError
+from nextstep_core.errors import shown
 from nextstep_core.images.rgb import cover, to_pixels, to_rgb
 
 COLORS = torch.rand(1, 4, 6, 3, generator=torch.Generator().manual_seed(0))
@@ -38,6 +39,39 @@ def test_values_come_as_float32_in_range() -> None:
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(NextStepError, match=rf"the shape \({', '.join(map(str, shape))}\)"):
         to_rgb(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind"),
+    [
+        (torch.zeros(1, 4, 6, 3, dtype=torch.uint8), "uint8"),
+        (torch.zeros(1, 4, 6, 3, dtype=torch.complex64), "complex64"),
+        ("a picture", "'a picture'"),
+        ({}, "a dict"),
+    ],
+)
+def test_other_values_than_fractions_are_refused(image: object, kind: str) -> None:
+    with pytest.raises(NextStepError, match=f"An input image .*{kind}"):
+        to_rgb(image)
+
+
+@pytest.mark.parametrize("image", [5, None, [], np.zeros(4), np.array([None]), torch.tensor(1.0)], ids=shown)
+def test_what_is_no_picture_is_refused(image: object) -> None:
+    with pytest.raises(NextStepError, match="An input image is .*expected a picture"):
+        to_pixels(image)
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)], ids=str)
+def test_of_a_sliver_only_the_middle_is_enlarged(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = torch.zeros(1, *shape, 3)
+    picture[:, shape[0] // 2 - 1 : shape[0] // 2 + 1, shape[1] // 2 - 1 : shape[1] // 2 + 1] = 1
+    interpolate, sizes = torch.nn.functional.interpolate, []
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, size, **how: sizes.append(size) or interpolate(x, size, **how)
+    )
+    assert cover(picture, 64, 64).shape == (1, 64, 64, 3)
+    assert max(sizes[0]) <= 4 * 64
+    assert cover(picture, 64, 64).mean() > 0.5
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

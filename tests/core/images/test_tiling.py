@@ -189,7 +189,7 @@ def test_every_device_says_it_in_its_own_words(message: str, is_memory: bool) ->
 @pytest.mark.parametrize("tile", [0, 64, 130])
 def test_a_tile_that_cannot_be_is_one_sentence_before_any_work(pipeline, monkeypatch, tile: int) -> None:
     monkeypatch.setattr(pipeline.engine.model, "forward", lambda *_: pytest.fail("the model was asked"))
-    with pytest.raises(NextStepError, match=rf"tile is {tile} pixels; use a multiple of 8, at least 128\."):
+    with pytest.raises(NextStepError, match=rf"tile is {tile}.*(multiple of 8|from 128)"):
         pipeline.generate("A red apple.", height=64, width=64, vae_tile=tile)
 
 

@@ -199,7 +199,7 @@ PEAK = """
 import sys
 import torch
 from pathlib import Path
-import transformers
+import tokenizers
 from nextstep_core.loading.build import plan_model
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     status = Path("/proc/self/status").read_text()

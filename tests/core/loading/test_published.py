@@ -95,11 +95,13 @@ def test_a_generation_config_has_the_last_word(checkpoint: Path, config: NextSte
 @pytest.mark.parametrize(
     ("stated", "sentence"),
     [
-        ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many', which is of a wrong type"),
-        ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
-        ({"cfg": 0.1}, "cfg is 0.1"),
+        ({"num_sampling_steps": "many"}, "`num_sampling_steps` is 'many'; use a whole number"),
+        ({"num_sampling_steps": 10**9}, "`num_sampling_steps` is 1000000000; use a whole number from 1 to 1000"),
+        ({"timesteps_shift": 1e-30}, "`timesteps_shift` is 1e-30"),
+        ({"sampler": "euler"}, "generation_config.json: sampler is 'euler'; choose one of"),
+        ({"cfg": 0.1}, "`cfg` is 0.1"),
         ({"cfg": "4"}, "`cfg` is '4'"),
-        ({"use_norm": 1}, "`use_norm` is 1"),
+        ({"use_norm": 1}, "use_norm is 1"),
         ({"num_sampling_steps": 12.5}, "`num_sampling_steps` is 12.5"),
     ],
 )

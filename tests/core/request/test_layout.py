@@ -87,7 +87,7 @@ def test_branches_and_pictures_stand_in_order(pipeline, tokenizer) -> None:
 
 def test_only_1_1_begins_with_a_bos(pipeline, tokenizer) -> None:
     """And with one, the size loses its first id, whatever that is, as in the reference."""
-    with_bos = NextStepTokenizer(tokenizer._backend, "<|beginoftext|>")
+    with_bos = NextStepTokenizer(tokenizer._backend, "<|beginoftext|>", pipeline.engine.config)
     tail = [*tokenizer.encode("3*4"), BOI]
     for caption, lead in ((True, [606]), (False, [])):
         made = rows(pipeline, [Caption("A")], with_bos, bos_before_caption=caption)
@@ -97,7 +97,9 @@ def test_only_1_1_begins_with_a_bos(pipeline, tokenizer) -> None:
 
 
 def test_the_family_of_the_checkpoint_decides_about_the_bos(pipeline, tokenizer) -> None:
-    engine = replace(pipeline.engine, tokenizer=NextStepTokenizer(tokenizer._backend, "<|beginoftext|>"))
+    engine = replace(
+        pipeline.engine, tokenizer=NextStepTokenizer(tokenizer._backend, "<|beginoftext|>", pipeline.engine.config)
+    )
     for newer in (True, False):
         engine = replace(engine, published=replace(engine.published, is_1_1=newer))
         job = engine.make_job([Caption("A")], (3, 4), engine.recommended(), seed=1)

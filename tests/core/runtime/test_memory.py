@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nextstep_core import NextStepError
+from nextstep_core.runtime import memory
 from nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory, plan_memory
 
 
@@ -45,6 +46,13 @@ def test_a_cpu_holds_its_weights_already() -> None:
     assert plan_host_memory(60, 5, 4, each=10).at_once == 1, "one picture is always tried"
     assert plan_host_memory(60, 500, 4, each=10).at_once == 4
     assert plan_host_memory(60, 500, 4, each=0).at_once == plan_memory(60, 500, 4, each=0, streamed=5).at_once == 4
+
+
+def test_what_the_computer_has_not_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "spare_bytes", lambda swapping: 2_000_000_000 if swapping else 1_000_000_000)
+    plan_host_memory(60, 35, 4, each=2_000_000_000)
+    with pytest.raises(NextStepError, match=r"One picture would take 2\.10 GB.*has 2\.00 GB left.*smaller size"):
+        plan_host_memory(60, 35, 4, each=2_100_000_000)
 
 
 def test_bytes_for_people() -> None:

@@ -199,7 +199,7 @@ PEAK = """
 import sys
 import torch
 from pathlib import Path
-import transformers
+import tokenizers
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model
 def peak():

@@ -176,7 +176,7 @@ def test_without_page_locked_memory_copies_are_plain_and_that_is_said(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(ring, "_forget_last_error", lambda: None)  # asks the device
     if why == "too much":
-        monkeypatch.setattr(ring, "_spare_bytes", lambda: 1000)
+        monkeypatch.setattr(ring, "spare_bytes", lambda: 1000)
     with ring.page_locked(layers) as copies:
         assert all(copy is own for copy, own in zip(tree_leaves(copies), tree_leaves(layers)))
     (message,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)

@@ -1,0 +1,134 @@
+"""Which tokenizers are read: byte-level BPE in the few forms that published checkpoints have, and of a bounded size.
+
+The library builds whatever a `tokenizer.json` describes, and a description can be a pattern that takes years to match.
+So a part of another kind is refused by its name before the library sees it, and nothing is handed over but what was
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import NextStepError, check_text, shown
+from ..ranges import Range
+
+# Where text is split into words: the patterns of Qwen2 and of Llama 3, letter by letter.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = (_WORDS + r"\p{N}" + _REST, _WORDS + r"\p{N}{1,3}" + _REST)
+
+# Several times what published checkpoints have: 152 thousand tokens, the longest of 128 bytes, and 30 added ones.
+VOCABULARY = Range("The number of tokens", 1, 1_000_000)
+MERGES = Range("The number of merges", 0, 1_000_000)
+ADDED = Range("The number of added tokens", 0, 1_000)
+TOKEN_LENGTH = 256
+PARTS = 8  # of a sequence of steps, or of a template
+
+Check = Callable[[Mapping[str, Any]], bool]
+
+
+def _has_known_pattern(part: Mapping[str, Any]) -> bool:
+    return any(part.get("pattern") == {"Regex": pattern} for pattern in PATTERNS)
+
+
+def _is_short_template(part: Mapping[str, Any]) -> bool:
+    specials = part.get("special_tokens")
+    if not isinstance(specials, dict) or len(specials) > PARTS:
+        return False
+    ids = [special.get("ids") if isinstance(special, dict) else None for special in specials.values()]
+    return all(isinstance(some, list) and len(some) <= PARTS for some in (part.get("single"), part.get("pair"), *ids))
+
+
+def _any(part: Mapping[str, Any]) -> bool:
+    return True
+
+
+# The kinds of each part of a tokenizer, and what is asked of them besides.
+KINDS: dict[str, dict[str, Check]] = {
+    "normalizer": {"NFC": _any},
+    "pre_tokenizer": {"ByteLevel": _any, "Split": _has_known_pattern},
+    "post_processor": {"ByteLevel": _any, "TemplateProcessing": _is_short_template},
+    "decoder": {"ByteLevel": _any},
+}
+# How a sequence of several is written down.
+SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+
+
+def checked(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The parts of a parsed `tokenizer.json` that make a tokenizer; NextStepError names what is not accepted.
+
+    Truncation and padding are left out: what a caption's ids are does not hang on them.
+    """
+    for name, kinds in KINDS.items():
+        part = data.get(name)
+        steps: Any = [] if part is None else [part]
+        if isinstance(part, dict) and part.get("type") == "Sequence":
+            steps = part.get(SEQUENCES.get(name, ""))
+        if not isinstance(steps, list) or len(steps) > PARTS:
+            raise NextStepError(f"{where}: its {name} is no sequence of at most {PARTS} steps. {_ADVICE}")
+        for step in steps:
+            _check_step(name, step, kinds, where)
+    model, added = _checked_model(data.get("model"), where), data.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise NextStepError(f"{where}: `added_tokens` is {shown(added)}, not a list. {_ADVICE}")
+    _count(ADDED, added, where)
+    for token in added:
+        if not isinstance(token, dict):
+            raise NextStepError(f"{where}: an added token is {shown(token)}. {_ADVICE}")
+        check_token(token.get("content"), where)
+    _check_ids({**model["vocab"], **{token["content"]: token.get("id") for token in added}}, where)
+    return {"version": "1.0", "added_tokens": added, "model": model} | {name: data.get(name) for name in KINDS}
+
+
+_ADVICE = "Use the tokenizer of a published NextStep checkpoint."
+
+
+def _check_step(name: str, step: Any, kinds: dict[str, Check], where: str) -> None:
+    kind = step.get("type") if isinstance(step, dict) else step
+    check = kinds.get(kind) if isinstance(kind, str) else None
+    if check is None:
+        raise NextStepError(
+            f"{where}: its {name} is {shown(kind)}; only {', '.join(kinds)} can be used here. {_ADVICE}"
+        )
+    if not check(step):
+        raise NextStepError(f"{where}: its {name} {kind} has a pattern or a template that is not known. {_ADVICE}")
+
+
+def _checked_model(model: Any, where: str) -> dict[str, Any]:
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else model
+        raise NextStepError(f"{where}: its model is {shown(kind)}; only BPE can be used here. {_ADVICE}")
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise NextStepError(f"{where} has no vocabulary and merges. {_ADVICE}")
+    _count(VOCABULARY, vocabulary, where)
+    _count(MERGES, merges, where)
+    if model.get("dropout"):
+        raise NextStepError(f"{where}: its model drops merges at random, so no prompt would be read twice alike.")
+    for token in vocabulary:
+        check_token(token, where)
+    return model
+
+
+def _count(limit: Range[int], some: Any, where: str) -> None:
+    Range(f"{where}: {limit.name.lower()}", limit.minimum, limit.maximum).check(len(some))
+
+
+def check_token(token: Any, where: str) -> str:
+    """A token's text; NextStepError when it is none or too long for one."""
+    text = check_text(f"{where}: a token", token)
+    if len(text) > TOKEN_LENGTH:
+        raise NextStepError(f"{where}: the token {shown(text)} is longer than {TOKEN_LENGTH}. {_ADVICE}")
+    return text
+
+
+def _check_ids(ids: dict[str, Any], where: str) -> None:
+    owners: dict[int, str] = {}
+    for token, number in ids.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise NextStepError(f"{where}: the id of {shown(token)} is {shown(number)}. {_ADVICE}")
+        if owners.setdefault(number, token) != token:
+            raise NextStepError(
+                f"{where}: {shown(token)} and {shown(owners[number])} have the same id {number}. {_ADVICE}"
+            )

@@ -1,0 +1,145 @@
+"""Values that no widget and no node of ours gives: refused by the host, or one short sentence; then all goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from comfy_graph import ComfyGraph, GiveValue, node, text_to_image
+
+PICTURE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+LATENT = torch.zeros(1, 16, 8, 6)
+NAN, INF = float("nan"), float("inf")
+
+
+def edit() -> dict:
+    """An edit in API form, small and quick."""
+    graph = text_to_image()
+    graph["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x2050E0)
+    graph["positive"] = node(
+        "NextStepEditEncode",
+        model=["model", 0], vae=["model", 1], image=["picture", 0], instruction="<image>x", size="keep",
+        width=64, height=64,
+    )  # fmt: skip
+    graph["sampler"]["inputs"] |= {"latent": ["positive", 1], "cfg_img": 1.5, "on_interrupt": "discard"}
+    return graph
+
+
+def in_one(editing: bool) -> dict:
+    """The all-in-one nodes in API form."""
+    settings = text_to_image()["sampler"]["inputs"]
+    shared = {name: value for name, value in settings.items() if name not in ("model", "positive", "latent")}
+    shared |= {"model": ["model", 0], "vae": ["model", 1], "negative_prompt": "", "width": 64, "height": 48}
+    graph = {name: text_to_image()[name] for name in ("model", "save")}
+    if editing:
+        graph["picture"] = edit()["picture"]
+        picture = {"image": ["picture", 0], "instruction": "x", "size": "keep", "cfg_img": 1.5}
+        graph["box"] = node("NextStepImageEdit", **shared, **picture)
+    else:
+        graph["box"] = node("NextStepTextToImage", **shared, prompt="x", batch_size=1)
+    graph["save"]["inputs"]["images"] = ["box", 0]
+    return graph
+
+
+def with_ratio() -> dict:
+    graph = text_to_image()
+    graph["ratio"] = node("NextStepAspectRatio", ratio="16:16 square", base="256")
+    graph["latent"]["inputs"] |= {"width": ["ratio", 0], "height": ["ratio", 1]}
+    return graph
+
+
+def batch() -> dict:
+    graph = text_to_image()
+    graph["both"] = node("NextStepPromptBatch", first=["positive", 0], second=["positive", 0])
+    graph["sampler"]["inputs"]["positive"] = ["both", 0]
+    graph["latent"]["inputs"]["batch_size"] = 2
+    return graph
+
+
+GRAPHS = {
+    "text": text_to_image, "edit": edit, "box": lambda: in_one(False), "edit box": lambda: in_one(True),
+    "ratio": with_ratio, "batch": batch,
+}  # fmt: skip
+NUMBERS: list[Any] = [None, "4", {}, [], 0, -1, NAN, INF, 1e30, 1e-30, 2**64, 10**5000, torch.tensor(3), False]
+TEXTS: list[Any] = [None, 5, {}, [], b"x", "half \ud800", "x" * 100_000, " " * 11_000_000]
+CHOICES: list[Any] = [None, 5, {}, [], "x" * 5000, "\ud800", "gone"]
+MODELS: list[Any] = [None, 5, "tiny-a", {}, [], object(), PICTURE]
+LATENTS: list[Any] = [
+    None, "x", {}, [], {"samples": None}, {"samples": "x"}, {"samples": LATENT[0]}, {"samples": LATENT[:0]},
+    {"samples": LATENT[:, :4]}, {"samples": LATENT.int()}, {"samples": LATENT[..., :0]}, LATENT,
+    {"samples": LATENT[:, :, :7]}, {"samples": torch.zeros(1, 16, 1, 1)}, {"samples": LATENT, "noise_mask": "x"},
+    {"samples": LATENT, "noise_mask": torch.ones(5)}, {"samples": LATENT * NAN, "noise_mask": torch.ones(1, 64, 48)},
+    {"samples": torch.empty(5000, 16, 1, 1).expand(5000, 16, 8, 6)},
+]  # fmt: skip
+PICTURES: list[Any] = [
+    None, "x", {}, PICTURE[0], PICTURE[:0], PICTURE[:, :0], PICTURE * NAN, (PICTURE * 255).byte(), PICTURE[..., :0],
+    PICTURE.repeat(1, 1, 1, 2), PICTURE.to_sparse(),
+]  # fmt: skip
+# For each graph: the nodes, inputs and values that are tried there.
+TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
+    "text": [
+        ("latent", "width", NUMBERS), ("latent", "batch_size", [*NUMBERS, 65]), ("sampler", "steps", [*NUMBERS, 10**6]),
+        ("sampler", "cfg", NUMBERS), ("sampler", "shift", NUMBERS), ("sampler", "seed", [*NUMBERS[:4], *NUMBERS[5:]]),
+        ("sampler", "sampler", CHOICES), ("sampler", "cfg_schedule", CHOICES), ("sampler", "use_norm", CHOICES),
+        ("sampler", "latent", LATENTS), ("sampler", "model", MODELS), ("sampler", "positive", MODELS),
+        ("sampler", "negative", MODELS[1:]), ("positive", "prompt", TEXTS), ("positive", "positive_suffix", TEXTS),
+        ("positive", "model", MODELS), ("decode", "samples", LATENTS[:12]), ("decode", "vae", MODELS),
+        ("model", "model_name", CHOICES), ("model", "dtype", CHOICES), ("model", "quantization", CHOICES),
+    ],
+    "edit": [
+        ("positive", "instruction", TEXTS), ("positive", "image", PICTURES), ("positive", "size", CHOICES),
+        ("positive", "vae", MODELS), ("positive", "model", MODELS), ("sampler", "cfg_img", NUMBERS),
+        ("sampler", "on_interrupt", CHOICES),
+    ],
+    "box": [
+        ("box", "prompt", TEXTS), ("box", "negative_prompt", TEXTS), ("box", "height", NUMBERS), ("box", "vae", MODELS),
+        ("box", "model", MODELS), ("box", "steps", NUMBERS),
+    ],
+    "edit box": [("box", "instruction", TEXTS), ("box", "image", PICTURES), ("box", "cfg_img", NUMBERS)],
+    "ratio": [("ratio", "ratio", CHOICES), ("ratio", "base", [*CHOICES, "500", 512, "²"])],
+    "batch": [("both", "first", MODELS), ("both", "second", MODELS)],
+}  # fmt: skip
+PLACES = [(name, *place) for name, places in TRIED.items() for place in places]
+NAMES = [f"{name}-{where}-{key}" for name, where, key, _ in PLACES]
+
+
+def assert_told(ending: tuple[str, str], value: Any) -> None:
+    """The host did not queue it, or it is our own error in one short sentence."""
+    kind, message = ending
+    assert kind == "refused" or kind.endswith("NextStepError"), (str(value)[:200], kind, message[:400])
+    assert kind == "refused" or (len(message) < 900 and "\n" not in message.strip()), message
+
+
+@pytest.mark.parametrize(("name", "where", "key", "values"), PLACES, ids=NAMES)
+def test_a_linked_value_of_another_kind_is_one_sentence(
+    graph: ComfyGraph, name: str, where: str, key: str, values: list[Any]
+) -> None:
+    for value in values:
+        prompt = GRAPHS[name]() | {"given": node("GiveValue")}
+        prompt[where]["inputs"][key] = ["given", 0]
+        GiveValue.given.append(value)
+        assert_told(graph.ending(prompt), value)
+
+
+@pytest.mark.parametrize(("name", "where", "key", "values"), PLACES, ids=NAMES)
+def test_a_literal_value_of_another_kind_is_refused_or_made_one(
+    graph: ComfyGraph, name: str, where: str, key: str, values: list[Any]
+) -> None:
+    """The host makes what it can of a literal: "4" is 4, and 5 a prompt."""
+    for value in values:
+        try:
+            literal = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            continue  # nothing that a workflow can hold
+        prompt = GRAPHS[name]()
+        prompt[where]["inputs"][key] = literal
+        ending = graph.ending(prompt)
+        if ending[0] != "done":
+            assert_told(ending, value)
+
+
+def test_a_good_graph_of_each_kind_runs_after_all_that(graph: ComfyGraph) -> None:
+    for name, make in GRAPHS.items():
+        assert graph.ending(make()) == ("done", ""), name
