@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def single_file_roots() -> list[Path]:
 def vae_roots() -> list[Path]:
     """The folders in which VAE files are looked for."""
     return [Path(root) for root in folder_paths.get_folder_paths("vae")]
+
+
+def last_saved_latent(filename_prefix: str) -> Path | None:
+    """The file that the host's Save Latent wrote last under this name; its own error for a name outside its folder."""
+    root = folder_paths.get_output_directory()
+    folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+    files = Path(folder).glob(f"{escape(name)}_*_.latent")
+    return max(files, key=lambda file: file.name, default=None)
+
+
+def offer_pictures(folder: Path) -> None:
+    """Put the pictures of a folder where the host's Load Image finds them. What is there already stays as it is."""
+    for picture in folder.iterdir():
+        target = Path(folder_paths.get_input_directory()) / picture.name
+        try:
+            file = target.open("xb")
+        except OSError as error:  # there already, or a folder that one can only read
+            log.debug("%s was not made: %s", target, error)
+            continue
+        with file:
+            file.write(picture.read_bytes())
 
 
 def check_interrupt() -> None:

@@ -28,6 +28,7 @@ from .widgets import AUTO
 log = logging.getLogger(__name__)
 
 UNQUANTIZED = "none"
+STORED = (UNQUANTIZED, *RECIPES, AUTO)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[UNQUANTIZED, *RECIPES, AUTO],
+                    options=list(STORED),
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "
