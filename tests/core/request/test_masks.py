@@ -48,7 +48,6 @@ def test_values_must_be_finite(value: float) -> None:
         kept_tokens(mask, (3, 4))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     "mask",
     [
@@ -71,7 +70,8 @@ def test_any_kind_of_real_number_is_a_mask() -> None:
     mask[1, 2] = 1
     for dtype in (torch.uint8, torch.bool, torch.float64, torch.bfloat16, torch.float8_e4m3fn):
         assert drawn(mask.to(dtype)) == [6]
-=======
+
+
 def test_what_an_interrupted_run_left_is_told_from_what_it_drew() -> None:
     latents = torch.randn(2, 16, 4, 6)
     assert not undrawn_tokens(latents).any()
@@ -79,4 +79,3 @@ def test_what_an_interrupted_run_left_is_told_from_what_it_drew() -> None:
     assert undrawn_tokens(latents).tolist() == [[False] * 3, [False, True, True]]
     latents[1, :, :2, :2] = 0
     assert undrawn_tokens(latents)[0, 0], "of one picture is enough"
->>>>>>> main
