@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.job import Job, KnownTokens
 from ..nextstep_core.decoding.progress import Progress
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import NextStepError, check_choice, not_finite
 from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from ..nextstep_core.request.masks import kept_tokens
@@ -132,6 +132,8 @@ def sample(
         mask = unfinished(job, progress).reshape(1, 1, *job.grid)
         if not mask.any():
             raise
+        if not progress.tokens.isfinite().all():
+            raise not_finite("What was drawn until the interrupt") from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
