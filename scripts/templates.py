@@ -84,14 +84,14 @@ class Node:
 
     def inputs(self) -> list[tuple[str, str]]:
         if self.ours:
-            return [(name, kind) for name, kind, _ in RELEASED[self.type]["inputs"]]
+            return [(entry["id"], entry["type"]) for entry in RELEASED[self.type]["inputs"]]
         return CORE[self.type][0]
 
     def outputs(self) -> list[tuple[str, str]]:
         if self.ours:
             named = RELEASED[self.type]["outputs"]
-            names = OUTPUT_NAMES.get(self.type, [name for name, _ in named])
-            return [(name, kind) for name, (_, kind) in zip(names, named)]
+            names = OUTPUT_NAMES.get(self.type, [entry["id"] for entry in named])
+            return [(name, entry["type"]) for name, entry in zip(names, named)]
         return CORE[self.type][1]
 
 

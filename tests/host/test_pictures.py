@@ -87,8 +87,8 @@ def test_what_no_model_could_draw_is_refused_before_anything_is_encoded(graph: C
     loaders = graph.pack("nodes.loaders")
     model = loaders.load_model("tiny-a", loaders.LoadOptions("fp32"))
     calls = {
-        "46,750 tokens; at most 16,384": lambda: prepare.execute(photo, **PREPARE | {"mode": "keep"}),
-        "46,750 tokens; at most 16,384 ": lambda: prompts.encode_edit(model, None, photo, "<image>x", "keep"),
+        "46,750 tokens; at most 8,192": lambda: prepare.execute(photo, **PREPARE | {"mode": "keep"}),
+        "46,750 tokens; at most 8,192 ": lambda: prompts.encode_edit(model, None, photo, "<image>x", "keep"),
         "The mask is 64x64, but the picture is 4000x3000": lambda: prepare.execute(
             photo, **PREPARE, mask=torch.ones(1, 64, 64)
         ),
