@@ -37,7 +37,7 @@ class Studio:
         if picture is not None:
             picture.save(self.server.base / "input" / LOADED)
             widgets["image"] = LOADED
-        prompt = to_prompt(read_workflow(FOLDER / f"NextStep {template}.json"), self.info, **TINY, **widgets)
+        prompt = to_prompt(read_workflow(FOLDER / f"NextStep {template}.json"), self.info, **TINY | widgets)
         left = list(texts)
         for key in sorted(prompt, key=lambda key: (key == str(number("negative")), int(key))):
             inputs = prompt[key]["inputs"]

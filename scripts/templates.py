@@ -463,6 +463,23 @@ def load(picture: str) -> Node:
     return Node("load", "LoadImage", (300, 328), [picture, "image"], title="Your picture")
 
 
+def change() -> Node:
+    return Node(
+        "edit",
+        "NextStepEditEncode",
+        (320, 240),
+        ["<image>Turn the sunset into a night with a full moon and stars.", "nearest aspect ratio", 512, 512],
+        {"model": ("model", 0), "vae": ("model", 1), "image": ("load", 0)},
+        "What to change",
+        GREEN,
+    )
+
+
+def paste() -> Node:
+    links = {"image": ("decode", 0), "original": ("prepare", 2)}
+    return Node("paste", "NextStepPasteBack", (340, 78), [16], links)
+
+
 def prepare(source: str, area: str) -> Node:
     values = ["crop", "nearest aspect ratio", "512", 512, 512, area, 0.5]
     links = {"image": (source, 0), "mask": (source, 1), "vae": ("model", 1)}
@@ -507,15 +524,6 @@ def text_to_image() -> Template:
 
 
 def image_edit() -> Template:
-    change = Node(
-        "edit",
-        "NextStepEditEncode",
-        (320, 240),
-        ["<image>Turn the sunset into a night with a full moon and stars.", "nearest aspect ratio", 512, 512],
-        {"model": ("model", 0), "vae": ("model", 1), "image": ("load", 0)},
-        "What to change",
-        GREEN,
-    )
     return Template(
         "NextStep Image Edit",
         [
@@ -524,7 +532,7 @@ def image_edit() -> Template:
                 group("Model", loader(EDITING)),
                 group("Picture", load("nextstep_lighthouse.jpg")),
             ],
-            [group("Prompt", change, negative("Copy original image."))],
+            [group("Prompt", change(), negative("Copy original image."))],
             [group("Draw", sampler(("edit", 1), "edit", steps=50, shift=3.2))],
             [group("Result", decode(), save("edit"))],
         ],
@@ -533,15 +541,13 @@ def image_edit() -> Template:
 
 
 def inpaint() -> Template:
-    links = {"image": ("decode", 0), "original": ("prepare", 2)}
-    paste = Node("paste", "NextStepPasteBack", (340, 78), [16], links)
     return Template(
         "NextStep Inpaint",
         [
             [note("Inpaint", 210), group("Model", loader()), group("Picture", load("nextstep_inpaint.png"))],
             [group("Prompt", positive(BOAT), negative()), group("Picture", prepare("load", "around the mask"))],
             [group("Draw", sampler(("prepare", 6)))],
-            [group("Result", decode(), paste, save("inpaint", "paste"))],
+            [group("Result", decode(), paste(), save("inpaint", "paste"))],
         ],
         [("load", "image"), *text_app()],
     )
@@ -656,10 +662,15 @@ TEMPLATES = (
 
 
 def main() -> None:
-    for make in TEMPLATES:
-        template = make()
-        path = ROOT / "example_workflows" / f"{template.name}.json"
-        path.write_text(json.dumps(workflow(template), indent=1) + "\n")
+    from scripts import blueprints
+
+    files = {f"example_workflows/{template.name}": workflow(template) for template in (make() for make in TEMPLATES)}
+    for blueprint in (make() for make in blueprints.BLUEPRINTS):
+        files[f"subgraphs/{blueprint.name}"] = blueprints.workflow(blueprint)
+    for name, content in files.items():
+        path = ROOT / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
         print(path)
 
 
