@@ -1,16 +1,38 @@
-"""The one node that uses the network, and only when it is run."""
+"""Fetching what the user chose: a node of its own, and what the loaders do for an entry that says it downloads."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
 from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
+from ..nextstep_core.loading.meter import Meter
 from . import host
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
+
+
+def fetch(checkpoint: str, revision: str = "main") -> Path:
+    """Fetch a published checkpoint into the first model folder, with progress on the running node; where it lies.
+
+    An interrupt ends it and keeps what is there. NextStepError when it cannot be had.
+    """
+    plan = plan_download(checkpoint, host.model_roots()[0], revision, host.check_interrupt)
+    log.info("Downloading %s", plan.describe())
+    reporter, meter, last = host.ProgressReporter(max(1, plan.size)), Meter(), -1
+
+    def report(done: int, size: int) -> None:
+        nonlocal last
+        text = meter.text(done, size)
+        reporter.update(done, text=f"{text}\n{plan.describe()}")
+        if (percent := 100 * done // max(1, size)) != last:
+            last = percent
+            log.info("%s: %s", checkpoint, text)
+
+    return download(plan, report)
 
 
 class NextStepDownload(io.ComfyNode):
@@ -44,18 +66,6 @@ class NextStepDownload(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, revision: str = "main") -> io.NodeOutput:
-        plan = plan_download(checkpoint, host.model_roots()[0], revision, host.check_interrupt)
-        log.info("Downloading %s", plan.describe())
-        reporter = host.ProgressReporter(max(1, plan.size))
-        last = -1
-
-        def report(done: int, size: int) -> None:
-            nonlocal last
-            reporter.update(done, text=f"{done / 1e9:.2f} of {size / 1e9:.2f} GB\n{plan.describe()}")
-            if (percent := 100 * done // max(1, size)) != last:
-                last = percent
-                log.info("%s: %d%% of %.2f GB", checkpoint, percent, size / 1e9)
-
-        folder = download(plan, report)
+        folder = fetch(checkpoint, revision)
         text = f"{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model."
         return io.NodeOutput(str(folder), ui=ui.PreviewText(text))

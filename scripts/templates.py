@@ -404,7 +404,7 @@ def loader(checkpoint: str = MAIN, **links: tuple[str, int]) -> Node:
     embedded = checkpoint == EMBEDDED
     name = checkpoint if embedded else f"{checkpoint} (downloads 29 GB)"
     title = None if embedded else "Model: first Run downloads 29 GB"
-    return Node("model", "NextStepModelLoader", (300, 174), [name, "auto", "auto", True], links, title)
+    return Node("model", "NextStepModelLoader", (300, 200), [name, "auto", "auto", True, "auto"], links, title)
 
 
 def note(name: str, height: int, checkpoint: str = MAIN) -> Node:
