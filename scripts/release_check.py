@@ -26,6 +26,7 @@ NEEDED_FOLDERS = (
     "locales/",
     "example_workflows/",
     "example_pictures/",
+    "subgraphs/",
 )
 UNWANTED = ("benchmarks/", "scripts/", "tests/", "training/", ".ci/", ".git")
 LARGEST_MB = 30
