@@ -44,24 +44,24 @@ class NextStepDownload(io.ComfyNode):
             node_id="NextStepDownload",
             display_name="Download NextStep Model",
             category=CATEGORY,
-            description="Fetches a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. Goes "
-            "on where it stopped when it is run again. Fetches only what is read, and nothing that could be executed.",
+            description="Fetches a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. "
+            "Run it again to resume an interrupted download. Only the files that are needed are fetched, and no code.",
             search_aliases=["nextstep", "download", "hugging face"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=list(PUBLISHED_CHECKPOINTS),
-                    tooltip="NextStep-1.1 draws best; NextStep-1-Large-Edit edits; the tokenizer is the VAE alone.",
+                    tooltip="NextStep-1.1 gives the best pictures; NextStep-1-Large-Edit edits; the tokenizer is a VAE",
                 ),
                 io.String.Input(
                     "revision",
                     default="main",
                     optional=True,
-                    tooltip="Branch, tag or commit. A commit gives the same files for ever.",
+                    tooltip="Branch, tag or commit. A commit always gives the same files.",
                 ),
             ],
-            outputs=[io.String.Output("folder", display_name="folder", tooltip="Where the checkpoint lies now.")],
+            outputs=[io.String.Output("folder", display_name="folder", tooltip="The folder of the checkpoint.")],
         )
 
     @classmethod

@@ -200,7 +200,7 @@ class NextStepModelLoader(io.ComfyNode):
                 io.Vae.Output(
                     "vae",
                     display_name="vae",
-                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE there is. Core VAE nodes take it "
+                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE found. Core VAE nodes accept it "
                     "too.",
                 ),
             ],
@@ -247,7 +247,7 @@ class NextStepVAELoader(io.ComfyNode):
                     "entry that says it downloads is fetched when the node runs.",
                 ),
             ],
-            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes take it too.")],
+            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes accept it too.")],
         )
 
     @classmethod

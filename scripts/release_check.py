@@ -26,7 +26,6 @@ NEEDED_FOLDERS = (
     "locales/",
     "example_workflows/",
     "example_pictures/",
-    "subgraphs/",
 )
 UNWANTED = ("benchmarks/", "scripts/", "tests/", "training/", ".ci/", ".git")
 LARGEST_MB = 30

@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from nextstep_core.sampling.solvers import SAMPLERS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VALUES = re.compile(r"…(\s…)+")
@@ -60,6 +62,11 @@ def test_links_lead_somewhere(document: str) -> None:
 
 def test_one_can_read_it_at_a_sitting() -> None:
     assert len(README.splitlines()) < 180
+
+
+def test_every_sampler_is_measured() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([\w.-]+) \|", page, flags=re.MULTILINE)[2:] == list(SAMPLERS), "below the head"
 
 
 def test_every_workflow_and_node_is_named() -> None:

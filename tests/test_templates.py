@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import blueprints, templates
+from scripts import templates
 from scripts.workflows import ALL, FIRST_RUN, read_workflow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,23 +162,3 @@ def test_nobody_is_sent_to_an_address_that_does_not_exist() -> None:
         files += (ROOT / folder).rglob("*.py")
     assert not [path for path in files if placeholder in path.read_text(encoding="utf-8")]
     assert json.loads(files[0].read_text())
-
-
-def test_the_subgraphs_are_those_that_the_script_writes_and_hold_together() -> None:
-    made = {blueprint.name: blueprints.workflow(blueprint) for blueprint in (make() for make in blueprints.BLUEPRINTS)}
-    files = {path.stem: json.loads(path.read_text()) for path in ROOT.glob("subgraphs/*.json")}
-    assert made == files and len(files) == 3
-    for content in files.values():
-        (box,), (inside,) = content["nodes"], content["definitions"]["subgraphs"]
-        assert box["type"] == inside["id"]
-        nodes = {node["id"]: node for node in inside["nodes"]}
-        taken = [entry["name"] for entry in box["inputs"]]
-        for link in inside["links"]:
-            if link["target_id"] != blueprints.OUTSIDE:
-                assert nodes[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
-            if link["origin_id"] == blueprints.INSIDE:
-                assert link["id"] in inside["inputs"][link["origin_slot"]]["linkIds"]
-                assert inside["inputs"][link["origin_slot"]]["name"] == taken[link["origin_slot"]]
-            else:
-                assert link["id"] in nodes[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
-        assert len(box["widgets_values"]) == sum("widget" in entry for entry in box["inputs"])

@@ -29,9 +29,7 @@ def to_rgb(images: Tensor) -> Tensor:
         raise NextStepError(f"An input image is {shown(images)}, not a picture.")
     if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
         raise NextStepError(f"An input image has the shape {tuple(images.shape)}; expected (batch, height, width, 3).")
-    if not images.is_floating_point() or images.layout is not torch.strided or images.device.type == "meta":
-        kind = f"{images.dtype}" if images.layout is torch.strided else f"{images.layout}"
-        raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")
+    _check_plain(images)
     images = images.float()
     if not torch.isfinite(images).all():
         raise NextStepError("An input image holds NaN or infinite values.")
@@ -68,9 +66,19 @@ def to_pixels(image: ImageInput) -> Tensor:
 
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
-    if not isinstance(image, (np.ndarray, Tensor)) or image.dtype == object or image.ndim not in (3, 4):
+    if not isinstance(image, (np.ndarray, Tensor)) or image.ndim not in (3, 4):
         raise NextStepError(
             f"An input image is {shown(image)}; expected a picture, or an array of the shape (height, width, 3)."
         )
-    pixels = torch.as_tensor(image)
+    try:
+        pixels = torch.as_tensor(image)
+    except (TypeError, ValueError) as error:  # of NumPy's kinds of numbers, PyTorch knows most
+        raise NextStepError(f"An input image of {image.dtype} numbers cannot be read ({error}).") from None
+    _check_plain(pixels)
     return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1
+
+
+def _check_plain(images: Tensor) -> None:
+    if not images.is_floating_point() or images.layout is not torch.strided or images.device.type == "meta":
+        kind = images.dtype if images.layout is torch.strided else images.layout
+        raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")

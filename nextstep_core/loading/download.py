@@ -250,7 +250,7 @@ def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
     if process.returncode != 0:
         known = reason.startswith(plan.repo_id)  # the child's own sentence, not the end of a traceback
         error = NextStepError(reason) if known else refusal(plan.repo_id, reason.rstrip("."), plan.folder)
-        raise NextStepError(f"{error} What is there is kept, and the next run goes on from it.")
+        raise NextStepError(f"{error} What is there is kept, and the next run resumes it.")
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
@@ -265,7 +265,7 @@ def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         right = plan.is_whole(file) and (told is None or _checksum(file, path, plan, on_progress) == told)
         if not right:
             path.unlink(missing_ok=True)
-            raise NextStepError(f"{path} arrived damaged and was removed. Start the download again to fetch it anew.")
+            raise NextStepError(f"{path} was damaged during the download and was removed. Run the download again.")
     on_progress(plan.size, plan.size)
 
 

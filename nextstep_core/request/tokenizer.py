@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from ..errors import NextStepError, check_text, shown
 from ..loading.documents import TOKENIZER, TOKENIZER_CONFIG, Documents
@@ -88,14 +88,17 @@ class NextStepTokenizer:
 
     def check_length(self, name: str, text: object) -> str:
         """The text; NextStepError for what is no text, or longer than any that fits the model's context."""
-        text = check_text(name, text)
-        limit, size = min(self._context * BYTES_PER_TOKEN, LONGEST), len(text.encode())
+        limit = min(self._context * BYTES_PER_TOKEN, LONGEST)
+        size = len(text) if isinstance(text, str) else 0
+        if size <= limit:  # a character is a byte at least, so others need not even be written as bytes
+            text = check_text(name, text)
+            size = len(text.encode())
         if size > limit:
             raise NextStepError(
                 f"{name} is {size:,} bytes long; for this model, which can hold {self._context:,} tokens, it may be "
                 f"{limit:,}. Shorten it."
             )
-        return text
+        return cast(str, text)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of `text`, untruncated; `special` adds what the tokenizer's own post-processor adds.

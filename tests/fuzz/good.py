@@ -28,8 +28,10 @@ def put(path: Path, content: bytes | str) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
 
 
-def draw(checkpoint: Path, vae: Path | None = None, quantization: str | None = None) -> Tensor:
+def draw(
+    checkpoint: Path, vae: Path | None = None, quantization: str | None = None, prompt: str = "A red apple."
+) -> Tensor:
     """Load and draw a small picture in a few steps."""
     pipeline = NextStepPipeline.from_pretrained(checkpoint, vae=vae, dtype=torch.float32, quantization=quantization)
     _, height, width, _ = SHAPE
-    return pipeline.generate("A red apple.", height=height, width=width, steps=2, cfg=2.0, sampler="flow-ode").images
+    return pipeline.generate(prompt, height=height, width=width, steps=2, cfg=2.0, sampler="flow-ode").images

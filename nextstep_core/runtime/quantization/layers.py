@@ -54,7 +54,7 @@ def find_recipe(name: str, device: torch.device) -> Recipe:
     """The recipe called `name`; NextStepError when there is none or `device` cannot hold its numbers."""
     check_choice("quantization", name, RECIPES)
     if name == "fp8" and device.type == "mps":
-        raise NextStepError("quantization is fp8, which Apple GPUs cannot hold. Use int8 or int4.")
+        raise NextStepError("quantization is fp8, which Apple GPUs do not support. Use int8 or int4.")
     return RECIPES[name]
 
 

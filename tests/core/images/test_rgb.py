@@ -61,6 +61,12 @@ def test_what_is_no_picture_is_refused(image: object) -> None:
         to_pixels(image)
 
 
+@pytest.mark.parametrize("kind", [">f4", object, "U1"])
+def test_numbers_that_pytorch_does_not_know_are_refused(kind: object) -> None:
+    with pytest.raises(NextStepError, match="An input image of .* numbers cannot be read"):
+        to_pixels(np.zeros((4, 6, 3)).astype(kind))
+
+
 @pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)], ids=str)
 def test_of_a_sliver_only_the_middle_is_enlarged(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     picture = torch.zeros(1, *shape, 3)
