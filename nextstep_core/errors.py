@@ -25,6 +25,14 @@ def damaged(path: Path, reason: object) -> NextStepError:
     return NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.")
 
 
+def not_finite(what: str) -> NextStepError:
+    """The error for a stage of drawing whose result is not a number; no picture can come of it."""
+    return NextStepError(
+        f"{what} holds NaN or infinite values, so there is no picture. Choose another dtype (bf16 or fp32); if that "
+        "changes nothing, the weights are damaged: download them again."
+    )
+
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .decoding.engine import NextStepEngine
 from .decoding.job import PICTURES
 from .decoding.progress import Progress
-from .errors import NextStepError, check_text
+from .errors import NextStepError, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, to_pixels
 from .images.tiling import check_tile, run_in_tiles
@@ -157,6 +157,8 @@ class NextStepPipeline:
         with checked(leaves(self.vae), check):
             run = partial(run_in_tiles, tile=vae_tile)
             mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
+            raise not_finite("An input image that the VAE encoded")
         std = self.vae.posterior_std(logvar)
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
@@ -181,6 +183,8 @@ class NextStepPipeline:
         latents = self.engine.latents.to_latents(tokens.float(), grid)
         with checked(leaves(self.vae), check):
             pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
+        if not pixels.isfinite().all():
+            raise not_finite("The picture that the VAE decoded")
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.job import Job, KnownTokens
 from ..nextstep_core.decoding.progress import Progress
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import NextStepError, check_choice, not_finite
 from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from ..nextstep_core.request.masks import kept_tokens
@@ -135,6 +135,8 @@ def sample(
         mask = unfinished(job, progress).reshape(1, 1, *job.grid)
         if not mask.any():
             raise
+        if not progress.tokens.isfinite().all():
+            raise not_finite("What was drawn until the interrupt") from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
@@ -203,12 +205,12 @@ class NextStepSampler(DrawingNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
-                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is completed.",
+                    "Noise Mask) is kept outside the mask. A latent kept from an interrupted run is completed.",
                 ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to avoid; works with cfg above 1. May be left open.",
+                    tooltip="What to avoid; has an effect with cfg above 1. Optional.",
                 ),
                 *setting_inputs(steps=28, shift=1.0),
                 cfg_img_input(),
@@ -217,8 +219,8 @@ class NextStepSampler(DrawingNode):
                     options=[DISCARD, KEEP_PARTIAL],
                     default=DISCARD,
                     optional=True,
-                    tooltip="What Interrupt leaves: nothing, or the part that is drawn. Sampling the kept latent again "
-                    "with the same seed and settings finishes the same picture.",
+                    tooltip="What Interrupt returns: nothing, or the finished part. Sample the kept latent again with "
+                    "the same seed and settings to complete the same picture.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],

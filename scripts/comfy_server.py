@@ -141,7 +141,7 @@ class ComfyServer:
         while not (history := self.call(f"/history/{run.prompt_id}")) and time.monotonic() < deadline:
             time.sleep(0.05)  # the host announces success a moment before it writes the history
         outputs = history[run.prompt_id]["outputs"]
-        images = [image for node in outputs.values() for image in node["images"] if image["type"] == "output"]
+        images = [image for node in outputs.values() for image in node.get("images", []) if image["type"] == "output"]
         return [self.base / "output" / image["subfolder"] / image["filename"] for image in images]
 
 

@@ -43,6 +43,10 @@ class PrefillCache:
         cache.data[..., : kv.shape[-2], :] = kv.to(cache.data.device)
         return hidden.to(cache.data.device)
 
+    def forget(self, key: str) -> None:
+        """Have a prompt read anew the next time."""
+        self._entries.pop(key, None)
+
     def store(self, key: str, cache: KVCache, length: int, hidden: Tensor) -> None:
         """Keep the first `length` positions of `cache`, if they fit at all; the oldest entries make room."""
         kv = cache.data[..., :length, :]

@@ -114,6 +114,7 @@ class TokenSequence:
         valid (rows, L) is False at left padding.
         """
         self.prompt_length = embeds.shape[1]
+        self._plain.cache.data.zero_()  # an earlier run may have left NaN, which no mask hides
         self._plain.valid[:, : self.prompt_length] = valid
         self._plain.valid[:, self.prompt_length :] = True
         hidden = prefilled.restore(key, self._plain.cache) if prefilled is not None else None
