@@ -5,6 +5,8 @@ Every message is a sentence for the person at the screen.
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterable
 from math import log10
 from pathlib import Path
@@ -17,6 +19,24 @@ class NextStepError(ValueError):
 def damaged(path: Path, reason: object) -> NextStepError:
     """The error for a file that cannot be read as what it should be."""
     return NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.")
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def not_written(path: Path, error: OSError, size: int | None = None) -> NextStepError:
+    """The error for a file or folder that cannot be written; `size` is how many bytes it was to have, where known."""
+    if error.errno in NO_ROOM:
+        needed = "" if size is None else f": {size / 1e9:.2f} GB are needed"
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
+        return NextStepError(
+            f"There is no room for {path} on its disk{needed}, {free / 1e9:.2f} GB free. Make room, or choose another "
+            "disk."
+        )
+    if error.errno in NOT_ALLOWED:
+        return NextStepError(f"{path} cannot be written ({error.strerror}). Choose a folder that you may write to.")
+    return NextStepError(f"{path} could not be written ({error.strerror or error}). Check the disk and the name.")
 
 
 SHOWN = 80  # characters of a text, digits of a number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,6 +25,7 @@ from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL
 from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
+from .runtime.interrupt import Check, checked, go_on, leaves
 from .runtime.memory import check_room
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
@@ -57,14 +59,15 @@ class NextStepPipeline:
         dtype: torch.dtype = torch.bfloat16,
         quantization: str | None = None,
         cuda_graphs: bool = True,
+        check: Check = go_on,
     ) -> NextStepPipeline:
         """Load from a checkpoint folder, a `.safetensors` file that carries its config or lies beside it, a hub id, or
         "tiny".
 
         `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
         `quantization` stores the weights as "int8", "int4", "int4-g128" or "fp8" while they are loaded. `cuda_graphs`
-        captures the work of a token on a CUDA device and replays it. Raises NextStepError, before any
-        weight is read, for whatever is missing, damaged or does not fit.
+        captures the work of a token on a CUDA device and replays it. `check` is called all the while and stops by
+        raising. Raises NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
         """
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
@@ -72,7 +75,7 @@ class NextStepPipeline:
         vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
         autoencoder = load_vae(vae_path, device, dtype)
         latents = LatentSpace.from_configs(plan.config, autoencoder.config)
-        engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype), cuda_graphs)
+        engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
@@ -96,13 +99,14 @@ class NextStepPipeline:
         seed: int = 0,
         vae_tile: int | None = None,
         callback: Callable[[Progress], None] | None = None,
+        check: Check = go_on,
     ) -> GenerationOutput:
         """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
 
         None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `vae_tile`
         makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. `callback` gets a
-        Progress after every token and stops the run by raising. Raises NextStepError for impossible requests before any
-        long work.
+        Progress after every token and stops the run by raising; so may `check`, which is called before every layer of
+        the networks. Raises NextStepError for impossible requests before any long work.
         """
         texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
@@ -126,31 +130,37 @@ class NextStepPipeline:
             check_tile(vae_tile, self.vae.config.downscale)
         grid = self.engine.grid(height, width)
         job = self.engine.make_job(
-            self._captions(prompts, pictures, vae_tile),
+            self._captions(prompts, pictures, vae_tile, check),
             grid,
             settings,
             seed=seed,
             negative_prompt=negative_prompt,
             positive_prompt=positive_prompt,
             images_per_caption=count,
+            check=check,
         )
         check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
-        for progress in self.engine.decode(job, self.device, self.dtype):
-            if callback is not None:
-                callback(progress)
-        return self._finish(progress.tokens, grid, vae_tile)
+        with closing(self.engine.decode(job, self.device, self.dtype, check=check)) as run:
+            for progress in run:
+                if callback is not None:
+                    callback(progress)
+        return self._finish(progress.tokens, grid, vae_tile, check)
 
-    def encode_image(self, image: ImageInput, vae_tile: int | None = None) -> EncodedImage:
+    def encode_image(self, image: ImageInput, vae_tile: int | None = None, check: Check = go_on) -> EncodedImage:
         """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
         pixels = to_pixels(image)
         grid = self.engine.grid(*pixels.shape[-2:])
-        mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), partial(run_in_tiles, tile=vae_tile))
+        with checked(leaves(self.vae), check):
+            run = partial(run_in_tiles, tile=vae_tile)
+            mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)
         std = self.vae.posterior_std(logvar)
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
         return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
 
-    def _captions(self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None) -> list[Caption]:
+    def _captions(
+        self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check
+    ) -> list[Caption]:
         slots = [prompt.count(IMAGE_SLOT) for prompt in prompts]
         if sum(slots) != len(pictures):
             raise NextStepError(
@@ -160,12 +170,13 @@ class NextStepPipeline:
         for prompt, count in zip(prompts, slots):
             if count:  # before its pictures are encoded; the others are read at once afterwards
                 self.engine.check_prompt(prompt)
-        encoded = iter([self.encode_image(picture, vae_tile) for picture in pictures])
+        encoded = iter([self.encode_image(picture, vae_tile, check) for picture in pictures])
         return [Caption(prompt, tuple(islice(encoded, count))) for prompt, count in zip(prompts, slots)]
 
-    def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None) -> GenerationOutput:
+    def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None, check: Check) -> GenerationOutput:
         latents = self.engine.latents.to_latents(tokens.float(), grid)
-        pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
+        with checked(leaves(self.vae), check):
+            pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
 

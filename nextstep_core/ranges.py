@@ -22,9 +22,9 @@ class Range(Generic[Number]):
     note: str = ""
 
     def check(self, value: object) -> Number:
-        """The value as a plain number; NextStepError, by the setting's name, when it is none of the range.
+        """The value as a plain number; NextStepError, by the setting's name, when it is outside the range.
 
-        NumPy's numbers are welcome. True and False are no numbers here, nor is a text that spells one.
+        NumPy's numbers are welcome. True and False are refused, and so is a text that spells a number.
         """
         whole = isinstance(self.minimum, int)
         number: Any = value if isinstance(value, Integral if whole else Real) and not isinstance(value, bool) else None

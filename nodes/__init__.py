@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 
 from .all_in_one import NextStepImageEdit, NextStepTextToImage
+from .compare import NextStepCompare, NextStepLabelledGrid
 from .download import NextStepDownload
-from .host import register_model_folder
+from .host import offer_pictures, register_model_folder
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
+from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
+from .resume import NextStepResume
 from .sampler import NextStepSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -25,7 +30,13 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepTextToImage,
     NextStepImageEdit,
     NextStepDownload,
+    NextStepPreparePicture,
+    NextStepPasteBack,
+    NextStepCompare,
+    NextStepLabelledGrid,
+    NextStepResume,
 ]
+PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 
 
 class NextStepExtension(ComfyExtension):
@@ -38,4 +49,5 @@ class NextStepExtension(ComfyExtension):
 async def comfy_entrypoint() -> NextStepExtension:
     """Called once by the host when it loads the pack."""
     register_model_folder()
+    offer_pictures(PICTURES)
     return NextStepExtension()

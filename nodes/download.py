@@ -44,7 +44,7 @@ class NextStepDownload(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, revision: str = "main") -> io.NodeOutput:
-        plan = plan_download(checkpoint, host.model_roots()[0], revision)
+        plan = plan_download(checkpoint, host.model_roots()[0], revision, host.check_interrupt)
         log.info("Downloading %s", plan.describe())
         reporter = host.ProgressReporter(max(1, plan.size))
         last = -1

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
 from ..nextstep_core.runtime.cpu import fastest_dtype
+from ..nextstep_core.runtime.interrupt import leaves
 from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
 
@@ -71,6 +73,27 @@ def single_file_roots() -> list[Path]:
 def vae_roots() -> list[Path]:
     """The folders in which VAE files are looked for."""
     return [Path(root) for root in folder_paths.get_folder_paths("vae")]
+
+
+def last_saved_latent(filename_prefix: str) -> Path | None:
+    """The file that the host's Save Latent wrote last under this name; its own error for a name outside its folder."""
+    root = folder_paths.get_output_directory()
+    folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+    files = Path(folder).glob(f"{escape(name)}_*_.latent")
+    return max(files, key=lambda file: file.name, default=None)
+
+
+def offer_pictures(folder: Path) -> None:
+    """Put the pictures of a folder where the host's Load Image finds them. What is there already stays as it is."""
+    for picture in folder.iterdir():
+        target = Path(folder_paths.get_input_directory()) / picture.name
+        try:
+            file = target.open("xb")
+        except OSError as error:  # there already, or a folder that one can only read
+            log.debug("%s was not made: %s", target, error)
+            continue
+        with file:
+            file.write(picture.read_bytes())
 
 
 def check_interrupt() -> None:
@@ -180,7 +203,7 @@ def adopt(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], compute: torc
     )
     fill(model, state)
     del state
-    make_ready(model, patcher.load_device, compute)
+    make_ready(model, patcher.load_device, compute, check_interrupt)
     return patcher
 
 
@@ -309,6 +332,8 @@ def native_vae(config: VAEConfig, state: dict[str, Tensor]) -> Any:
     vae.latent_channels = config.z_channels
     vae.downscale_ratio = vae.upscale_ratio = config.downscale
     vae.first_stage_model.regularization = ChannelNorm(config)
+    for layer in leaves(vae.first_stage_model):  # older hosts look for an interrupt between nodes only
+        layer.register_forward_pre_hook(lambda *_: check_interrupt())
     vae.is_dynamic = stays_cached
     return vae
 

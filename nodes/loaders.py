@@ -28,6 +28,7 @@ from .widgets import AUTO
 log = logging.getLogger(__name__)
 
 UNQUANTIZED = "none"
+STORED = (UNQUANTIZED, *RECIPES, AUTO)
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
-        plan = _with_fitting_recipe(plan, compute)
+        plan = _with_fitting_recipe(plan, storage, compute)
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
-        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), work_on=device)
+        read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
         adopted.append(host.adopt(model, read, compute))
         return model
 
@@ -82,7 +83,7 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
 
 
-def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
+def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
     """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
 
     The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
@@ -90,7 +91,7 @@ def _with_fitting_recipe(plan: ModelPlan, dtype: torch.dtype) -> ModelPlan:
     room = host.card_memory()
     if room is None or plan.recipe is not None:
         return plan
-    name = fitting_recipe(plan, dtype, room)
+    name = fitting_recipe(plan, storage, compute, room)
     log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
     return plan if name is None else replace(plan, recipe=RECIPES[name])
 
@@ -133,7 +134,7 @@ class NextStepModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quantization",
-                    options=[UNQUANTIZED, *RECIPES, AUTO],
+                    options=list(STORED),
                     default=AUTO,
                     optional=True,
                     tooltip="Store the weights in fewer bits while loading. auto takes none, int8 or int4, the first "

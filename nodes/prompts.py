@@ -11,7 +11,7 @@ from ..nextstep_core.errors import NextStepError, check_choice, check_text
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
-from ..nextstep_core.request.sizes import BASES, nearest_ratio, ratio_size
+from ..nextstep_core.request.sizes import BASES, check_encodable, nearest_ratio, ratio_size
 from . import host
 from .latents import empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
@@ -64,6 +64,7 @@ def encode_edit(
             "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
         )
     new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
+    check_encodable(new_width, new_height)
     grid = model.engine.grid(new_height, new_width)
     model.engine.check_prompt(instruction, [grid] * slots)
     latents = vae.encode(cover(pixels, new_width, new_height))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ def make_job(
         negative_prompt=negative.captions[0].text if negative is not None else "",
         images_per_caption=images_per_caption(positive, latent["samples"].shape[0]),
         known=known_tokens(model, latent, grid),
+        check=host.check_interrupt,
     )
 
 
@@ -121,8 +123,9 @@ def sample(
     reporter = host.ProgressReporter(job.total)
     progress = None
     try:
-        for progress in model.engine.decode(job, device, model.dtype, plan.at_once):
-            reporter.update(progress.done, *preview.update(progress), rate_text(progress))
+        with closing(model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt)) as run:
+            for progress in run:
+                reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
         if on_interrupt == DISCARD or progress is None:
             raise

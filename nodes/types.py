@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError, shown
+from ..nextstep_core.images.placement import Placement
 from ..nextstep_core.request.layout import Caption
 from .host import stays_cached
 
@@ -19,6 +20,7 @@ CATEGORY = "NextStep"
 
 ModelSocket = io.Custom("NEXTSTEP_MODEL")
 PromptSocket = io.Custom("NEXTSTEP_PROMPT")
+OriginalSocket = io.Custom("NEXTSTEP_ORIGINAL")
 
 
 @dataclass(eq=False)
@@ -52,6 +54,18 @@ class PromptValue:
     def editing(self) -> bool:
         """Whether there is an input image."""
         return any(caption.images for caption in self.captions)
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """Pictures (B, H, W, 3) in [0, 1] as they came, and where the part that is drawn belongs in them.
+
+    `mask` (B, h, w) is the one on the canvas, or None where all of it is drawn.
+    """
+
+    pictures: Tensor
+    placement: Placement
+    mask: Tensor | None
 
 
 def check_sockets(**inputs: Any) -> None:

@@ -19,7 +19,14 @@ from pathlib import Path
 from scripts.comfy_server import ROOT, ComfyServer, find_comfyui, make_base, running_server
 
 NEEDED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md")
-NEEDED_FOLDERS = ("nodes/", "nextstep_core/assets/tiny/", "web/docs/", "locales/", "example_workflows/")
+NEEDED_FOLDERS = (
+    "nodes/",
+    "nextstep_core/assets/tiny/",
+    "web/docs/",
+    "locales/",
+    "example_workflows/",
+    "example_pictures/",
+)
 UNWANTED = ("benchmarks/", "scripts/", "tests/", "training/", ".ci/", ".git")
 LARGEST_MB = 30
 

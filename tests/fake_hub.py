@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.files = {str(p.relative_to(GOLDEN)): p.read_bytes() for p in GOLDEN.rglob("*") if p.is_file()}
         self.files["modeling.py"] = b"raise SystemExit('remote code ran')"
         self.lie_about: str | None = None
+        self.damaged: dict[str, bytes] = {}  # what is sent in the place of a file
         self.asked: list[tuple[str, str | None]] = []
         self.bytes_sent, self.pause = 0, 0.0
 
@@ -33,7 +34,11 @@ class Hub(ThreadingHTTPServer):
     def listing(self) -> dict:
         files = []
         for name, data in self.files.items():
-            entry = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            entry = {
+                "rfilename": name,
+                "size": len(data),
+                "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+            }
             if name.endswith((".safetensors", ".pt")):
                 digest = "0" * 64 if name == self.lie_about else hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
@@ -67,7 +72,7 @@ class Answer(BaseHTTPRequestHandler):
         if path.startswith(f"/api/models/{REPO}"):
             return self.reply(200, json.dumps(self.server.listing()).encode(), send)
         name = path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
-        data = self.server.files.get(name)
+        data = self.server.damaged.get(name, self.server.files.get(name))
         if data is None:
             return self.reply(404, b"{}", send, {"X-Error-Code": "RepoNotFound"})
         if send:

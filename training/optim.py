@@ -18,7 +18,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push the singular values of a batch of matrices (n, rows, columns) towards 1, keeping singular vectors.
 
-    In bfloat16, which is plenty for a direction and twice as fast.
+    In bfloat16, which is plenty for a direction and twice as fast. By hand: torch.optim.Muon (2.9 and newer) takes no
+    convolution kernels and goes through one matrix after another.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
@@ -95,7 +96,10 @@ def learning_rate_factor(step: int, done: float, warmup: int) -> float:
 
 
 class Average:
-    """Exponential moving average of a module's parameters, short at the start so that early values wash out."""
+    """Exponential moving average of a module's parameters, short at the start so that early values wash out.
+
+    By hand: the state of `swa_utils.AveragedModel` has other names, so no run that was saved before could be resumed.
+    """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
@@ -109,7 +113,7 @@ class Average:
         torch._foreach_lerp_([self.values[n] for n in names], [parameters[n] for n in names], 1 - decay)
 
     def load(self, values: dict[str, Tensor]) -> None:
-        """Go on from saved values, on whatever device the module is."""
+        """Resume from saved values, on whatever device the module is."""
         for name, value in values.items():
             self.values[name].copy_(value)
 

@@ -6,7 +6,7 @@ which device and dtype to compute in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ from ..model.positions import grid_side, has_codes
 from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
 from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
+from ..runtime.interrupt import Check, checked, go_on
 from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
@@ -98,8 +99,12 @@ class NextStepEngine:
         positive_prompt: str = "",
         images_per_caption: int = 1,
         known: KnownTokens | None = None,
+        check: Check = go_on,
     ) -> Job:
-        """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long."""
+        """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long.
+
+        `check` may raise to stop.
+        """
         settings.check()
         PICTURES.check(len(captions) * images_per_caption)
         rows = build_rows(
@@ -113,6 +118,7 @@ class NextStepEngine:
             cfg=settings.cfg,
             cfg_img=settings.cfg_img,
             bos_before_caption=self.published.is_1_1,
+            check=check,
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
         images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)
@@ -145,16 +151,22 @@ class NextStepEngine:
         return embeds
 
     def decode(
-        self, job: Job, device: torch.device, dtype: torch.dtype, at_once: int | None = None
-    ) -> Iterator[Progress]:
+        self,
+        job: Job,
+        device: torch.device,
+        dtype: torch.dtype,
+        at_once: int | None = None,
+        check: Check = go_on,
+    ) -> Generator[Progress, None, None]:
         """Sample the pictures' tokens on `device` in `dtype`, yielding after each.
 
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
-        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch.
+        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch. `check`
+        is called before every layer of the transformer and may raise to stop.
         """
         start, size = 0, self._at_once(job, device, dtype, min(at_once or job.pictures, job.pictures))
         tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
-        with weights_on(self.model, tokens.device):
+        with weights_on(self.model, tokens.device), checked(self.model.layers, check):
             while start < job.pictures:
                 stop = min(start + size, job.pictures)
                 tokens[start:] = 0  # also what a part left that ran out of memory

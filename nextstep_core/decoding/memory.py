@@ -33,18 +33,26 @@ PICTURE_512 = RunSize(rows=2, length=1280, fed_at_once=256, steps=50)
 
 def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> int:
     """Bytes of the KV cache, of the activations of one call, and of the head's modulations for all steps."""
-    # A position holds residual, queries, keys and values, about eight times hidden, and the MLP's gate, up and product.
+    # At its widest a layer holds, for every position of the call, residual, norm, queries, keys, values and attention's
+    # result, about eight times hidden in all, and the MLP's gate, up and their product. Layers follow one another, so
+    # one layer counts.
     activations = size.rows * size.fed_at_once * (8 * config.hidden_size + 3 * config.intermediate_size)
+    # Kernels that keep no scores need less; which one runs depends on device and version, so all of them are counted.
     scores = size.rows * config.num_attention_heads * size.fed_at_once * size.length
-    # Three vectors a block and two for the last layer, for every step and one more.
+    # The modulations: three vectors a block and two for the last layer, for every step and one more (a grid of n steps
+    # may have n + 1 times).
     head = size.rows * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
     cache = KVCache.bytes_needed(config, size.rows, size.length, dtype)
     return cache + (activations + scores + head) * dtype.itemsize
 
 
-def fitting_recipe(plan: ModelPlan, dtype: torch.dtype, room: int) -> str | None:
+def fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int) -> str | None:
     """The recipe for a device with `room` bytes in all: as they are (None), int8 or int4, the first that leaves room
-    for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming."""
-    beside = working_bytes(plan.config, PICTURE_512, dtype) + VAE_BYTES
-    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, dtype) + beside <= room)
+    for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming.
+
+    Weights lie in `storage`, the KV cache and the activations in `compute`. A card without bfloat16 units keeps the
+    weights in it all the same and computes in float32.
+    """
+    beside = working_bytes(plan.config, PICTURE_512, compute) + VAE_BYTES
+    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, storage) + beside <= room)
     return next(fitting, AUTOMATIC[-1])

@@ -149,9 +149,12 @@ class FlowIntegration:
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
+        # For all steps and branches at once, a tensor (N, branches * M, ...) for each block: no x enters them.
         modulations = self.head.modulations(self.time_codes, self.model.image_out_projector(hidden))
 
         def velocity(x: Tensor, i: int) -> Tensor:
+            # x (M, token_dim) stays in float32 between the steps, as rounding it would add up over them; the network
+            # sees it rounded, the same x in every branch.
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 

@@ -22,6 +22,7 @@ from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
 from ..runtime.cpu import pack_linears
+from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import (
     RECIPES,
     QuantizedLinear,
@@ -35,6 +36,7 @@ from ..runtime.quantization.formats import quantize_in_pieces
 from .checkpoint import (
     TensorFiles,
     check_complete,
+    check_finite,
     find_model_files,
     find_tensors,
     read_tensors,
@@ -42,6 +44,7 @@ from .checkpoint import (
     shapes_of,
 )
 from .documents import CONFIG, Documents, find_documents
+from .files import is_file
 from .fusion import fuse_locations, published_shapes
 
 GRID_CODES = "gen_pos_embed"
@@ -81,11 +84,13 @@ class ModelPlan:
         dtype: torch.dtype | None,
         on_tensor: Callable[[int, int], None] | None = None,
         work_on: torch.device | str | None = None,
+        check: Check = go_on,
     ) -> Iterator[tuple[str, Tensor]]:
         """The image model's tensors on `device`, one at a time; what the checkpoint may leave out is computed.
 
         Quantizing happens on `work_on` (default `device`), so that a GPU can do it for weights that stay on the host.
-        `on_tensor` gets (done, of how many) before each tensor and may raise to stop.
+        `on_tensor` gets (done, of how many) before each tensor and may raise to stop; `check` may too, and is called
+        between the pieces of a tensor.
         """
         quantized = {} if self.recipe is None else dict(quantized_linears(self.empty_model()))
         stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
@@ -93,14 +98,15 @@ class ModelPlan:
         present = [name for name in self.model_names if name in self.files.locations]
         # What is only read goes where it stays; a trip over another device would cost time and fresh host memory.
         where = dict.fromkeys(to_quantize, work_on or device)
-        read = read_tensors(self.files, present, device, dtype, keep=stored if self.stored else (), where=where)
+        read = read_tensors(self.files, present, device, dtype, stored if self.stored else (), where, check)
         for done, (name, tensor) in enumerate(read):
             if on_tensor is not None:
                 on_tensor(done, len(present))
             if name not in to_quantize:
                 yield name, tensor
                 continue
-            weight, scale = quantize_in_pieces(to_quantize[name], tensor)
+            weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
+            check_finite(name, scale, self.files.locations[name][0][0])  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
             yield name, weight.to(device)
             yield f"{name}_scale", scale.to(device)
@@ -114,11 +120,11 @@ class ModelPlan:
         state = model.state_dict()
         return sum(t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items())
 
-    def load_model(self, device: torch.device | str, dtype: torch.dtype | None) -> NextStepModel:
-        """The image model on `device` in `dtype` (None keeps the file's), ready to run there."""
+    def load_model(self, device: torch.device | str, dtype: torch.dtype | None, check: Check = go_on) -> NextStepModel:
+        """The image model on `device` in `dtype` (None keeps the file's), ready to run; `check` may raise to stop."""
         model = self.empty_model()
-        fill(model, dict(self.read_model(device, dtype)))
-        make_ready(model, torch.device(device), model.norm.weight.dtype)
+        fill(model, dict(self.read_model(device, dtype, lambda *_: check(), check=check)))
+        make_ready(model, torch.device(device), model.norm.weight.dtype, check)
         return model
 
     def load_text_embedding(self) -> TextEmbedding:
@@ -136,7 +142,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     one by itself); NextStepError when they lie in another one already.
     """
     documents = find_documents(path)
-    if quantization is None and path.is_file():
+    if quantization is None and is_file(path):
         quantization = reader_of(path).recipe(path)
     recipe = None if quantization is None else find_recipe(quantization, torch.device(device))
     if documents.quantization is not None:
@@ -149,9 +155,11 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     stored = documents.quantization is not None
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
-    model = shapes_of(empty_model(config, recipe if stored else None))
-    text_embedding = shapes_of(TextEmbedding(config, device="meta"))
-    check_complete(files, published_shapes(model | text_embedding, files.shapes, config), optional=OPTIONAL)
+    empty = empty_model(config, recipe if stored else None)
+    model, text_embedding = shapes_of(empty), shapes_of(TextEmbedding(config, device="meta"))
+    expected = published_shapes(model | text_embedding, files.shapes, config)
+    quantized = {f"{name}.weight": layer.weight.dtype for name, layer in quantized_linears(empty)}
+    check_complete(files, expected, OPTIONAL, quantized)
     files = fuse_locations(files, model, config)
     return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored)
 
@@ -176,19 +184,19 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.requires_grad_(False)
 
 
-def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """What is done to a filled model once, so that it computes fast on `device` in `dtype`."""
-    choose_kernels(model, device, dtype)
+def make_ready(model: nn.Module, device: torch.device, dtype: torch.dtype, check: Check = go_on) -> None:
+    """What is done to a filled model once, so that it computes fast on `device` in `dtype`; `check` may stop it."""
+    choose_kernels(model, device, dtype, check)
     if device.type == "cpu" and dtype == torch.float32:
-        pack_linears(model)
+        pack_linears(model, check)
 
 
 def find_vae(path: Path) -> tuple[Path, Documents]:
     """(weights file, documents) of a VAE given as a folder, a `.pt` or a `.safetensors` file."""
-    if path.is_file():
+    if is_file(path):
         return path, find_documents(path)
     for name in VAE_WEIGHT_NAMES:
-        if (path / name).is_file():
+        if is_file(path / name):
             return path / name, Documents(path)
     raise NextStepError(
         f"{path} holds no VAE: expected config.json and checkpoint.pt there. "

@@ -120,18 +120,14 @@ def _is_nextstep(folder: Path) -> bool:
     return isinstance(kind, str) and kind in MODEL_TYPES
 
 
-def _hub_cache() -> Path:
-    """Where huggingface_hub keeps what it fetched, by its own environment variables."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    stated = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expanduser(stated or os.path.join(home, "hub")))
-
-
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
+    from huggingface_hub import constants
+
     found = {}
     try:
-        snapshots = sorted(_hub_cache().glob("models--*/snapshots/*"), key=_changed)
+        # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
+        snapshots = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
     except OSError:
         snapshots = []
     for folder in snapshots:

@@ -6,11 +6,9 @@ what the modules expect before the first weight is read, so nothing is ever half
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
@@ -19,13 +17,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import NextStepError, damaged
-from . import gguf_file
-from .documents import INDEX_NAME, Documents
+from ..errors import SHOWN, NextStepError, damaged, shown
+from ..runtime.interrupt import Check, go_on
+from . import gguf_file, torch_file
+from .documents import INDEX_NAME, Documents, check_header
+from .files import check_regular, is_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as users call them
 SINGLE_NAME = "model.safetensors"
 MAX_NAMES_SHOWN = 8
+PIECE = 1 << 26  # bytes that are copied without looking up
+MAX_SHARDS = 1_000  # of one index; the published checkpoints have up to a dozen
+SMALL = 1 << 20  # numbers; norms, biases and scales have fewer
+
+# How safetensors calls what weights are made of; other kinds of numbers are none.
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 Shape: TypeAlias = tuple[int, ...]
 Place: TypeAlias = tuple[Path, str]  # a file, and the name in it
@@ -33,14 +48,16 @@ Place: TypeAlias = tuple[Path, str]  # a file, and the name in it
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Where each tensor lies and which shape it has, by the name that the modules use.
+    """Where each tensor lies, which shape it has and of which dtype it is, by the name that the modules use.
 
-    A tensor that lies in several places is their concatenation along the first axis.
+    A tensor that lies in several places is their concatenation along the first axis. A dtype is None where it is none
+    that weights can have.
     """
 
     where: str
     locations: dict[str, tuple[Place, ...]]
     shapes: dict[str, Shape]
+    dtypes: dict[str, torch.dtype | None] = field(default_factory=dict)
 
 
 @contextmanager
@@ -50,39 +67,35 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise NextStepError(f"{path} is missing. Download the checkpoint again; finished files are kept.") from None
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as e:
-        if isinstance(e, NextStepError):
-            raise
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+    except NextStepError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise damaged(path, reason) from None
 
 
 Tensors: TypeAlias = Callable[[str], Tensor]  # from a name in a file to its tensor
 
 
+Held: TypeAlias = tuple[Shape, "torch.dtype | None"]
+
+
 @dataclass(frozen=True)
 class Reader:
-    """How one kind of weights file is read. `recipe` names the quantization nearest to what a file holds, if any."""
+    """How one kind of weights file is read. `held` gives shape and dtype of every tensor by its name in the file;
+    `recipe` names the quantization nearest to what a file holds, if any."""
 
-    shapes: Callable[[Path], dict[str, Shape]]
+    held: Callable[[Path], dict[str, Held]]
     open: Callable[[Path], AbstractContextManager[Tensors]]
     recipe: Callable[[Path], str | None] = lambda path: None
     our_name: Callable[[str], str] = lambda name: name.removeprefix("model.")
 
 
-def _safetensors_shapes(path: Path) -> dict[str, Shape]:
-    if not path.is_file():
-        raise FileNotFoundError
+def _safetensors_held(path: Path) -> dict[str, Held]:
+    check_header(path)
     with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(s.get_shape()), STORED_DTYPES.get(s.get_dtype())) for name, s in slices.items()}
 
 
 @contextmanager
@@ -91,20 +104,17 @@ def _open_safetensors(path: Path) -> Iterator[Tensors]:
         yield file.get_tensor
 
 
-def _read_torch_archive(path: Path) -> dict[str, Tensor]:
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")
-    return state
-
-
-def _torch_archive_shapes(path: Path) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in _read_torch_archive(path).items()}
+def _torch_held(path: Path) -> dict[str, Held]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in torch_file.read_torch_file(path).items()}
 
 
 @contextmanager
-def _open_torch_archive(path: Path) -> Iterator[Tensors]:
-    yield _read_torch_archive(path).__getitem__
+def _open_torch_file(path: Path) -> Iterator[Tensors]:
+    yield torch_file.read_torch_file(path).__getitem__
+
+
+def _gguf_held(path: Path) -> dict[str, Held]:
+    return {name: (shape, torch.float32) for name, shape in gguf_file.shapes(path).items()}
 
 
 @contextmanager
@@ -112,12 +122,12 @@ def _open_gguf(path: Path) -> Iterator[Tensors]:
     yield gguf_file.open_tensors(path)
 
 
-_SAFETENSORS = Reader(_safetensors_shapes, _open_safetensors)
+_SAFETENSORS = Reader(_safetensors_held, _open_safetensors)
 READERS: dict[str, Reader] = {
     ".safetensors": _SAFETENSORS,
     ".sft": _SAFETENSORS,
-    ".pt": Reader(_torch_archive_shapes, _open_torch_archive),
-    gguf_file.SUFFIX: Reader(gguf_file.shapes, _open_gguf, gguf_file.nearest_recipe, gguf_file.our_name),
+    torch_file.SUFFIX: Reader(_torch_held, _open_torch_file),
+    gguf_file.SUFFIX: Reader(_gguf_held, _open_gguf, gguf_file.nearest_recipe, gguf_file.our_name),
 }
 
 
@@ -128,9 +138,10 @@ def reader_of(path: Path) -> Reader:
     return READERS[path.suffix]
 
 
-def _shapes(path: Path) -> dict[str, Shape]:
+def _held(path: Path) -> dict[str, Held]:
     with _readable(path):
-        return reader_of(path).shapes(path)
+        check_regular(path)
+        return reader_of(path).held(path)
 
 
 def find_model_files(path: Path) -> TensorFiles:
@@ -141,63 +152,90 @@ def find_model_files(path: Path) -> TensorFiles:
     """
     if path.suffix == gguf_file.SUFFIX:
         return _with_gguf(path)
-    if path.is_file():
+    if is_file(path):
         return find_tensors(path)
     index = path / INDEX_NAME
-    if not index.is_file():
-        if (path / SINGLE_NAME).is_file():
+    if not is_file(index):
+        if is_file(path / SINGLE_NAME):
             return find_model_files(path / SINGLE_NAME)
         raise NextStepError(f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: the weights are missing.")
     weight_map = Documents(path).read(INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise NextStepError(f"{index} has no `weight_map` from tensor to file. Download the file again.")
-    shards: dict[Path, dict[str, Shape]] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise NextStepError(f"{index} points outside its folder ({name!r}). Do not use this checkpoint.")
-        shards[path / name] = _shapes(path / name)
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise NextStepError(f"{index} names {len(names):,} files; at most {MAX_SHARDS:,} are read. Download it again.")
+    for name in names:
+        if Path(name).name != name or not name.isprintable():
+            raise NextStepError(f"{index} points outside its folder ({shown(name)}). Do not use this checkpoint.")
+    shards = {path / name: _held(path / name) for name in names}
     for tensor, name in weight_map.items():
         if tensor not in shards[path / name]:
-            raise NextStepError(f"{path / name} lacks `{tensor}`, which {INDEX_NAME} says it holds.")
-    return _from_shapes(path, shards)
+            raise NextStepError(f"{path / name} lacks {shown(tensor)}, which {INDEX_NAME} says it holds.")
+    return _from_held(path, shards)
 
 
 def _with_gguf(path: Path) -> TensorFiles:
-    has_weights = any((path.parent / name).is_file() for name in (INDEX_NAME, SINGLE_NAME))
+    has_weights = any(is_file(path.parent / name) for name in (INDEX_NAME, SINGLE_NAME))
     beside = find_model_files(path.parent) if has_weights else TensorFiles("", {}, {})
     held = find_tensors(path)
-    return TensorFiles(str(path), beside.locations | held.locations, beside.shapes | held.shapes)
+    return TensorFiles(
+        str(path),
+        beside.locations | held.locations,
+        beside.shapes | held.shapes,
+        beside.dtypes | held.dtypes,
+    )
 
 
-def _from_shapes(where: Path, shards: Mapping[Path, Mapping[str, Shape]]) -> TensorFiles:
+def _from_held(where: Path, shards: Mapping[Path, Mapping[str, Held]]) -> TensorFiles:
     locations: dict[str, tuple[Place, ...]] = {}
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
     for file, held in shards.items():
         our_name = reader_of(file).our_name
         locations |= {our_name(name): ((file, name),) for name in held}
-        shapes |= {our_name(name): shape for name, shape in held.items()}
-    return TensorFiles(str(where), locations, shapes)
+        shapes |= {our_name(name): shape for name, (shape, _) in held.items()}
+        dtypes |= {our_name(name): dtype for name, (_, dtype) in held.items()}
+    return TensorFiles(str(where), locations, shapes, dtypes)
 
 
 def find_tensors(path: Path) -> TensorFiles:
     """Tensor locations of one file of any kind in READERS."""
-    return _from_shapes(path, {path: _shapes(path)})
+    return _from_held(path, {path: _held(path)})
 
 
-def check_complete(files: TensorFiles, expected: Mapping[str, Shape], optional: Iterable[str]) -> None:
-    """One NextStepError that lists every missing, unexpected and misshapen tensor of `files`."""
+def check_complete(
+    files: TensorFiles,
+    expected: Mapping[str, Shape],
+    optional: Iterable[str],
+    stored: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> None:
+    """One NextStepError that lists every tensor of `files` that is missing, unexpected, misshapen or of a wrong dtype.
+
+    Those of `stored` have exactly the dtype that is named there, all others are floats.
+    """
     optional = set(optional)
-    missing = [n for n in expected if n not in files.shapes and n not in optional]
-    unexpected = [n for n in files.shapes if n not in expected and n not in optional]
-    misshapen = [
-        f"{n} is {list(files.shapes[n])} in {files.locations[n][0][0].name}, the config asks for {list(shape)}"
-        for n, shape in expected.items()
-        if n in files.shapes and files.shapes[n] != tuple(shape)
+    held = [name for name in expected if name in files.shapes]
+    missing = [name for name in expected if name not in files.shapes and name not in optional]
+    unexpected = [
+        f"{_name(name)} in {_file(files, name)}"
+        for name in files.shapes
+        if name not in expected and name not in optional
     ]
-    unexpected = [f"{n} in {files.locations[n][0][0].name}" for n in unexpected]
+    misshapen = [
+        f"{name} is {list(files.shapes[name])} in {_file(files, name)}, the config asks for {list(expected[name])}"
+        for name in held
+        if files.shapes[name] != tuple(expected[name])
+    ]
+    mistyped = [f"{name} in {_file(files, name)}" for name in held if not _fits_dtype(files, name, stored.get(name))]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES_SHOWN])}{' ...' if len(names) > MAX_NAMES_SHOWN else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of a wrong shape", misshapen),
+            ("of a wrong dtype", mistyped),
+        )
         if names
     ]
     if problems:
@@ -207,6 +245,20 @@ def check_complete(files: TensorFiles, expected: Mapping[str, Shape], optional: 
         )
 
 
+def _file(files: TensorFiles, name: str) -> str:
+    return files.locations[name][0][0].name
+
+
+def _name(name: str) -> str:
+    """A name that may be anything, as a message shows it."""
+    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
+
+
+def _fits_dtype(files: TensorFiles, name: str, wanted: torch.dtype | None) -> bool:
+    held = files.dtypes.get(name, torch.float32)  # of files whose dtypes nobody asked for
+    return held is not None and (held.is_floating_point if wanted is None else held == wanted)
+
+
 def read_tensors(
     files: TensorFiles,
     names: Iterable[str],
@@ -214,11 +266,15 @@ def read_tensors(
     dtype: torch.dtype | None = None,
     keep: Container[str] = (),
     where: Mapping[str, torch.device | str] = MappingProxyType({}),
+    check: Check = go_on,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read tensors by name, each moved to its device and dtype before the next is touched.
 
     Those of `keep` keep their dtype, and those of `where` go to the device that is named there instead.
-    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file.
+    On the CPU in the file's own dtype, those that lie in one place stay views of the memory-mapped file. `check` is
+    called between the pieces of what is copied and may raise to stop.
+    NextStepError when one holds NaN or infinite values. Matrices that stay views are not looked at: that would read a
+    checkpoint of 30 GB a second time. What they make of a picture is found when its tokens are checked.
     """
     order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
     names = sorted(names, key=lambda n: max(order[path] for path, _ in files.locations[n]))
@@ -226,26 +282,61 @@ def read_tensors(
     with _OpenFiles() as opened:
         for name in names:
             to = None if name in keep else dtype
-            yield name, _assemble(opened, files.locations[name], files.shapes[name], where.get(name, device), to)
+            places, shape = files.locations[name], files.shapes[name]
+            tensor, is_view = _assemble(opened, places, shape, where.get(name, device), to, check)
+            if not is_view or tensor.ndim != 2 or tensor.numel() <= SMALL:
+                check_finite(name, tensor, places[0][0])
+            yield name, tensor
             opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
 
 
 def _assemble(
-    opened: _OpenFiles, places: tuple[Place, ...], shape: Shape, device: torch.device | str, dtype: torch.dtype | None
-) -> Tensor:
-    first = opened.read(*places[0])
-    to = dtype if first.is_floating_point() else None
-    if len(places) == 1:
-        return first.to(device=device, dtype=to)
-    whole = torch.empty(shape, device=device, dtype=to or first.dtype)
-    whole[: len(first)] = first
-    row = len(first)
-    del first  # one part in memory at a time
+    opened: _OpenFiles,
+    places: tuple[Place, ...],
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    check: Check,
+) -> tuple[Tensor, bool]:
+    """(a tensor from its places, whether it is what the file holds and not a copy)."""
+    part = opened.read(*places[0])
+    to = dtype if dtype is not None and part.is_floating_point() else part.dtype
+    stays = (part.device, part.dtype) == (torch.device(device), to)
+    if len(places) == 1 and (stays or not part.ndim):
+        return part.to(device, to), stays
+    whole = torch.empty(shape, device=device, dtype=to)
+    row = _copy(part, whole, check)
+    del part  # one part in memory at a time
     for place in places[1:]:
-        part = opened.read(*place)
-        whole[row : row + len(part)] = part
-        row += len(part)
-    return whole
+        row += _copy(opened.read(*place), whole[row:], check)
+    return whole, False
+
+
+def check_finite(name: str, tensor: Tensor, path: Path) -> None:
+    """NextStepError when floats that were read from `path` hold NaN or infinite values."""
+    if not tensor.is_floating_point() or _is_finite(tensor):
+        return
+    raise NextStepError(
+        f"{path}: {_name(name)} holds NaN, or numbers that {str(tensor.dtype).removeprefix('torch.')} cannot hold. "
+        "Download the file again, or choose another dtype."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype.itemsize == 1:
+        return all(bool(piece.to(torch.float16).isfinite().all()) for piece in tensor.flatten().split(SMALL))
+    # A sum reads the tensor once and needs no memory. It may overflow where no number did: then they are looked at.
+    return bool(tensor.sum().isfinite()) or all(bool(p.isfinite().all()) for p in tensor.flatten().split(SMALL))
+
+
+def _copy(source: Tensor, target: Tensor, check: Check) -> int:
+    """Copy the rows of `source` to the front of `target`; how many there are."""
+    rows = max(1, PIECE * len(source) // max(1, source.nbytes))
+    for start in range(0, len(source), rows):
+        check()
+        piece = source[start : start + rows]
+        target[start : start + len(piece)] = piece
+    return len(source)
 
 
 class _OpenFiles:

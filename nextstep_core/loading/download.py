@@ -12,19 +12,31 @@ import argparse
 import fnmatch
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import NextStepError, check_choice
+from ..errors import NO_ROOM, NOT_ALLOWED, NextStepError, check_choice, not_written
+from ..runtime.interrupt import Check, go_on
+from .locks import held
 from .store import HUB_FILES
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PUBLISHED_CHECKPOINTS = {
     "NextStep-1.1": "stepfun-ai/NextStep-1.1",
@@ -34,18 +46,32 @@ PUBLISHED_CHECKPOINTS = {
     "NextStep-1-Large-Pretrain": "stepfun-ai/NextStep-1-Large-Pretrain",
     "NextStep-1-f8ch16-Tokenizer": "stepfun-ai/NextStep-1-f8ch16-Tokenizer",
 }
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.25
+HUB_SECONDS = 30.0  # that the hub may take to answer a question
 HASH_BLOCK = 1 << 24
 CONFIG = "config.json"
+REVISION = re.compile(r"[\w.][\w./-]{0,255}")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository; sha256 is known for large ones."""
+    """One file of a repository, with the hub's checksum: sha256 of a large one, git's of a small one."""
 
     path: str
     size: int
     sha256: str | None
+    git_sha1: str | None = None
+
+    @property
+    def checksum(self) -> str | None:
+        """What `digest` comes to for the right bytes; None where the hub tells nothing."""
+        return self.sha256 or self.git_sha1
+
+    def digest(self) -> Any:
+        """A hash object that the file's bytes are to be given to."""
+        if self.sha256 is not None:
+            return hashlib.sha256()
+        return hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)  # as git names its files
 
 
 @dataclass(frozen=True)
@@ -67,40 +93,95 @@ class Download:
         """Bytes on disk, unfinished files included."""
         whole = sum(file.size for file in self.files if self.is_whole(file))
         parts = (self.folder / ".cache" / "huggingface").rglob("*.incomplete")
-        return min(self.size, whole + sum(part.stat().st_size for part in parts))
+        return min(self.size, whole + sum(map(_size, parts)))
 
     def is_whole(self, file: RemoteFile) -> bool:
         """Whether a file is on disk in its full size."""
         path = self.folder / file.path
-        return path.is_file() and path.stat().st_size == file.size
+        return path.is_file() and _size(path) == file.size
 
     def describe(self) -> str:
         """One line for the user, before anything is fetched."""
         return f"{self.repo_id}: {self.size / 1e9:.2f} GB in {len(self.files)} files, to {self.folder}"
 
 
-def plan_download(name_or_repo: str, root: Path, revision: str = "main") -> Download:
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where another run has just moved it away."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def check_repo_id(name_or_repo: str) -> str:
+    """The hub id behind a published checkpoint's name, or an id as it is; NextStepError for what can be neither."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, yet not in __all__
+
+    if "/" not in name_or_repo:
+        check_choice("name", name_or_repo, PUBLISHED_CHECKPOINTS)
+        return PUBLISHED_CHECKPOINTS[name_or_repo]
+    try:
+        validate_repo_id(name_or_repo)
+    except ValueError as error:
+        raise NextStepError(
+            f"{name_or_repo!r} cannot be the name of a repository ({_reason(error).rstrip('.')}). Write it as on its "
+            "page: owner/name."
+        ) from None
+    return name_or_repo
+
+
+def folder_name(repo_id: str) -> str:
+    """What a repository's folder is called. Only a published one gets its bare name, by which settings are chosen."""
+    return repo_id.split("/")[-1] if repo_id in PUBLISHED_CHECKPOINTS.values() else repo_id.replace("/", "--")
+
+
+def _patiently(ask: Callable[[], T], check: Check) -> T:
+    """What `ask` returns; `check` is called until it does, and may raise to wait no longer."""
+    with_thread = ThreadPoolExecutor(1)
+    try:
+        answer = with_thread.submit(ask)
+        while not wait([answer], POLL_SECONDS).done:
+            check()
+        return answer.result()
+    finally:
+        with_thread.shutdown(wait=False)
+
+
+def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: Check = go_on) -> Download:
     """Ask the hub what a checkpoint consists of; only files that the engine reads, nothing executable.
 
-    It will lie in root / its own name. NextStepError when the hub cannot be reached, has no such repository or
-    revision, or the disk has too little room.
+    It will lie in root / `folder_name`. `check` is called while the hub is asked and may raise to stop. NextStepError
+    when the name cannot be one, the hub cannot be reached, has no such repository or revision, or the disk has too
+    little room.
     """
     from huggingface_hub import HfApi
 
-    repo_id = PUBLISHED_CHECKPOINTS.get(name_or_repo, name_or_repo)
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
-    except Exception as error:  # the hub's exception types moved between versions
-        raise NextStepError(f"{repo_id} at {revision} could not be found on Hugging Face ({_reason(error)}).") from None
+    repo_id = check_repo_id(name_or_repo)
+    if not REVISION.fullmatch(revision):
+        raise NextStepError(f"revision is {revision!r}; give a branch, a tag or a commit.")
+
+    def ask() -> ModelInfo:
+        try:
+            return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
+        except Exception as error:  # the hub's exception types moved between versions
+            reason = _reason(error)
+            raise NextStepError(f"{repo_id} at {revision} could not be found on Hugging Face ({reason}).") from None
+
+    info = _patiently(ask, check)
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
-    files = tuple(RemoteFile(s.rfilename, s.size or 0, s.lfs["sha256"] if s.lfs else None) for s in wanted)
+    files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
         raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
     if any(".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute() for file in files):
         raise NextStepError(f"{repo_id} names files outside its folder. Do not use it.")
-    plan = Download(repo_id, info.sha or revision, root / repo_id.split("/")[-1], files)
+    plan = Download(repo_id, info.sha or revision, root / folder_name(repo_id), files)
     check_room(plan)
     return plan
+
+
+def _remote_file(sibling: RepoSibling) -> RemoteFile:
+    sha256 = sibling.lfs["sha256"] if sibling.lfs else None
+    return RemoteFile(sibling.rfilename, sibling.size or 0, sha256, sibling.blob_id)
 
 
 def check_room(plan: Download) -> None:
@@ -117,50 +198,81 @@ def check_room(plan: Download) -> None:
 def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
     """Fetch, resuming what is there, and verify; the folder. `on_progress` gets (bytes, of bytes) and stops by raising.
 
-    config.json comes last, so that no model list shows a folder before it is whole.
+    config.json comes last, so that no model list shows a folder before it is whole. While another run fetches into the
+    folder, this one waits, and then finds the files there. NextStepError when the folder cannot be written or a file
+    arrives damaged.
     """
+    own = plan.folder / ".cache" / "huggingface"  # where huggingface_hub keeps what is unfinished
+    told = False
+
+    def wait_for_the_other() -> None:
+        nonlocal told
+        if not told:
+            log.warning("Another run is fetching %s. Waiting for it.", plan.folder)
+            told = True
+        on_progress(plan.fetched, plan.size)
+
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        with held(own / "nextstep.lock", "", wait_for_the_other):
+            _transfer(plan, on_progress)
+            verify(plan, on_progress)
+    except OSError as error:
+        raise not_written(plan.folder, error, plan.size - plan.fetched) from None
+    return plan.folder
+
+
+def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
+    """Fetch the files in a process of its own, which ends with this one or when `on_progress` raises."""
     paths = sorted((file.path for file in plan.files), key=lambda path: (path == CONFIG, path))
     request = json.dumps({"repo": plan.repo_id, "commit": plan.commit, "folder": str(plan.folder), "paths": paths})
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--fetch"]
-    process = subprocess.Popen(
-        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stderr is not None, "both are pipes"
-    try:
-        process.stdin.write(request + "\n")
-        process.stdin.flush()  # and left open: when this process dies, the child sees its end
-        while process.poll() is None:
-            on_progress(plan.fetched, plan.size)
-            time.sleep(POLL_SECONDS)
-    finally:
-        process.kill()
-        process.wait()
+    environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:  # a pipe that nobody reads fills up
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, text=True
+        )
+        assert process.stdin is not None, "it is a pipe"
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()  # and left open: when this process dies, the child sees its end
+            while process.poll() is None:
+                on_progress(plan.fetched, plan.size)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+        said.seek(0)
+        reason = (said.read().strip().splitlines() or ["it stopped"])[-1]
     if process.returncode != 0:
-        reason = (process.stderr.read().strip().splitlines() or ["it stopped"])[-1]
         raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to resume.")
-    verify(plan, on_progress)
-    return plan.folder
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
-    """NextStepError, after removing the file, for one whose size or checksum is not the hub's."""
+    """NextStepError, after removing the file, for one whose size or checksum is not the hub's.
+
+    By hand: while it fetches, huggingface_hub compares sizes alone, and its `verify_repo_checksums` (1.1 and newer)
+    cannot be interrupted.
+    """
     for file in plan.files:
         path = plan.folder / file.path
-        right = plan.is_whole(file) and (file.sha256 is None or _sha256(path, plan, on_progress) == file.sha256)
+        told = file.checksum
+        right = plan.is_whole(file) and (told is None or _checksum(file, path, plan, on_progress) == told)
         if not right:
             path.unlink(missing_ok=True)
             raise NextStepError(f"{path} arrived damaged and was removed. Start the download again to fetch it anew.")
     on_progress(plan.size, plan.size)
 
 
-def _sha256(path: Path, plan: Download, on_progress: Callable[[int, int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
+def _checksum(file: RemoteFile, path: Path, plan: Download, on_progress: Callable[[int, int], None]) -> str:
+    digest = file.digest()
+    with path.open("rb") as opened:
+        while block := opened.read(HASH_BLOCK):
             digest.update(block)
             on_progress(plan.size, plan.size)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _reason(error: Exception) -> str:
@@ -174,7 +286,12 @@ def _fetch(request: dict[str, Any]) -> None:
 
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     for path in request["paths"]:
-        hf_hub_download(request["repo"], path, revision=request["commit"], local_dir=request["folder"])
+        try:
+            hf_hub_download(request["repo"], path, revision=request["commit"], local_dir=request["folder"])
+        except OSError as error:  # of the disk or of the network
+            if error.errno not in (*NO_ROOM, *NOT_ALLOWED):
+                raise
+            sys.exit(str(not_written(Path(request["folder"]), error)).rstrip("."))
 
 
 def _exit_with_parent() -> None:
@@ -198,9 +315,7 @@ def main() -> None:
         _fetch(json.loads(sys.stdin.readline()))
         return
     try:
-        if "/" not in str(options.name):
-            check_choice("name", options.name, PUBLISHED_CHECKPOINTS)
-        plan = plan_download(options.name, options.to, options.revision)
+        plan = plan_download(str(options.name), options.to, options.revision)
         print(plan.describe())
         if not options.dry_run:
             print(f"\nDone: {download(plan, _show)}")

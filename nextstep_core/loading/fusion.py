@@ -6,6 +6,7 @@ A file may hold either form: published checkpoints the parts, files that we writ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def fuse_locations(files: TensorFiles, names: Iterable[str], config: NextStepCon
         if parts and name not in locations:
             locations[name] = tuple(place for part in parts for place in files.locations[part])
             shapes[name] = (sum(parts.values()), *files.shapes[next(iter(parts))][1:])
-    return TensorFiles(files.where, locations, shapes)
+    return replace(files, locations=locations, shapes=shapes)
 
 
 def split(state: Mapping[str, Tensor], config: NextStepConfig) -> dict[str, Tensor]:

@@ -6,15 +6,18 @@ to the file's own bits. What such a file lacks (flow head, projectors) comes fro
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, damaged
+from ..errors import NextStepError
+from .gguf_header import Header, read_header
 
 SUFFIX = ".gguf"
 # llama.cpp's names for what our modules call otherwise; files that keep the original names need none of this.
@@ -46,45 +49,58 @@ def our_name(name: str) -> str:
     return f"{f'layers.{block[1]}.' if block else ''}{LLAMA_CPP[stem]}.{kind}"
 
 
-def _reader(path: Path) -> Any:
+def _header(path: Path) -> Header:
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES
     except ImportError:
         raise NextStepError(f"{path.name} needs the Python package gguf. Install it with: pip install gguf") from None
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # it raises whatever its parsing meets
-        raise damaged(path, error) from None
-    architecture = reader.get_field("general.architecture")
-    if architecture is not None and architecture.contents() == "llama":
+    blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    header = read_header(path, blocks)
+    if header.architecture == "llama":
         raise NextStepError(
             f"{path} has the architecture llama, which reorders the rows of q and k. Convert the checkpoint as qwen2, "
             "or with its original tensor names."
         )
-    return reader
+    for kind in {entry.kind for entry in header.tensors.values()}:
+        try:
+            _floats(np.zeros(blocks[kind][1], np.uint8), kind)
+        except NotImplementedError:
+            raise NextStepError(
+                f"{path} holds tensors in the format {kind}, which the package gguf cannot turn into floats. Convert "
+                "the checkpoint to another format."
+            ) from None
+    return header
+
+
+def _floats(data: np.ndarray[Any, Any], kind: int) -> np.ndarray[Any, Any]:
+    """The numbers that rows of blocks stand for."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    floats: np.ndarray[Any, Any] = dequantize(data, GGMLQuantizationType(kind))
+    return floats
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by the name in the file; NextStepError when the file or the package is not usable."""
-    return {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in _reader(path).tensors}
+    return {name: entry.shape for name, entry in _header(path).tensors.items()}
 
 
 def nearest_recipe(path: Path) -> str | None:
     """The recipe whose bits come nearest to the file's matrices; None for files of plain floats."""
-    matrices = [tensor for tensor in _reader(path).tensors if len(tensor.shape) == 2]
-    bits = 8 * sum(int(t.n_bytes) for t in matrices) / max(1, sum(int(t.n_elements) for t in matrices))
+    matrices = [entry for entry in _header(path).tensors.values() if len(entry.shape) == 2]
+    size, numbers = sum(m.stop - m.start for m in matrices), sum(math.prod(m.shape) for m in matrices)
+    bits = 8 * size / max(1, numbers)
     return "int4" if bits < INT4_BITS else "int8" if bits < INT8_BITS else None
 
 
 def open_tensors(path: Path) -> Callable[[str], Tensor]:
     """A function from a name in the file to its tensor, as floats."""
-    from gguf import dequantize
-
-    tensors = {tensor.name: tensor for tensor in _reader(path).tensors}
+    tensors = _header(path).tensors
+    data = np.memmap(path, np.uint8, mode="r")
 
     def read(name: str) -> Tensor:
-        tensor = tensors[name]
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        return values.view(tuple(int(n) for n in reversed(tensor.shape)))
+        entry = tensors[name]
+        rows = data[entry.start : entry.stop].reshape(*entry.shape[:-1], -1)
+        return torch.from_numpy(_floats(rows, entry.kind).copy()).view(entry.shape)
 
     return read

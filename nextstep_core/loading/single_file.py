@@ -9,9 +9,13 @@ Tensors are converted and written one at a time, so a checkpoint of any size nee
 from __future__ import annotations
 
 import argparse
+import errno
+import glob
 import json
 import math
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -20,12 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError
+from ..errors import NextStepError, not_written
+from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
+from .locks import held
 from .store import resolve_source, vae_beside
 
 DTYPE_NAMES = {
@@ -38,16 +44,19 @@ DTYPE_NAMES = {
 }
 
 Report = Callable[[int, int], None]
+PART = ".part"  # ends the name of a file that is being written
+BLOCK = 1 << 24  # bytes that are written without looking up
 
 
 class StreamedFile:
     """A safetensors file whose tensors are written one at a time; safetensors' own writer wants all of them at once.
 
-    `like` gives each tensor's shape and dtype (its values are not read). The file appears under its name when whole.
+    `like` gives each tensor's shape and dtype (its values are not read). The file appears under its name when whole;
+    until then it has another, which no other writer has.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.path, self._part = path, path.with_name(path.name + ".part")
+        self.path, self._part = path, path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
         self._places: dict[str, tuple[int, int]] = {}
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
@@ -61,37 +70,53 @@ class StreamedFile:
         text += b" " * (-(8 + len(text)) % WEIGHT_ALIGNMENT)
         self._data_start = 8 + len(text)
         self.size = self._data_start + end
-        self._file = self._part.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._head = len(text).to_bytes(8, "little") + text
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor to its place."""
+    def write(self, name: str, tensor: Tensor, check: Check = go_on) -> None:
+        """Write a tensor to its place; `check` is called before each block and may raise to stop."""
         start, end = self._places.pop(name)
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         if data.nbytes != end - start:
             raise ValueError(f"{name} has {data.nbytes} bytes, {end - start} were announced")
         self._file.seek(self._data_start + start)
-        data.tofile(self._file)
+        for first in range(0, data.nbytes, BLOCK):
+            check()
+            self._file.write(data[first : first + BLOCK].data)
 
     def __enter__(self) -> StreamedFile:
+        self._file = self._part.open("xb")
+        try:
+            self._file.write(self._head)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if failed is not None:
+        try:
+            self._file.close()
+            if failed is not None:
+                return
+            if self._places:
+                raise ValueError(f"never written: {', '.join(self._places)}")
+            os.replace(self._part, self.path)
+        finally:
             self._part.unlink(missing_ok=True)
-            return
-        if self._places:
-            raise ValueError(f"never written: {', '.join(self._places)}")
-        os.replace(self._part, self.path)
 
 
 def save_model(
-    plan: ModelPlan, path: Path, dtype: torch.dtype, work_on: torch.device | str = "cpu", report: Report | None = None
+    plan: ModelPlan,
+    path: Path,
+    dtype: torch.dtype,
+    work_on: torch.device | str = "cpu",
+    report: Report | None = None,
+    check: Check = go_on,
 ) -> int:
     """Write the planned checkpoint, in the plan's format, to one file at `path`; its size in bytes.
 
-    What is not quantized is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop.
+    What is not quantized is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop;
+    `check` may too, and is called between the pieces of a tensor. NextStepError when the file cannot be written, or
+    another run is writing it.
     """
     if plan.stored:
         raise NextStepError(f"{plan.files.where} is a single file of this kind already. Copy it.")
@@ -100,9 +125,9 @@ def save_model(
     marks = {MARK: VERSION, "format": "pt", NAME: documents.name}
     if plan.recipe is not None:
         marks[QUANTIZATION] = plan.recipe.name
-    embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype)
-    tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on))
-    return _save(path, _empty_like(plan, dtype), marks | carried, tensors)
+    embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
+    tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
+    return _save(path, _empty_like(plan, dtype), marks | carried, tensors, check)
 
 
 def save_vae(vae: Path, path: Path, dtype: torch.dtype) -> int:
@@ -113,12 +138,28 @@ def save_vae(vae: Path, path: Path, dtype: torch.dtype) -> int:
 
 
 def _save(
-    path: Path, like: Mapping[str, Tensor], metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    like: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+    check: Check = go_on,
 ) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with StreamedFile(path, like, metadata) as file:
-        for name, tensor in tensors:
-            file.write(name, tensor)
+    file = StreamedFile(path, like, metadata)
+    taken = f"Another run is writing {path}. Wait until it has ended, or choose another name."
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with held(path.with_name(f".{path.name}.lock"), taken):
+            for left in path.parent.glob(f"{glob.escape(path.name)}.*{PART}"):
+                left.unlink()  # by a run that was killed: none is alive, or it would hold the lock
+            if file.size > shutil.disk_usage(path.parent).free:
+                raise OSError(errno.ENOSPC, "")
+            with file:
+                for name, tensor in tensors:
+                    file.write(name, tensor, check)
+    except OSError as error:
+        raise not_written(path, error, file.size) from None
     return file.size
 
 

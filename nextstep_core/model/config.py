@@ -172,8 +172,9 @@ class NextStepConfig:
         codes = (self.base_image_grid_size or 0) ** 2 * self.hidden_size  # the default grid is never too much
         if self.use_gen_pos_embed and (self.hidden_size % 4 or codes > MAX_CODES):
             raise NextStepError(
-                f"{source}: `use_gen_pos_embed` needs a `hidden_size` ({self.hidden_size}) that is a multiple of 4 "
-                f"and, times the area of the `base_image_grid_size` ({self.base_image_grid_size}), at most {MAX_CODES:,}."
+                f"{source}: `use_gen_pos_embed` needs a `hidden_size` ({self.hidden_size}) that is a multiple of 4, "
+                f"and at most {MAX_CODES:,} when multiplied by the area of the `base_image_grid_size` "
+                f"({self.base_image_grid_size})."
             )
         for name in ("boi", "eoi", "image_placeholder_id", "pad_token_id_added"):
             value = getattr(self, name)

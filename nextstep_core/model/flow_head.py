@@ -22,7 +22,10 @@ TIME_FEATURES = 256
 
 
 def time_features(times: Tensor) -> Tensor:
-    """Sinusoids [cos, sin] of times (N,) in [0, 1], unscaled: (N, 256) float32."""
+    """Sinusoids [cos, sin] of times (N,) in [0, 1], unscaled: (N, 256) float32.
+
+    Unscaled as published: other diffusion models take these features of 1000 t.
+    """
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=times.device, dtype=torch.float32) / half)
     angles = times.float()[:, None] * frequencies
@@ -61,6 +64,7 @@ class ResidualBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(dim, 3 * dim, **kwargs))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """h (..., dim) with modulation (..., 3 * dim), which holds shift, 1 + scale and gate."""
         shift, factor, gate = modulation.chunk(3, dim=-1)
         return torch.addcmul(h, gate, self.mlp(torch.addcmul(shift, self.in_ln(h), factor)))
 
@@ -82,6 +86,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), operations.Linear(dim, 2 * dim, **kwargs))
 
     def forward(self, h: Tensor, modulation: Tensor) -> Tensor:
+        """Velocity (..., token_dim) of h (..., dim) with modulation (..., 2 * dim), which holds shift and 1 + scale."""
         shift, factor = modulation.chunk(2, dim=-1)
         velocity: Tensor = self.linear(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor))
         return velocity
@@ -120,7 +125,7 @@ class FlowHead(nn.Module):
         modulations = [block.adaLN_modulation[1](code) for block in (*self.res_blocks, self.final_layer)]
         dim = code.shape[-1]
         for modulation in modulations:
-            modulation[..., dim : 2 * dim] += 1
+            modulation[..., dim : 2 * dim] += 1  # once a token here, instead of once a block and step
         return modulations
 
     def velocity(self, x: Tensor, modulations: list[Tensor]) -> Tensor:

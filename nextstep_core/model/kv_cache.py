@@ -38,8 +38,10 @@ class KVCache:
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Store (B, Hkv, T, D) at `positions` (T,); return the first `visible` keys and values as views."""
-        slot = self.data[layer]
+        slot = self.data[layer]  # (2, B, Hkv, length, D): keys, then values
+        # Positions come as a tensor, not as a slice: a captured step writes to wherever the tensor says by then.
         # Not index_copy_, which Apple GPUs lack in PyTorch 2.7 and before.
         slot[0][:, :, positions] = keys
         slot[1][:, :, positions] = values
+        # Views: attention reads them where they lie. Positions of the bucket that are not filled yet are masked.
         return slot[0, :, :, :visible], slot[1, :, :, :visible]

@@ -17,18 +17,22 @@ DEFAULT_GRID_SIDE = 32
 def rotary_table(config: NextStepConfig, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cosines and sines of positions 0..length-1: (2, length, head_dim), rotate-half form.
 
-    The first half of the sines carries the minus of the rotation, so that applying it needs none.
+    Feature i is paired with feature i + head_dim / 2 (the layout of the checkpoints, not that of neighbouring pairs):
+    (a, b) turns into (a cos - b sin, b cos + a sin). The first half of the sines carries the minus, so that applying it
+    needs no negation.
     """
+    # In float32 also for a bfloat16 model: bfloat16 cannot tell position 257 from 256.
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     positions = torch.arange(length, dtype=torch.float32, device=device) / config.rope_factor
-    angles = torch.outer(positions, frequencies)
+    angles = torch.outer(positions, frequencies)  # (length, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).to(dtype)
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """Rotate x (B, H, T, D) by its positions' rows of a `rotary_table`, (2, T, D)."""
+    # Rolling by half the features puts each one's partner in its place.
     return torch.addcmul(x * table[0], x.roll(x.shape[-1] // 2, dims=-1), table[1])
 
 

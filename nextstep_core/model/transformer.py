@@ -38,10 +38,12 @@ def span_at(positions: Tensor, table: Tensor, key_valid: Tensor, visible: int) -
 
     A padded query sees itself, so that its softmax is defined; nothing ever reads its result.
     """
-    keys = torch.arange(visible, device=positions.device)
-    queries = positions[:, None]
-    seen = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)
-    # What is added to the scores, made here once: given booleans, every layer would make it for itself.
+    keys = torch.arange(visible, device=positions.device)  # (visible,)
+    queries = positions[:, None]  # (T, 1)
+    seen = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)  # (B, T, visible)
+    # Floats that are added to the scores, and never booleans. On Apple GPUs, PyTorch 2.8 to 2.12 sends few queries with
+    # a boolean mask to a kernel that gets strides and the mask's row wrong from the second batch row on: the
+    # unconditional branch would come out wrong, without an error. Elsewhere every layer would make these floats anew.
     mask = torch.zeros(seen.shape, dtype=table.dtype, device=seen.device).masked_fill_(seen.logical_not(), -torch.inf)
     return Span(positions, table.index_select(1, positions), mask[:, None], visible)
 
@@ -60,14 +62,20 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     batch, heads, length, dim = q.shape
     groups = heads // k.shape[1]
+    # The heads of a group are neighbours, so this only merges axes: (B, Hkv, groups * T, D). Keys and values are then
+    # read once for all heads of a group; with `enable_gqa` some backends would copy them for every head.
     q = q.reshape(batch, k.shape[1], groups * length, dim)
-    if length > 1:
+    if length > 1:  # the mask's row of a single query serves every head by broadcasting
         mask = mask.repeat(1, 1, groups, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, length, dim)
 
 
 def fused_rows(config: NextStepConfig) -> dict[str, dict[str, int]]:
-    """Which projections are one matrix here, and the rows of each part by the name that it has in checkpoints."""
+    """Which projections are one matrix here, and the rows of each part by the name that it has in checkpoints.
+
+    A token is one row or a few, so a product takes as long as its weights take to read; fewer and larger products come
+    closer to the memory's bandwidth and leave fewer launches. Parts lie in this order, which `forward` relies on.
+    """
     heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {
         "self_attn.qkv_proj": {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads},
@@ -96,13 +104,15 @@ class Attention(nn.Module):
         self.o_proj = operations.Linear(self.heads * dim, hidden, bias=config.o_attention_bias, **kwargs)
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None) -> Tensor:
+        """x (B, T, hidden) to the same shape; with a cache, over what it holds as well."""
         batch, length, _ = x.shape
-        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
+        # Queries and keys are neighbours, so one rotation serves both.
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = apply_rotary(qk, span.rotary).split([self.heads, self.kv_heads], dim=1)
         if cache is not None:
-            k, v = cache.write(self.layer, span.positions, k, v, span.visible)
-        out = grouped_attention(q, k, v, span.mask)
+            k, v = cache.write(self.layer, span.positions, k, v, span.visible)  # (B, Hkv, visible, D)
+        out = grouped_attention(q, k, v, span.mask)  # (B, H, T, D)
         projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
         return projected
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import NextStepError, check_text, shown
 from ..images.latents import Grid
 from ..model.config import NextStepConfig
+from ..runtime.interrupt import Check, go_on
 from ..runtime.memory import check_room
 from .tokenizer import IMAGE_AREA, LONGEST, NextStepTokenizer, context_of
 
@@ -101,12 +102,13 @@ def build_rows(
     cfg: float,
     cfg_img: float,
     bos_before_caption: bool,
+    check: Check = go_on,
 ) -> PromptRows:
     """Lay out all branches that the guidance needs.
 
     cfg 1 is off, and so is cfg_img 1 or a call without images; with cfg_img on there are three branches. NextStepError
     when the longest row and the image's tokens do not fit the context that the config states; what surely does not is
-    not even counted.
+    not even counted. `check` is called for every row and may raise to stop.
     """
     _check_texts(tokenizer, captions, negative_prompt, positive_prompt)
     for caption in captions:
@@ -123,16 +125,24 @@ def build_rows(
         branches += 1
     prefix = _prefix_ids(tokenizer, config, grid)
     lead = tokenizer.bos_token if bos_before_caption and tokenizer.bos_token else ""
-    texts = [_fill_slots(tokenizer, config, row) for row in rows]
-    read = {text: tokenizer.encode(lead + text) for text in dict.fromkeys(texts)}
-    ids = [read[text] for text in texts]
+    ids, read = [], {}
+    for row in rows:
+        check()
+        text = lead + _fill_slots(tokenizer, config, row)
+        if text not in read:
+            read[text] = tokenizer.encode(text)
+        ids.append(read[text])
     width = max(map(len, ids))
     _check_context(config, width + len(prefix), grid)
     check_room(len(ids) * (width + len(prefix)) * POSITION_BYTES, f"{len(ids)} prompts of {width:,} tokens")
-    padded = [[config.pad_token_id_added] * (width - len(row)) + row + prefix for row in ids]
-    valid = [[False] * (width - len(row)) + [True] * (len(row) + len(prefix)) for row in ids]
+    padded = torch.full((len(ids), width + len(prefix)), config.pad_token_id_added)
+    valid = torch.zeros(padded.shape, dtype=torch.bool)
+    for n, row_ids in enumerate(ids):
+        check()
+        padded[n, width - len(row_ids) :] = torch.tensor(row_ids + prefix)
+        valid[n, width - len(row_ids) :] = True
     images = tuple(row.images for row in rows)
-    return PromptRows(torch.tensor(padded), torch.tensor(valid), images, branches)
+    return PromptRows(padded, valid, images, branches)
 
 
 def _check_texts(

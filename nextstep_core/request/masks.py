@@ -31,3 +31,13 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
     if not redrawn.any():
         raise NextStepError("The mask is empty, so there is nothing to draw. Paint the area that should be redrawn.")
     return ~redrawn.flatten()
+
+
+def undrawn_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
+    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet.
+
+    The tokens of an interrupted run that are still to come are all zero, and no token that was drawn is of one value.
+    """
+    tokens = space.cut(latents)
+    rows, columns = space.grid_of(latents)
+    return (tokens.amin(-1) == tokens.amax(-1)).any(0).reshape(rows, columns)

@@ -5,10 +5,11 @@ The authors recommend 512 and say that 1024 was not part of the training; of 768
 
 from __future__ import annotations
 
-from ..errors import check_choice
+from ..errors import NextStepError, check_choice
 from ..images.latents import PUBLISHED_LATENTS
 
 BASES = (256, 512, 768, 1024)
+MOST_TOKENS = 16384  # of a picture that goes through the VAE's encoder, whose attention grows with their square
 # (columns, rows) of tokens at base 256, from the widest to the tallest.
 GRIDS = (
     (32, 8), (28, 9), (25, 10), (23, 11), (21, 12), (19, 13), (18, 14), (17, 15), (16, 16),
@@ -32,6 +33,16 @@ def ratio_size(ratio: str, base: int) -> tuple[int, int]:
     check_choice("base", base, BASES)
     columns, rows = RATIOS[ratio]
     return PUBLISHED_LATENTS.size((rows * base // BASES[0], columns * base // BASES[0]))
+
+
+def check_encodable(width: int, height: int) -> None:
+    """NextStepError for a picture of so many pixels that encoding it would take hours or more memory than there is."""
+    columns, rows = width // PUBLISHED_LATENTS.unit, height // PUBLISHED_LATENTS.unit
+    if columns * rows > MOST_TOKENS:
+        raise NextStepError(
+            f"A picture of {width}x{height} is {columns * rows:,} tokens; at most {MOST_TOKENS:,} can be encoded, such "
+            "as 2048x2048. Make it smaller with NextStep Prepare Picture, to a base of 512 at best."
+        )
 
 
 def nearest_ratio(width: int, height: int) -> str:

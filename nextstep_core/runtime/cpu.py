@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .interrupt import Check, go_on
+
 log = logging.getLogger(__name__)
 
 SIDE = 1536  # of the flow head's matrices, which a CPU spends its time on
@@ -55,10 +57,14 @@ class PackedLinear(nn.Module):
         return out
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Give a model's wide float32 layers the packed layout, in place, where PyTorch was built with oneDNN."""
+def pack_linears(model: nn.Module, check: Check = go_on) -> None:
+    """Give a model's wide float32 layers the packed layout, in place, where PyTorch was built with oneDNN.
+
+    `check` is called before each layer and may raise to stop.
+    """
     if not torch.backends.mkldnn.is_available():
         return
     for name, layer in list(model.named_modules()):
+        check()
         if isinstance(layer, nn.Linear) and layer.weight.numel() >= WIDE and layer.weight.dtype == torch.float32:
             model.set_submodule(name, PackedLinear(layer))

@@ -11,6 +11,7 @@ import torch
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.images.rgb import to_pixels
+from nextstep_core.runtime.interrupt import go_on
 
 SMALL = {"height": 32, "width": 48, "steps": 2, "cfg": 1.0, "sampler": "flow-ode"}
 PICTURE = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
@@ -56,14 +57,19 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
         raise Seen(captions, grid, settings, options)
 
     monkeypatch.setattr(type(pipeline.engine), "make_job", watched)
+
+    def check() -> None:
+        pass
+
     said = {"cfg": 2.5, "cfg_img": 1.5, "cfg_schedule": "linear", "steps": 7, "shift": 1.25, "sampler": "flow-sde"}
     others = {"seed": 9, "negative_prompt": "n", "positive_prompt": "p"}
     with pytest.raises(Seen) as caught:
-        pipeline.generate(["A", "B"], **said, **others, use_norm=False, num_images_per_prompt=3, height=32, width=48)
+        size = {"height": 32, "width": 48}
+        pipeline.generate(["A", "B"], **said, **others, **size, use_norm=False, num_images_per_prompt=3, check=check)
     captions, grid, settings, options = caught.value.args
     assert [c.text for c in captions] == ["A", "B"] and grid == (2, 3)
     assert all(getattr(settings, name) == value for name, value in {**said, "use_norm": False}.items())
-    assert options == {**others, "images_per_caption": 3}
+    assert options == {**others, "images_per_caption": 3, "check": check}
 
 
 @torch.inference_mode()
@@ -107,7 +113,7 @@ def test_one_picture_is_a_list_of_one_and_any_sequence_will_do(pipeline) -> None
 
 
 def test_images_go_to_their_prompts_in_order(pipeline) -> None:
-    captions = pipeline._captions(["<image>A", "B", "<image><image>"], [PICTURE, 1 - PICTURE, PICTURE / 2], None)
+    captions = pipeline._captions(["<image>A", "B", "<image><image>"], [PICTURE, 1 - PICTURE, PICTURE / 2], None, go_on)
     assert [len(c.images) for c in captions] == [1, 0, 2]
     with torch.inference_mode():
         alone = [pipeline.encode_image(p).tokens for p in (PICTURE, 1 - PICTURE, PICTURE / 2)]

@@ -30,7 +30,7 @@ from .case import name_of
 from .outcome import BAD, DEATH, FINE, HANG, OWN, RAW, Outcome
 from .report import finding, table
 
-SMALL = {"width": 64, "height": 48, "steps": 2, "cfg": 2.0, "batch_size": 1, "base": "256"}
+SMALL = {"width": 64, "height": 48, "steps": 2, "cfg": 2.0, "base": "256"}
 PATIENCE = 6.0  # seconds until a run is interrupted
 GRACE = 30.0  # seconds in which it has to end then; other work of the computer counts too
 VALUES: tuple[Any, ...] = (
@@ -159,7 +159,12 @@ def outcomes(server: ComfyServer, seed: int, numbers: range) -> Iterator[Outcome
     for graph in good:
         run = server.run(graph)
         if run.ended != "execution_success":
-            yield Outcome(name_of("graphs", seed, numbers.stop), DEATH, "a good graph afterwards", str(run.events[-1]))
+            yield Outcome(
+                name_of("graphs", seed, numbers.stop),
+                DEATH,
+                "a good graph afterwards",
+                str(run.events[-1][1].get("exception_message")),
+            )
 
 
 def main() -> int:
@@ -174,7 +179,9 @@ def main() -> int:
     ended = []
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "comfy")
-        Image.new("RGBA", (64, 64), (32, 80, 224, 255)).save(base / "input" / "example.png")
+        picture = Image.new("RGBA", (64, 64), (32, 80, 224, 255))
+        picture.paste((32, 80, 224, 0), (32, 32, 64, 64))  # what is clear there is the mask
+        picture.save(base / "input" / "example.png")
         with running_server(comfyui, base) as server:
             for outcome in outcomes(server, options.seed, range(options.start, options.start + options.cases)):
                 ended.append(outcome)

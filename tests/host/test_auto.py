@@ -39,6 +39,17 @@ def test_auto_takes_the_first_format_that_leaves_room(graph: ComfyGraph, monkeyp
     assert stored(graph, monkeypatch, 1) == "int4", "the least there is, and then streamed"
 
 
+def test_auto_counts_the_weights_in_the_dtype_they_are_stored_in(graph: ComfyGraph, monkeypatch) -> None:
+    """A card without bfloat16 units stores in it all the same, and computes in float32."""
+    loaders, catalog, host = graph.pack("nodes.loaders"), graph.pack("nodes.catalog"), graph.pack("nodes.host")
+    bf16, fp32 = loaders.torch.bfloat16, loaders.torch.float32
+    monkeypatch.setattr(host, "pick_dtypes", lambda choice, parameters: (bf16, fp32))
+    plan = loaders.plan_model(catalog.find_model("tiny-a"))
+    card = working_bytes(plan.config, PICTURE_512, fp32) + VAE_BYTES + plan.weight_bytes(None, bf16)
+    assert stored(graph, monkeypatch, card, "auto") == "bfloat16"
+    assert stored(graph, monkeypatch, card - 1, "auto") == "int8"
+
+
 def test_an_api_graph_that_does_not_ask_keeps_what_the_file_has(graph: ComfyGraph, monkeypatch) -> None:
     loaders = graph.pack("nodes.loaders")
     monkeypatch.setattr(graph.pack("nodes.host"), "card_memory", lambda: 1)

@@ -1,7 +1,8 @@
-"""Saved workflows are promises: ids, input names, their order and types stay as they were released.
+"""Saved workflows are promises: ids, input names, order, types, choices and defaults stay as they were released.
 
 `released_nodes.json` holds every node that was ever released. A node may gain optional inputs at its end and further
-outputs at its end; anything else breaks workflows that people saved, and needs a migration that this file then states.
+outputs at its end, and a dropdown further choices; anything else breaks workflows that people saved, and needs a
+migration that this file then states.
 """
 
 from __future__ import annotations
@@ -17,21 +18,63 @@ from scripts.comfy_server import ROOT
 RELEASED = json.loads((Path(__file__).parent / "released_nodes.json").read_text())
 
 
-def describe(schema) -> dict[str, list[list]]:
-    """What a saved workflow relies on: [id, type, whether it may be left open] and [id, type]."""
-    return {
-        "inputs": [[i.id, i.io_type, bool(i.optional)] for i in schema.inputs],
-        "outputs": [[o.id, o.io_type] for o in schema.outputs],
-    }
+FILES_ON_DISK = {"model_name", "vae_name"}  # dropdowns whose choices differ from machine to machine
+
+
+def describe(schema) -> dict[str, list[dict]]:
+    """What a saved workflow relies on, as the record holds it: of an input also its default and its choices."""
+    inputs = []
+    for i in schema.inputs:
+        described = {"id": i.id, "type": i.io_type, "optional": bool(i.optional)}
+        if i.id not in FILES_ON_DISK:
+            described |= {key: getattr(i, name, None) for key, name in (("default", "default"), ("choices", "options"))}
+        inputs.append({key: value for key, value in described.items() if value is not None})
+    return {"inputs": inputs, "outputs": [{"id": o.id, "type": o.io_type} for o in schema.outputs]}
+
+
+def broken_promises(now: dict[str, list[dict]], then: dict[str, list[dict]]) -> list[str]:
+    """What of a released node is not as it was; empty where every workflow that was saved with it still works."""
+    problems = []
+    for kind in ("inputs", "outputs"):
+        for n, released in enumerate(then[kind]):
+            present = now[kind][n] if n < len(now[kind]) else {}
+            choices, offered = released.get("choices", []), present.get("choices") or []
+            # New choices may come among the old ones, which are saved by value. The first is the default without one.
+            kept = [choice for choice in offered if choice in choices]
+            if choices and (kept != choices or offered[0] != choices[0]):
+                problems.append(f"{released['id']}: the choices {choices} are now {offered}")
+            elif present | {"choices": choices} != released | {"choices": choices}:
+                problems.append(f"{released} is now {present}")
+    new = now["inputs"][len(then["inputs"]) :]
+    return [*problems, *(f"{added['id']} is new and must be optional" for added in new if not added["optional"])]
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_node_keeps_its_promise(graph: ComfyGraph, name: str) -> None:
     assert name in graph.nodes.NODE_CLASS_MAPPINGS, f"{name} was released and is gone"
-    now, then = describe(graph.nodes.NODE_CLASS_MAPPINGS[name].define_schema()), RELEASED[name]
-    assert now["inputs"][: len(then["inputs"])] == then["inputs"]
-    assert all(optional for _, _, optional in now["inputs"][len(then["inputs"]) :]), "a new input must be optional"
-    assert now["outputs"][: len(then["outputs"])] == then["outputs"]
+    now = describe(graph.nodes.NODE_CLASS_MAPPINGS[name].define_schema())
+    assert not broken_promises(now, RELEASED[name])
+
+
+@pytest.mark.parametrize(
+    ("default", "choices", "kept"),
+    [
+        ("b", ["a", "b"], True),
+        ("b", ["a", "new", "b", "last"], True),
+        ("a", ["a", "b"], False),
+        (None, ["a", "b"], False),
+        ("b", ["b", "a"], False),
+        ("b", ["new", "a", "b"], False),
+        ("b", ["b"], False),
+        ("b", None, False),
+    ],
+)
+def test_a_dropdown_may_only_gain_choices(default: str | None, choices: list[str] | None, kept: bool) -> None:
+    def node(**widget) -> dict[str, list[dict]]:
+        return {"inputs": [{"id": "x", "type": "COMBO", "optional": False, **widget}], "outputs": []}
+
+    now = node(default=default, choices=choices)
+    assert (not broken_promises(now, node(default="b", choices=["a", "b"]))) == kept
 
 
 def test_every_node_is_on_record(graph: ComfyGraph) -> None:

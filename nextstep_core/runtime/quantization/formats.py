@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ..interrupt import Check, go_on
+
 Device: TypeAlias = torch.device | str | None  # None is PyTorch's default
 
 SCALE_DTYPE = torch.bfloat16
@@ -98,11 +100,15 @@ class Int4:
         return torch.stack([weight >> 4, weight & 15], dim=2).view(len(weight), -1)
 
 
-def quantize_in_pieces(format: Format, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """What `format.quantize` gives, a few rows at a time: the floats in between never need much memory."""
+def quantize_in_pieces(format: Format, matrix: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:
+    """What `format.quantize` gives, a few rows at a time: the floats in between never need much memory.
+
+    `check` is called before each piece and may raise to stop.
+    """
     rows, columns = matrix.shape
     weight, scale = format.empty(rows, columns, matrix.device)
     for start in range(0, len(matrix), PIECE):
+        check()
         piece = slice(start, start + PIECE)
         weight[piece], scale[piece if scale.ndim == 1 else (slice(None), piece)] = format.quantize(matrix[piece])
     return weight, scale

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
+from ..interrupt import Check, go_on
 from .formats import FP8, INT4, INT4_128, INT8, Device, Format, quantize_in_pieces
 from .products import Kernel, choose
 
@@ -120,10 +121,14 @@ def quantize_model(model: nn.Module, name: str, device: torch.device) -> None:
         model.set_submodule(path, quantized)
 
 
-def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled."""
+def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, check: Check = go_on) -> None:
+    """Choose kernels for computing on `device` in `dtype` and pack the weights for them; call once, when filled.
+
+    `check` is called before each layer and may raise to stop.
+    """
     kernels: dict[tuple[str, int], Kernel] = {}
     for _, layer in quantized_linears(model):
+        check()
         key = layer.format.name, layer.columns
         if key not in kernels:
             kernels[key] = choose(layer.format, layer.weight.to(device), layer.weight_scale.to(device), dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
-from nextstep_core.decoding.memory import PICTURE_512, RunSize, fitting_recipe, working_bytes
+from nextstep_core.decoding.memory import PICTURE_512, VAE_BYTES, RunSize, fitting_recipe, working_bytes
 from nextstep_core.loading.build import ModelPlan, plan_model
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.config import NextStepConfig
@@ -44,7 +44,15 @@ def test_weights_of_the_published_shape(plan: ModelPlan) -> None:
     ("card", "recipe"), [(80, None), (32, None), (24, "int8"), (16.9, "int8"), (14, "int4"), (12, "int4"), (6, "int4")]
 )
 def test_the_first_format_that_leaves_room(plan: ModelPlan, card: float, recipe: str | None) -> None:
-    assert fitting_recipe(plan, torch.bfloat16, int(card * GB)) == recipe
+    assert fitting_recipe(plan, torch.bfloat16, torch.bfloat16, int(card * GB)) == recipe
+
+
+def test_weights_count_as_stored_and_activations_as_computed(plan: ModelPlan) -> None:
+    """On a card without bfloat16 units: 26.8 GB of weights, not 53.6, and twice the KV cache and activations."""
+    beside = working_bytes(CONFIG, PICTURE_512, torch.float32) + VAE_BYTES
+    enough = plan.weight_bytes(None, torch.bfloat16) + beside
+    assert fitting_recipe(plan, torch.bfloat16, torch.float32, enough) is None
+    assert fitting_recipe(plan, torch.bfloat16, torch.float32, enough - 1) == "int8"
 
 
 def test_what_is_not_quantized_makes_no_trip_over_another_device() -> None:

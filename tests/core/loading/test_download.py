@@ -81,6 +81,50 @@ def test_a_damaged_file_is_found_and_removed(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "NextStep-1.1" / hub.lie_about).exists()
 
 
+def test_a_small_file_of_the_right_size_is_not_enough(hub: Hub, tmp_path: Path) -> None:
+    name = "generation_config.json"
+    hub.damaged[name] = b" " * len(hub.files[name])
+    done = run(tmp_path)
+    assert done.returncode != 0 and name in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "NextStep-1.1" / name).exists()
+
+
+def test_two_at_once_both_end_well_and_fetch_once(hub: Hub, tmp_path: Path) -> None:
+    hub.pause = 0.1
+    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("Another run is fetching" in text for text in said) == [False, True], said
+    names = [name for name, _ in hub.asked]
+    assert len(names) == len(set(names)), "the second found the files there"
+    assert not list((tmp_path / "NextStep-1.1").rglob("nextstep.lock"))
+
+
+def test_waiting_for_another_download_can_be_given_up(hub: Hub, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from nextstep_core.loading import download as d
+from nextstep_core.loading.locks import held
+
+class Interrupted(Exception): pass
+told = []
+def stop(done, size):
+    told.append(done)
+    if len(told) > 2: raise Interrupted
+
+plan = d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
+own = plan.folder / ".cache" / "huggingface"
+own.mkdir(parents=True)
+with held(own / "nextstep.lock", ""):
+    try: d.download(plan, stop)
+    except Interrupted: print("gave up")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "gave up", done.stderr
+    assert not hub.asked
+
+
 def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--to", str(tmp_path)]
     unknown = subprocess.run([*command, "someone/else"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import threading
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +35,8 @@ def put(plan: Download, name: str, data: bytes) -> Path:
 
 
 def sibling(name: str, size: int | None = 1, sha256: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(rfilename=name, size=size, lfs=None if sha256 is None else {"sha256": sha256})
+    lfs = None if sha256 is None else {"sha256": sha256}
+    return SimpleNamespace(rfilename=name, size=size, blob_id=f"git of {name}", lfs=lfs)
 
 
 @pytest.fixture
@@ -98,10 +103,90 @@ def test_only_what_the_engine_reads_is_planned(hub: list, tmp_path: Path) -> Non
     ]
     hub += [sibling("big.safetensors", None)]
     plan = plan_download("someone/x", tmp_path, "v1")
-    assert hub[0] == ("someone/x", {"revision": "v1", "files_metadata": True})
-    assert plan == Download("someone/x", "c0ffee", tmp_path / "x", (*FILES, RemoteFile("big.safetensors", 0, None)))
+    repo, options = hub[0]
+    assert (repo, options["revision"], options["files_metadata"]) == ("someone/x", "v1", True) and options["timeout"]
+    sums = (None, DIGEST, None)
+    assert plan.files == tuple(
+        RemoteFile(name, size, sha256, f"git of {name}")
+        for name, size, sha256 in zip(("config.json", "vae/checkpoint.pt", "big.safetensors"), (3, 5, 0), sums)
+    )
     assert plan_download("NextStep-1.1", tmp_path).repo_id == "stepfun-ai/NextStep-1.1"
     assert hub[0][1]["revision"] == "main"
+
+
+@pytest.mark.parametrize(
+    ("named", "folder"),
+    [
+        ("NextStep-1.1", "NextStep-1.1"),
+        ("stepfun-ai/NextStep-1-Large-Edit", "NextStep-1-Large-Edit"),
+        ("someone/NextStep-1.1", "someone--NextStep-1.1"),
+    ],
+)
+def test_only_a_published_checkpoint_gets_a_published_name(hub: list, tmp_path: Path, named: str, folder: str) -> None:
+    """Settings are chosen by that name, and a fine-tune must not be taken for the original, nor written over it."""
+    hub += [sibling("config.json")]
+    assert plan_download(named, tmp_path).folder == tmp_path / folder
+
+
+WRONG = [("a/b/c", "main"), ("../x", "main"), ("a/..", "main"), ("a/b?c=d", "main"), ("a/" + "b" * 200, "main")]
+WRONG += [("a//b", "main"), ("/etc/passwd", "main"), ("", "main"), ("NextStep-9", "main"), ("a/b\n", "main")]
+WRONG += [("a/b", ""), ("a/b", "-x"), ("a/b", "main\n"), ("a/b", "x" * 300), ("a/b", "a b")]
+
+
+@pytest.mark.parametrize(("name", "revision"), WRONG)
+def test_what_can_be_no_name_never_meets_the_network(hub: list, tmp_path: Path, name: str, revision: str) -> None:
+    with pytest.raises(NextStepError):
+        plan_download(name, tmp_path, revision)
+    assert hub[0] is None
+
+
+def test_asking_the_hub_can_be_given_up(hub: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def silent(self, repo: str, **options):
+        answered.wait(60)
+
+    class Interrupted(Exception):
+        pass
+
+    def check() -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    with pytest.raises(Interrupted):
+        plan_download("someone/x", tmp_path, check=check)
+    answered.set()
+
+
+def test_a_small_file_is_checked_by_git_s_sum(plan: Download) -> None:
+    """Its size alone says little; `git hash-object` of the three bytes 123."""
+    whole = replace(plan, files=(RemoteFile("config.json", 3, None, "d800886d9c86731ae5c4a62b0b77c437015e00d2"),))
+    path = put(plan, "config.json", b"123")
+    verify(whole, lambda *_: None)
+    path.write_bytes(b"124")
+    with pytest.raises(NextStepError, match=r"config\.json"):
+        verify(whole, lambda *_: None)
+    assert not path.exists()
+
+
+def test_a_part_that_is_moved_away_meanwhile_counts_nothing(plan: Download, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(plan, ".cache/huggingface/download/x.incomplete", b"1234").unlink()
+    gone = plan.folder / ".cache/huggingface/download/x.incomplete"
+    monkeypatch.setattr(Path, "rglob", lambda *_: iter([gone]))
+    assert plan.fetched == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no room"), (errno.EROFS, "cannot be written"), (errno.EIO, "Check the disk")]
+)
+def test_a_folder_that_takes_nothing_is_one_sentence(plan: Download, monkeypatch, number: int, words: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(NextStepError, match=words) as caught:
+        download.download(plan, lambda *_: None)
+    assert str(plan.folder) in str(caught.value)
 
 
 def test_what_is_no_checkpoint_is_refused(hub: list, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,55 @@ def test_what_it_holds_comes_before_the_folder_it_lies_in(checkpoint: Path) -> N
     assert files.locations["norm.weight"] == ((path, "output_norm.weight"),) and files.where == str(path)
     assert files.locations["layers.0.mlp.up_proj.weight"][0][0].suffix == ".safetensors"
     assert dict(read_tensors(files, ["norm.weight"]))["norm.weight"].eq(3).all()
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(
+    *entries: bytes, tensors: tuple[bytes, ...] = (), version: int = 3, counts: tuple[int, int] | None = None
+) -> bytes:
+    """The bytes of a GGUF file's header, with counts that may be lies."""
+    tensor_count, entry_count = counts or (len(tensors), len(entries))
+    return b"GGUF" + struct.pack("<IQQ", version, tensor_count, entry_count) + b"".join(entries) + b"".join(tensors)
+
+
+def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset)
+
+
+MANY = 2**60
+HOSTILE = {
+    "no header": (b"GGUF", "unpack"),
+    "nothing": (b"", "empty"),
+    "another format": (b"GGML" + b"\0" * 40, "begin"),
+    "another version": (header(version=99), "version 99"),
+    "tensors without end": (header(counts=(MANY, 0)) + b"\0" * 999, "tensors"),
+    "entries without end": (header(counts=(0, MANY)) + b"\0" * 999, "entries"),
+    "a list without end": (header(text("a") + struct.pack("<IIQ", 9, 0, MANY)), "in a list"),
+    "a list of lists": (
+        header(text("a") + struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 9, 1) * 99),
+        "list of lists",
+    ),
+    "texts behind the end": (header(text("a") + struct.pack("<IIQ", 9, 8, 1000)), "unpack"),
+    "a text without end": (header(struct.pack("<Q", 2**40)), "in a text"),
+    "an unknown kind": (header(text("a") + struct.pack("<I", 77)), "kind 77"),
+    "axes without end": (header(tensors=(text("a") + struct.pack("<I", 2**31),)), "axes"),
+    "a huge tensor": (header(tensors=(tensor("a", (2**40, 2**40)),)), "behind the file"),
+    "an unknown format": (header(tensors=(tensor("a", (32,), kind=999),)), "format 999"),
+    "half a block": (header(tensors=(tensor("a", (31,), kind=8),)), "whole blocks"),
+    "no alignment": (header(text("general.alignment") + struct.pack("<II", 4, 0)), "alignment"),
+    "two of a name": (header(tensors=(tensor("a", (1,)), tensor("a", (1,)))) + b"\0" * 99, "two tensors"),
+    "in each other": (header(tensors=tuple(tensor(f"a{n}", (64,)) for n in range(9))) + b"\0" * 300, "in each other"),
+    "numbers that are no floats": (header(tensors=(tensor("a", (1,), kind=26),)) + b"\0" * 99, "format 26"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_one_sentence(tmp_path: Path, name: str) -> None:
+    data, reason = HOSTILE[name]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with pytest.raises(NextStepError, match=f"^{re.escape(str(path))} .*{reason}"):
+        find_tensors(path)

@@ -122,7 +122,7 @@ def test_thousands_of_folders_are_looked_at_up_to_a_limit(
 
 
 def test_a_broken_link_in_the_hubs_cache(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(good))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(good))
     snapshots = good / "models--someone--x" / "snapshots"
     snapshots.mkdir(parents=True)
     (snapshots / "gone").symlink_to("nowhere")

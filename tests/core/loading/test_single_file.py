@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nextstep_core import NextStepError, NextStepPipeline
+from nextstep_core.loading import single_file
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.documents import CARRIED, find_documents, is_marked
 from nextstep_core.loading.single_file import StreamedFile, save_model, save_vae
@@ -69,6 +74,79 @@ def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
     with refused, StreamedFile(path, {"a": TENSORS["a"], "b": TENSORS["b"]}, {}) as file:
         file.write("a", TENSORS["a"])
     assert not path.exists()
+
+
+def convert(path: Path, **options) -> int:
+    return save_model(plan_model(ASSETS / "tiny"), path, torch.float16, **options)
+
+
+def test_two_writers_do_not_share_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with StreamedFile(path, TENSORS, {}) as first, StreamedFile(path, TENSORS, {}) as second:
+        for name, tensor in TENSORS.items():
+            first.write(name, tensor)
+            second.write(name, tensor)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and set(load_file(path)) == set(TENSORS)
+
+
+def test_a_second_conversion_to_one_name_is_told_and_hurts_nothing(tmp_path: Path) -> None:
+    path, told = tmp_path / "x.safetensors", []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not told:
+            with pytest.raises(NextStepError, match=path.name) as caught:
+                convert(path)
+            told.append(str(caught.value))
+
+    assert convert(path, report=meanwhile) == path.stat().st_size and "Another run" in told[0]
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and plan_model(path)
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in ("x.safetensors.0a1b2c3d.part", ".x.safetensors.lock", "y.safetensors.0a1b2c3d.part"):
+        (tmp_path / name).touch()
+    convert(tmp_path / "x.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.safetensors", "y.safetensors.0a1b2c3d.part"]
+
+
+class LimitedFile(io.BytesIO):
+    """A file on a disk that takes so many bytes."""
+
+    holds = 0
+
+    def write(self, data) -> int:
+        if self.tell() + len(data) > self.holds:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("holds", [10, 100_000, 1_000_000])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch, holds: int) -> None:
+    opened = Path.open
+    monkeypatch.setattr(LimitedFile, "holds", holds)
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", **o: LimitedFile() if mode == "xb" else opened(self, mode, **o)
+    )
+    with pytest.raises(NextStepError, match=r"no room for .*x\.safetensors.* GB are needed, .* GB free"):
+        convert(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single_file.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(NextStepError, match="no room"):
+        convert(tmp_path / "x.safetensors", report=lambda *_: pytest.fail("weights were read"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_folder").mkdir()
+    places = [tmp_path / "a_file" / "x.safetensors", tmp_path / "a_folder", tmp_path / ("x" * 300 + ".safetensors")]
+    for place in places:
+        with pytest.raises(NextStepError, match="written"):
+            convert(place, report=lambda *_: pytest.fail("weights were read"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a_file", "a_folder"]
 
 
 def test_a_file_carries_all_documents_and_its_name(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.request.masks import kept_tokens
+from nextstep_core.request.masks import kept_tokens, undrawn_tokens
 
 
 def drawn(mask: torch.Tensor, grid: tuple[int, int] = (3, 4)) -> list[int]:
@@ -46,3 +46,12 @@ def test_values_must_be_finite(value: float) -> None:
     mask[2, 3] = value
     with pytest.raises(NextStepError, match="NaN"):
         kept_tokens(mask, (3, 4))
+
+
+def test_what_an_interrupted_run_left_is_told_from_what_it_drew() -> None:
+    latents = torch.randn(2, 16, 4, 6)
+    assert not undrawn_tokens(latents).any()
+    latents[:, :, 2:, 2:] = 0.1
+    assert undrawn_tokens(latents).tolist() == [[False] * 3, [False, True, True]]
+    latents[1, :, :2, :2] = 0
+    assert undrawn_tokens(latents)[0, 0], "of one picture is enough"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nextstep_core import NextStepError
-from nextstep_core.request.sizes import BASES, GRIDS, RATIOS, nearest_ratio, ratio_size
+from nextstep_core.request.sizes import BASES, GRIDS, RATIOS, check_encodable, nearest_ratio, ratio_size
 
 
 def test_trained_sizes() -> None:
@@ -61,3 +61,10 @@ def test_what_is_no_choice_names_the_choices() -> None:
         ratio_size("1:1", 512)
     with pytest.raises(NextStepError, match="base is 500; choose one of 256, 512"):
         ratio_size("16:16 square", 500)
+
+
+def test_a_picture_that_no_encoder_could_hold_is_refused() -> None:
+    check_encodable(2048, 2048)
+    check_encodable(4096, 1024)
+    with pytest.raises(NextStepError, match=r"4000x2992 is 46,750 tokens; at most 16,384 .* NextStep Prepare Picture"):
+        check_encodable(4000, 2992)

@@ -1,0 +1,37 @@
+"""Many pictures as one, in rows, each with a line of text under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GAP = 8
+PAPER, INK = (255, 255, 255), (24, 26, 30)
+LETTER = 20  # letters of the usual width that fit beside each other on a picture, at least
+
+
+def contact_sheet(pictures: Sequence[Tensor], labels: Sequence[str], columns: int) -> Tensor:
+    """One picture (1, H, W, 3) of several (h, w, 3), all in [0, 1], row by row; each in the middle of its cell.
+
+    Without a label there is no line under a picture; where all are without, there are no lines at all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (0, 1))
+    letters = max(12, width // LETTER)
+    line = round(1.6 * letters) if any(labels) else 0
+    columns = max(1, min(columns, len(pictures)))
+    rows = -(-len(pictures) // columns)
+    size = columns * (width + GAP) + GAP, rows * (height + line + GAP) + GAP
+    sheet = Image.new("RGB", size, PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(letters)
+    for n, picture in enumerate(pictures):
+        left, top = GAP + n % columns * (width + GAP), GAP + n // columns * (height + line + GAP)
+        pixels = Image.fromarray((picture * 255).round().byte().cpu().numpy())
+        sheet.paste(pixels, (left + (width - pixels.width) // 2, top + (height - pixels.height) // 2))
+        if n < len(labels):
+            pen.text((left + width // 2, top + height + line // 2), labels[n], INK, font, anchor="mm")
+    return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255)[None]

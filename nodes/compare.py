@@ -1,0 +1,148 @@
+"""Settings against each other: several values in one widget, one picture of each, and one sheet of all."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.images.contact_sheet import contact_sheet
+from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.sampling.settings import GenerationSettings
+from . import host
+from .loaders import STORED
+from .types import CATEGORY
+from .widgets import AUTO, with_widgets
+
+MOST_PICTURES = 64
+# What a value is, from the setting that changes from column to column to the one that changes least.
+KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
+
+DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quantization": AUTO}
+
+
+def values_of(name: str, text: str) -> list[Any]:
+    """The values that a widget lists, with commas between them; NextStepError for what is none."""
+    kind, values = KINDS[name], []
+    for word in (part.strip() for part in text.split(",")):
+        try:
+            values.append(kind(word) if word else None)
+        except ValueError:
+            values.append(None)
+        if values[-1] is None:
+            what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+            raise NextStepError(f"{name} lists {word!r}; write {what} with commas between them.")
+    return values
+
+
+def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
+    """Every combination of the listed values, in the order of reading; NextStepError for one that cannot be drawn."""
+    lists = {name: values_of(name, texts[name]) for name in KINDS}
+    most = 1
+    for values in lists.values():
+        most *= len(values)
+    if most > MOST_PICTURES:
+        raise NextStepError(f"These values make {most:,} pictures; at most {MOST_PICTURES} are compared at once.")
+    rows = product(*(lists[name] for name in reversed(KINDS)))
+    found = [dict(zip(reversed(KINDS), row)) for row in rows]
+    for settings in found:
+        check_choice("quantization", settings["quantization"], STORED)
+        with_widgets(
+            GenerationSettings(sampler="flow-ode"), **{k: v for k, v in settings.items() if k != "quantization"}
+        )
+    return found
+
+
+class NextStepCompare(io.ComfyNode):
+    """Lists of settings, for a sampler that runs once for each."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepCompare",
+            display_name="NextStep Compare",
+            category=CATEGORY,
+            description="Settings to compare: several values with commas between them, in one widget or in several. "
+            "The sampler draws a picture of every combination; NextStep Labelled Grid puts them side by side.",
+            search_aliases=["nextstep", "compare", "xy plot", "grid", "sweep"],
+            inputs=[
+                io.String.Input("cfg", default=DEFAULTS["cfg"], tooltip="Guidance, such as: 5, 7.5, 10."),
+                io.String.Input("steps", default=DEFAULTS["steps"], tooltip="Flow steps per token, such as: 12, 28."),
+                io.String.Input("shift", default=DEFAULTS["shift"], tooltip="Timestep shift, such as: 1, 3.2."),
+                io.String.Input(
+                    "sampler", default=DEFAULTS["sampler"], tooltip="Names of samplers, such as: auto, flow-ode."
+                ),
+                io.String.Input(
+                    "quantization",
+                    default=DEFAULTS["quantization"],
+                    tooltip="Formats of the weights, such as: int8, int4. Every one is loaded, and all of them are "
+                    "kept in memory.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output("each_cfg", display_name="cfg", is_output_list=True, tooltip="For the sampler."),
+                io.Int.Output("each_steps", display_name="steps", is_output_list=True, tooltip="For the sampler."),
+                io.Float.Output("each_shift", display_name="shift", is_output_list=True, tooltip="For the sampler."),
+                io.Combo.Output(
+                    "each_sampler", display_name="sampler", is_output_list=True, tooltip="For the sampler."
+                ),
+                io.Combo.Output(
+                    "each_quantization",
+                    display_name="quantization",
+                    is_output_list=True,
+                    tooltip="For Load NextStep Model; may be left open where there is only one.",
+                ),
+                io.String.Output("labels", display_name="labels", is_output_list=True, tooltip="What differs."),
+                io.Int.Output("columns", display_name="columns", tooltip="Pictures in a row of the grid."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, **texts: str | None) -> bool | str:
+        """True, or what is wrong; a widget that is linked is not known yet."""
+        try:
+            combinations({name: texts.get(name) or default for name, default in DEFAULTS.items()})
+        except NextStepError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, **texts: str) -> io.NodeOutput:
+        found = combinations(texts)
+        differ = [name for name in KINDS if len({settings[name] for settings in found}) > 1]
+        labels = [", ".join(f"{name} {settings[name]}" for name in differ) for settings in found]
+        columns = len({settings[differ[0]] for settings in found}) if differ else 1
+        return io.NodeOutput(*([settings[name] for settings in found] for name in KINDS), labels, columns)
+
+
+class NextStepLabelledGrid(io.ComfyNode):
+    """Pictures in rows, with what they are written under them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepLabelledGrid",
+            display_name="NextStep Labelled Grid",
+            category=CATEGORY,
+            description="Puts all pictures of a list or a batch into one, in rows, each with its label under it.",
+            search_aliases=["nextstep", "grid", "contact sheet", "compare", "label"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The pictures: a list, a batch, or both."),
+                io.Int.Input("columns", default=2, min=1, max=64, tooltip="Pictures in a row."),
+                io.String.Input(
+                    "labels", force_input=True, optional=True, tooltip="One for each picture of the list, in its order."
+                ),
+            ],
+            outputs=[io.Image.Output("grid", display_name="image", tooltip="All pictures in one.")],
+        )
+
+    @classmethod
+    def execute(cls, image: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
+        batches = [to_rgb(batch) for batch in image]
+        texts = (labels or []) + [""] * len(batches)
+        named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
+        return io.NodeOutput(contact_sheet(*zip(*named), columns[0]))

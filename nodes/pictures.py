@@ -1,0 +1,207 @@
+"""Pictures of any size on their way to the model, and back into the picture that they came from."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.images.latents import PUBLISHED_LATENTS
+from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, Size, around, size_of
+from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
+from . import host
+from .types import CATEGORY, Original, OriginalSocket
+from .widgets import FIT, KEEP_SIZE, NEAREST, side_inputs
+
+WHOLE, AROUND_MASK = "whole picture", "around the mask"
+
+
+def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
+    """A MASK of the pictures' count and size; None for none, and for one in which nothing is painted.
+
+    NextStepError for the mask of another picture.
+    """
+    if mask is None or not (mask > 0.5).any():  # Load Image makes an empty mask of any size
+        return None
+    mask = mask.reshape(-1, *mask.shape[-2:]).float()
+    count, height, width, _ = pictures.shape
+    if len(mask) not in (1, count) or mask.shape[-1] * height != mask.shape[-2] * width:
+        raise NextStepError(
+            f"The mask is {mask.shape[-1]}x{mask.shape[-2]}, but the picture is {width}x{height}. Use the mask that "
+            "was painted on this picture."
+        )
+    return F.adaptive_max_pool2d(mask, (height, width))
+
+
+def canvas_size(shape: Size, size: str, base: str, width: int, height: int) -> Size:
+    """(width, height) to draw for what has the shape (width, height), by the node's choice."""
+    if size == FIT:
+        PUBLISHED_LATENTS.grid(height, width)
+        return width, height
+    ratio = nearest_ratio(*shape) if size == NEAREST else size
+    return ratio_size(ratio, int(base) if base.isdecimal() else 0)
+
+
+def place(pictures: Tensor, mask: Tensor | None, mode: str, area: str, margin: float, **size: object) -> Placement:
+    """Which part of the pictures is drawn, and at which size; `size` is for `canvas_size`."""
+    original = pictures.shape[2], pictures.shape[1]
+    box: Box = (0, 0, *original)
+    masked = around(mask, 0) if mask is not None and area == AROUND_MASK else None
+    if mask is not None and masked is not None:
+        spare = round(margin * max(size_of(masked)))
+        box = around(mask, spare) or box
+        if mode != KEEP_SIZE:
+            width, height = canvas_size(size_of(box), **size)
+            box = around(mask, spare, width / height) or box
+    if mode == KEEP_SIZE:
+        return Placement.keep(original, box, PUBLISHED_LATENTS.size_inside(*size_of(box)))
+    return Placement.fit(original, box, canvas_size(size_of(box), **size), mode)
+
+
+def report(placement: Placement) -> str:
+    """What happens to a picture, in a line."""
+    width, height = placement.canvas
+    tokens = width * height // PUBLISHED_LATENTS.unit**2
+    steps = [f"{placement.original[0]}x{placement.original[1]}"]
+    if size_of(placement.box) != placement.original:
+        steps.append("cut to {}x{} at ({}, {})".format(*size_of(placement.box), *placement.box[:2]))
+    if size_of(placement.area) != size_of(placement.box):
+        steps.append("resized to {}x{}".format(*size_of(placement.area)))
+    if size_of(placement.area) != placement.canvas:
+        steps.append(f"padded to {width}x{height}")
+    return f"{', '.join(steps)}: {tokens:,} tokens"
+
+
+class NextStepPreparePicture(io.ComfyNode):
+    """Any picture to one that can be drawn."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepPreparePicture",
+            display_name="NextStep Prepare Picture",
+            category=CATEGORY,
+            description="Brings a photograph of any size, and its mask, to a size that the model draws well. NextStep "
+            "Paste Back puts the result into the photograph again.",
+            search_aliases=["nextstep", "resize", "crop", "pad", "photo", "inpaint crop"],
+            inputs=[
+                io.Image.Input("image", tooltip="A picture of any size, or several of one size."),
+                io.Combo.Input(
+                    "mode",
+                    options=[CROP, PAD, RESIZE, KEEP_SIZE],
+                    default=CROP,
+                    tooltip="Where the proportions differ. crop: cut what goes over, evenly. pad: leave gray room, "
+                    "masked to be drawn. resize: stretch. keep: leave the picture as it is, cut to multiples of 16.",
+                ),
+                io.Combo.Input(
+                    "size",
+                    options=[NEAREST, FIT, *RATIOS],
+                    default=NEAREST,
+                    tooltip="nearest aspect ratio: the closest of the 17 trained ratios. width and height: exactly "
+                    "those. Or a ratio by name. Of no meaning with keep.",
+                ),
+                io.Combo.Input(
+                    "base",
+                    options=[str(base) for base in BASES],
+                    default="512",
+                    tooltip="Of a ratio: side of the square with the same area, in pixels. 512 is recommended.",
+                ),
+                *side_inputs(),
+                io.Mask.Input("mask", optional=True, tooltip="What to draw anew. It follows the picture."),
+                io.Combo.Input(
+                    "area",
+                    options=[WHOLE, AROUND_MASK],
+                    default=WHOLE,
+                    optional=True,
+                    tooltip="What the model sees: the whole picture, or what is masked and its surroundings, which "
+                    "keeps details in a large photograph.",
+                ),
+                io.Float.Input(
+                    "margin",
+                    default=0.5,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Around the mask: how much is seen on each side, as a share of the masked area's longer "
+                    "side.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("picture", display_name="image", tooltip="Goes to an encode node."),
+                io.Mask.Output("fitted_mask", display_name="mask", tooltip="The mask on that picture."),
+                OriginalSocket.Output("original", display_name="original", tooltip="Goes to NextStep Paste Back."),
+                io.Int.Output("new_width", display_name="width", tooltip="Of the picture that is drawn, in pixels."),
+                io.Int.Output("new_height", display_name="height", tooltip="Of the picture that is drawn, in pixels."),
+                io.String.Output("report", display_name="report", tooltip="What was done, in a line."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: Tensor,
+        mode: str,
+        size: str,
+        base: str,
+        width: int,
+        height: int,
+        mask: Tensor | None = None,
+        area: str = WHOLE,
+        margin: float = 0.5,
+    ) -> io.NodeOutput:
+        check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
+        check_choice("size", size, (NEAREST, FIT, *RATIOS))
+        check_choice("area", area, (WHOLE, AROUND_MASK))
+        pictures = to_rgb(image)
+        mask = mask_of(mask, pictures)
+        placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
+        check_encodable(*placement.canvas)
+        host.show_text(said := report(placement))
+        drawn = pictures.new_zeros(1, *pictures.shape[1:3]) if mask is None else mask
+        fitted = placement.take_mask(drawn)
+        original = Original(pictures, placement, fitted if mask is not None else None)
+        return io.NodeOutput(placement.take(pictures), fitted, original, *placement.canvas, said)
+
+
+class NextStepPasteBack(io.ComfyNode):
+    """What was drawn, into the picture that it came from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepPasteBack",
+            display_name="NextStep Paste Back",
+            category=CATEGORY,
+            description="Puts a result into the picture that NextStep Prepare Picture took it from, at its own size.",
+            search_aliases=["nextstep", "paste", "composite", "stitch", "uncrop"],
+            inputs=[
+                io.Image.Input("image", tooltip="What was drawn. It may have been enlarged since."),
+                OriginalSocket.Input("original", tooltip="From NextStep Prepare Picture."),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=256,
+                    tooltip="Over so many pixels of the drawn picture the original comes through again around what was "
+                    "masked, or at sides that were cut. 0 is a hard edge.",
+                ),
+            ],
+            outputs=[io.Image.Output("pasted", display_name="image", tooltip="The picture in its own size.")],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, original: Original, feather: int) -> io.NodeOutput:
+        drawn, pictures, mask = to_rgb(image), original.pictures, original.mask
+        if len(drawn) % len(pictures):
+            raise NextStepError(
+                f"{len(drawn)} pictures do not belong to {len(pictures)} originals. Connect all pictures that were "
+                "drawn from them."
+            )
+        each = len(drawn) // len(pictures)
+        if mask is not None and len(mask) > 1:
+            mask = mask.repeat_interleave(each, dim=0)
+        pictures = pictures.repeat_interleave(each, dim=0)
+        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, feather))

@@ -1,0 +1,75 @@
+"""An interrupted run, taken up again where it stopped, also after ComfyUI was closed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..nextstep_core.errors import damaged
+from ..nextstep_core.request.masks import undrawn_tokens
+from . import host
+from .sampler import PARTIAL
+from .types import CATEGORY
+
+SAMPLES = "latent_tensor"  # as the host's Save Latent names what it writes
+
+
+def unfinished(filename_prefix: str) -> tuple[Path, Tensor, Tensor] | None:
+    """(file, latents (B, C, h, w), (rows, columns) bool where they are undrawn) of the last latent that was saved under
+    this name; None when there is none, or when it is finished. NextStepError for a file that cannot be read."""
+    file = host.last_saved_latent(filename_prefix)
+    if file is None:
+        return None
+    try:
+        samples = load_file(file)[SAMPLES]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise damaged(file, error) from None
+    undrawn = undrawn_tokens(samples)
+    return (file, samples, undrawn) if undrawn.any() else None
+
+
+class NextStepResume(io.ComfyNode):
+    """A canvas, with what an interrupted run left on it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="NextStepResume",
+            display_name="NextStep Resume",
+            category=CATEGORY,
+            description="Goes on with an interrupted picture: the last latent that Save Latent wrote under this name, "
+            "if it is unfinished and of the canvas's size. Otherwise the picture begins anew on the canvas. Set "
+            "on_interrupt to keep in NextStep Sampler, and its seed to fixed.",
+            search_aliases=["nextstep", "resume", "continue", "interrupted", "load latent"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="The canvas: what the run was begun with."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="NextStep/unfinished",
+                    tooltip="As in the Save Latent node behind the sampler.",
+                ),
+            ],
+            outputs=[io.Latent.Output("canvas", display_name="latent", tooltip="Goes to NextStep Sampler.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, filename_prefix: str, **_: Any) -> str:
+        found = unfinished(filename_prefix)
+        return "" if found is None else f"{found[0]} {found[0].stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, latent: dict[str, Any], filename_prefix: str) -> io.NodeOutput:
+        found = unfinished(filename_prefix)
+        if found is None or found[1].shape != latent["samples"].shape:
+            host.show_text("nothing unfinished of this size: begins anew")
+            return io.NodeOutput(latent)
+        _, samples, undrawn = found
+        host.show_text(f"goes on: {int((~undrawn).sum()):,} of {undrawn.numel():,} tokens are there")
+        rest = undrawn.float()[None, None]
+        before = latent.get("noise_mask")
+        return io.NodeOutput({**latent, "samples": samples, "noise_mask": rest, PARTIAL: before})

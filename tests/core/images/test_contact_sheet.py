@@ -1,0 +1,31 @@
+"""Where pictures and labels lie on a contact sheet."""
+
+from __future__ import annotations
+
+import torch
+
+from nextstep_core.images.contact_sheet import GAP, contact_sheet
+
+SIDE = 64
+
+
+def plain(value: float, height: int = SIDE, width: int = SIDE) -> torch.Tensor:
+    return torch.full((height, width, 3), value)
+
+
+def test_pictures_go_row_by_row_and_smaller_ones_into_the_middle() -> None:
+    sheet = contact_sheet([plain(0.2), plain(0.4), plain(0.6, 32, 16)], [], 2)[0]
+    assert sheet.shape == (2 * SIDE + 3 * GAP, 2 * SIDE + 3 * GAP, 3)
+    second, low = GAP + SIDE + GAP, GAP + SIDE + GAP
+    assert (sheet[GAP : GAP + SIDE, GAP : GAP + SIDE] - 0.2).abs().max() < 0.01
+    assert (sheet[GAP : GAP + SIDE, second : second + SIDE] - 0.4).abs().max() < 0.01
+    assert (sheet[low + 16 : low + 48, GAP + 24 : GAP + 40] - 0.6).abs().max() < 0.01
+    assert (sheet[low : low + 16] == 1).all() and (sheet[low:, second:] == 1).all(), "white where nothing lies"
+
+
+def test_a_label_is_written_under_its_picture() -> None:
+    sheet = contact_sheet([plain(1.0), plain(1.0)], ["cfg 5", ""], 2)[0]
+    assert sheet.shape[0] > SIDE + 2 * GAP
+    dark = (sheet < 0.5).any(-1).nonzero()
+    assert len(dark) and dark[:, 0].min() >= GAP + SIDE
+    assert dark[:, 1].max() < GAP + SIDE, "the second has none"
