@@ -8,16 +8,19 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import NextStepError, check_choice, check_text, shown
 from ..nextstep_core.images.contact_sheet import contact_sheet
 from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
 from .loaders import STORED
 from .types import CATEGORY
-from .widgets import AUTO, with_widgets
+from .widgets import AUTO, ends, with_widgets
 
 MOST_PICTURES = 64
+COLUMNS = Range("columns", 1, 64)  # of a grid
+MOST_LETTERS = 200  # of a label; so many do not fit under a picture, and are seen as an oversight
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
 
@@ -27,14 +30,14 @@ DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quan
 def values_of(name: str, text: str) -> list[Any]:
     """The values that a widget lists, with commas between them; NextStepError for what is none."""
     kind, values = KINDS[name], []
-    for word in (part.strip() for part in text.split(",")):
+    for word in (part.strip() for part in check_text(name, text).split(",")):
         try:
             values.append(kind(word) if word else None)
         except ValueError:
             values.append(None)
         if values[-1] is None:
             what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-            raise NextStepError(f"{name} lists {word!r}; write {what} with commas between them.")
+            raise NextStepError(f"{name} lists {shown(word)}; write {what} with commas between them.")
     return values
 
 
@@ -132,7 +135,7 @@ class NextStepLabelledGrid(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Image.Input("image", tooltip="The pictures: a list, a batch, or both."),
-                io.Int.Input("columns", default=2, min=1, max=64, tooltip="Pictures in a row."),
+                io.Int.Input("columns", default=2, **ends(COLUMNS), tooltip="Pictures in a row."),
                 io.String.Input(
                     "labels", force_input=True, optional=True, tooltip="One for each picture of the list, in its order."
                 ),
@@ -143,6 +146,6 @@ class NextStepLabelledGrid(io.ComfyNode):
     @classmethod
     def execute(cls, image: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
         batches = [to_rgb(batch) for batch in image]
-        texts = (labels or []) + [""] * len(batches)
+        texts = [check_text("A label", label)[:MOST_LETTERS] for label in labels or []] + [""] * len(batches)
         named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
-        return io.NodeOutput(contact_sheet(*zip(*named), columns[0]))
+        return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
-from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, Size, around, size_of
+from ..nextstep_core.images.placement import CROP, FEATHER, MARGIN, PAD, RESIZE, Box, Placement, Size, around, size_of
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
 from . import host
-from .types import CATEGORY, Original, OriginalSocket
-from .widgets import FIT, KEEP_SIZE, NEAREST, side_inputs
+from .types import CATEGORY, Original, OriginalSocket, check_sockets
+from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
 
@@ -41,7 +41,7 @@ def canvas_size(shape: Size, size: str, base: str, width: int, height: int) -> S
         PUBLISHED_LATENTS.grid(height, width)
         return width, height
     ratio = nearest_ratio(*shape) if size == NEAREST else size
-    return ratio_size(ratio, int(base) if base.isdecimal() else 0)
+    return ratio_size(ratio, base_of(base))
 
 
 def place(pictures: Tensor, mask: Tensor | None, mode: str, area: str, margin: float, **size: object) -> Placement:
@@ -121,8 +121,7 @@ class NextStepPreparePicture(io.ComfyNode):
                 io.Float.Input(
                     "margin",
                     default=0.5,
-                    min=0.0,
-                    max=10.0,
+                    **ends(MARGIN),
                     step=0.1,
                     optional=True,
                     tooltip="Around the mask: how much is seen on each side, as a share of the masked area's longer "
@@ -155,6 +154,8 @@ class NextStepPreparePicture(io.ComfyNode):
         check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
         check_choice("size", size, (NEAREST, FIT, *RATIOS))
         check_choice("area", area, (WHOLE, AROUND_MASK))
+        check_sockets(mask=mask)
+        margin = MARGIN.check(margin)
         pictures = to_rgb(image)
         mask = mask_of(mask, pictures)
         placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
@@ -183,8 +184,7 @@ class NextStepPasteBack(io.ComfyNode):
                 io.Int.Input(
                     "feather",
                     default=16,
-                    min=0,
-                    max=256,
+                    **ends(FEATHER),
                     tooltip="Over so many pixels of the drawn picture the original comes through again around what was "
                     "masked, or at sides that were cut. 0 is a hard edge.",
                 ),
@@ -194,6 +194,8 @@ class NextStepPasteBack(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, original: Original, feather: int) -> io.NodeOutput:
+        check_sockets(original=original)
+        feather = FEATHER.check(feather)
         drawn, pictures, mask = to_rgb(image), original.pictures, original.mask
         if len(drawn) % len(pictures):
             raise NextStepError(

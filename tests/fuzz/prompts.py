@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nextstep_core.errors import shown
 from nextstep_core.request.tokenizer_file import PATTERNS
 
 from . import good, settings
@@ -21,10 +22,10 @@ SIZE = {"height": 32, "width": 48, "steps": 2, "cfg": 2.0, "sampler": "flow-ode"
 SHAPE = (1, 32, 48, 3)
 PIECES = (
     "a red circle", " ", "\n", "\t", "\r\n", "\0", "\ufeff", "\u200b", "\u202e", "é", "e\u0301", "火", "😀",
-    "👩\u200d👩\u200d👧", "\ud800", "\udfff", "\U0010ffff", "\ufffe", "ﷺ", "ἄ\u0345", "가", "\u1100\u1161\u11a8", "'s", "'S",
-    "1", "...", "<|", "|>", "<|image_area|>", "<|image_area|>2*2", "<|begin_of_image|>", "<|end_of_image|>", "[PAD]",
-    "<|image_placeholder|>", "<|endoftext|>", "<image", "<image>", "</image>", "(red:1.2)", "{a|b}", "%s", "{0}",
-    "$(id)", "../..", "'; --", "a" * 100, "\u0301" * 50, "\u0f71\u0f72" * 20, "ſ", "İ", "ß", "\x7f", "\x1b[0m",
+    "👩\u200d👩\u200d👧", "\ud800", "\udfff", "\U0010ffff", "\ufffe", "ﷺ", "ἄ\u0345", "가", "\u1100\u1161\u11a8",
+    "'s", "'S", "1", "...", "<|", "|>", "<|image_area|>", "<|image_area|>2*2", "<|begin_of_image|>", "<|end_of_image|>",
+    "[PAD]", "<|image_placeholder|>", "<|endoftext|>", "<image", "<image>", "</image>", "(red:1.2)", "{a|b}", "%s",
+    "{0}", "$(id)", "../..", "'; --", "a" * 100, "\u0301" * 50, "\u0f71\u0f72" * 20, "ſ", "İ", "ß", "\x7f", "\x1b[0m",
 )  # fmt: skip
 MANY = (1, 1, 1, 1, 2, 3, 10, 50, 70_000)  # characters; the last are more than the model can hold
 
@@ -83,7 +84,7 @@ def _text(rng: Random) -> Case:
         if rng.random() < 0.4:
             request[name] = _words(rng)
     count = len(request["prompt"]) if isinstance(request["prompt"], list) else 1
-    what = ", ".join(f"{name}: {str(value)[:40]!r}" for name, value in request.items())
+    what = ", ".join(f"{name}: {shown(value)}" for name, value in request.items())
     return Case(what, lambda _: settings.pipeline().generate(**request, **SIZE).images, (count, *SHAPE[1:]))
 
 
@@ -95,7 +96,7 @@ def _words(rng: Random) -> str:
     if rng.random() < 0.05:
         piece = rng.choice(PIECES)
         text += piece * (rng.choice((100_000, 1_000_000, 12_000_000)) // len(piece))
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 and len(text) < 1000:  # Python takes hours for a million accents on one letter
         text = unicodedata.normalize(rng.choice(("NFC", "NFD", "NFKD")), text)
     return text
 
