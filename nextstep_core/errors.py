@@ -16,9 +16,21 @@ class NextStepError(ValueError):
     """Something about a checkpoint, a prompt or a setting is wrong; the message says what and what to do."""
 
 
+class OutOfMemory(NextStepError):
+    """Even the smallest piece of the work does not fit into memory."""
+
+
 def damaged(path: Path, reason: object) -> NextStepError:
     """The error for a file that cannot be read as what it should be."""
     return NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.")
+
+
+def not_finite(what: str) -> NextStepError:
+    """The error for a stage of drawing whose result is not a number; no picture can come of it."""
+    return NextStepError(
+        f"{what} holds NaN or infinite values, so there is no picture. Choose another dtype (bf16 or fp32); if that "
+        "changes nothing, the weights are damaged: download them again."
+    )
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -81,6 +93,7 @@ OUT_OF_MEMORY_SIGNS = (
     "invalid buffer size",  # MPS, for a single tensor that is larger than the device can hold
     "status_alloc_failed",  # cuBLAS and cuDNN
     "can't allocate memory",  # the host's allocator
+    "cannot allocate memory",  # the host's system, for files that are mapped
     "not enough memory",  # the same on Windows
 )
 
@@ -88,10 +101,12 @@ OUT_OF_MEMORY_SIGNS = (
 CUDA_OUT_OF_MEMORY = 2  # in a newer torch's error of any call to CUDA, whose text is the driver's
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether less work at once would have gone through, whatever the device calls it."""
     import torch
 
+    if isinstance(error, (NextStepError, MemoryError)):
+        return isinstance(error, MemoryError)
     of_cuda = isinstance(error, getattr(torch, "AcceleratorError", ()))
     return (
         isinstance(error, torch.OutOfMemoryError)

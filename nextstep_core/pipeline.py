@@ -16,7 +16,7 @@ from torch import Tensor
 from .decoding.engine import NextStepEngine
 from .decoding.job import PICTURES
 from .decoding.progress import Progress
-from .errors import NextStepError, check_text
+from .errors import NextStepError, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, to_pixels
 from .images.tiling import check_tile, run_in_tiles
@@ -27,6 +27,8 @@ from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
 from .runtime.interrupt import Check, checked, go_on, leaves
 from .runtime.memory import check_room
+from .runtime.shortage import LOADING_ADVICE, told
+from .runtime.streaming import send_away
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
@@ -71,11 +73,12 @@ class NextStepPipeline:
         """
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
-        plan = plan_model(path, quantization, device)
-        vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
-        autoencoder = load_vae(vae_path, device, dtype)
-        latents = LatentSpace.from_configs(plan.config, autoencoder.config)
-        engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
+        with told(f"Loading {path.name}", device, advice=LOADING_ADVICE):
+            plan = plan_model(path, quantization, device)
+            vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
+            autoencoder = load_vae(vae_path, device, dtype)
+            latents = LatentSpace.from_configs(plan.config, autoencoder.config)
+            engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
@@ -140,7 +143,8 @@ class NextStepPipeline:
             check=check,
         )
         check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
-        with closing(self.engine.decode(job, self.device, self.dtype, check=check)) as run:
+        make_room = partial(send_away, self.engine.model, self.device)
+        with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
             for progress in run:
                 if callback is not None:
                     callback(progress)
@@ -153,6 +157,8 @@ class NextStepPipeline:
         with checked(leaves(self.vae), check):
             run = partial(run_in_tiles, tile=vae_tile)
             mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
+            raise not_finite("An input image that the VAE encoded")
         std = self.vae.posterior_std(logvar)
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
@@ -177,6 +183,8 @@ class NextStepPipeline:
         latents = self.engine.latents.to_latents(tokens.float(), grid)
         with checked(leaves(self.vae), check):
             pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
+        if not pixels.isfinite().all():
+            raise not_finite("The picture that the VAE decoded")
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
 

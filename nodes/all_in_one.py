@@ -31,7 +31,7 @@ def draw(
 ) -> io.NodeOutput:
     """Sample and decode; (image, latent)."""
     chosen = settings_for(model, positive.editing, **settings)
-    with torch.inference_mode():
+    with torch.inference_mode(), host.memory_told("Drawing"):
         samples = sample(model, positive, encode_prompt(model, negative_prompt), latent, seed, chosen)
     return io.NodeOutput(decode_latent(vae, samples), samples)
 
@@ -99,7 +99,7 @@ class NextStepImageEdit(DrawingNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
-                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.Image.Input("image", tooltip="The picture. Each picture of a batch is edited separately."),
                 io.String.Input(
                     "instruction",
                     multiline=True,

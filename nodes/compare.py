@@ -19,8 +19,9 @@ from .types import CATEGORY
 from .widgets import AUTO, ends, with_widgets
 
 MOST_PICTURES = 64
-COLUMNS = Range("columns", 1, 64)  # of a grid
+COLUMNS = Range("columns", 1, MOST_PICTURES)
 MOST_LETTERS = 200  # of a label; so many do not fit under a picture, and are seen as an oversight
+ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
 
@@ -59,6 +60,11 @@ def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
     return found
 
 
+def in_short(value: Any) -> str:
+    """A value as a label shows it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 class NextStepCompare(io.ComfyNode):
     """Lists of settings, for a sampler that runs once for each."""
 
@@ -89,10 +95,10 @@ class NextStepCompare(io.ComfyNode):
                 io.Float.Output("each_cfg", display_name="cfg", is_output_list=True, tooltip="For the sampler."),
                 io.Int.Output("each_steps", display_name="steps", is_output_list=True, tooltip="For the sampler."),
                 io.Float.Output("each_shift", display_name="shift", is_output_list=True, tooltip="For the sampler."),
-                io.Combo.Output(
+                ChoiceSocket.Output(
                     "each_sampler", display_name="sampler", is_output_list=True, tooltip="For the sampler."
                 ),
-                io.Combo.Output(
+                ChoiceSocket.Output(
                     "each_quantization",
                     display_name="quantization",
                     is_output_list=True,
@@ -116,7 +122,7 @@ class NextStepCompare(io.ComfyNode):
     def execute(cls, **texts: str) -> io.NodeOutput:
         found = combinations(texts)
         differ = [name for name in KINDS if len({settings[name] for settings in found}) > 1]
-        labels = [", ".join(f"{name} {settings[name]}" for name in differ) for settings in found]
+        labels = [", ".join(f"{name} {in_short(settings[name])}" for name in differ) for settings in found]
         columns = len({settings[differ[0]] for settings in found}) if differ else 1
         return io.NodeOutput(*([settings[name] for settings in found] for name in KINDS), labels, columns)
 

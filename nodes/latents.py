@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, not_finite
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
@@ -32,7 +32,12 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
             f"This latent has the shape {tuple(latents.shape)}, but the VAE decodes {channels} channels. Connect the "
             "vae output of Load NextStep Model, and a latent that NextStep Sampler made."
         )
-    return vae.decode(latents)
+    if not latents.isfinite().all():
+        raise not_finite("This latent")
+    pictures = host.decode(vae, latents)
+    if not pictures.isfinite().all():
+        raise not_finite("The picture that the VAE decoded")
+    return pictures
 
 
 class NextStepEmptyLatent(io.ComfyNode):

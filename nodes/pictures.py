@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
-from ..nextstep_core.images.placement import CROP, FEATHER, MARGIN, PAD, RESIZE, Box, Placement, Size, around, size_of
+from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, Size, around, size_of
 from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
 from . import host
 from .types import CATEGORY, Original, OriginalSocket, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
+MARGIN = Range("margin", 0.0, 10.0)  # shares of the masked area's longer side
+FEATHER = Range("feather", 0, 256)  # pixels of the picture that is drawn
 
 
 def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
@@ -48,6 +53,7 @@ def place(pictures: Tensor, mask: Tensor | None, mode: str, area: str, margin: f
     """Which part of the pictures is drawn, and at which size; `size` is for `canvas_size`."""
     original = pictures.shape[2], pictures.shape[1]
     box: Box = (0, 0, *original)
+    margin = MARGIN.check(margin)
     masked = around(mask, 0) if mask is not None and area == AROUND_MASK else None
     if mask is not None and masked is not None:
         spare = round(margin * max(size_of(masked)))
@@ -127,6 +133,7 @@ class NextStepPreparePicture(io.ComfyNode):
                     tooltip="Around the mask: how much is seen on each side, as a share of the masked area's longer "
                     "side.",
                 ),
+                io.Vae.Input("vae", optional=True, tooltip="The checkpoint's VAE; only the latent output needs it."),
             ],
             outputs=[
                 io.Image.Output("picture", display_name="image", tooltip="Goes to an encode node."),
@@ -135,6 +142,11 @@ class NextStepPreparePicture(io.ComfyNode):
                 io.Int.Output("new_width", display_name="width", tooltip="Of the picture that is drawn, in pixels."),
                 io.Int.Output("new_height", display_name="height", tooltip="Of the picture that is drawn, in pixels."),
                 io.String.Output("report", display_name="report", tooltip="What was done, in a line."),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="Picture and mask for NextStep Sampler: what is masked is drawn, the rest kept.",
+                ),
             ],
         )
 
@@ -150,6 +162,7 @@ class NextStepPreparePicture(io.ComfyNode):
         mask: Tensor | None = None,
         area: str = WHOLE,
         margin: float = 0.5,
+        vae: Any = None,
     ) -> io.NodeOutput:
         check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
         check_choice("size", size, (NEAREST, FIT, *RATIOS))
@@ -164,7 +177,11 @@ class NextStepPreparePicture(io.ComfyNode):
         drawn = pictures.new_zeros(1, *pictures.shape[1:3]) if mask is None else mask
         fitted = placement.take_mask(drawn)
         original = Original(pictures, placement, fitted if mask is not None else None)
-        return io.NodeOutput(placement.take(pictures), fitted, original, *placement.canvas, said)
+        taken = placement.take(pictures)
+        latent = host.NoOutput("Connect a VAE to NextStep Prepare Picture: its latent output needs one.")
+        if vae is not None:
+            latent = {"samples": vae.encode(taken), "noise_mask": fitted}
+        return io.NodeOutput(taken, fitted, original, *placement.canvas, said, latent)
 
 
 class NextStepPasteBack(io.ComfyNode):
@@ -206,4 +223,4 @@ class NextStepPasteBack(io.ComfyNode):
         if mask is not None and len(mask) > 1:
             mask = mask.repeat_interleave(each, dim=0)
         pictures = pictures.repeat_interleave(each, dim=0)
-        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, feather))
+        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, FEATHER.check(feather)))

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError, check_choice, check_text
+from ..nextstep_core.errors import NextStepError, check_choice, check_text, not_finite
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
@@ -67,13 +67,15 @@ def encode_edit(
     check_encodable(new_width, new_height)
     grid = model.engine.grid(new_height, new_width)
     model.engine.check_prompt(instruction, [grid] * slots)
-    latents = vae.encode(cover(pixels, new_width, new_height))
+    latents = host.encode(vae, cover(pixels, new_width, new_height))
     channels = model.engine.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise NextStepError(
             f"The VAE gives latents of the shape {tuple(latents.shape)}; the model needs {channels} channels. Connect "
             "the vae output of Load NextStep Model."
         )
+    if not latents.isfinite().all():
+        raise not_finite("An input image that the VAE encoded")
     encoded = [EncodedImage(picture, grid) for picture in model.engine.latents.to_tokens(latents.float())]
     captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
     return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))
@@ -154,7 +156,7 @@ class NextStepEditEncode(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that will edit (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
-                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.Image.Input("image", tooltip="The picture. Each picture of a batch is edited separately."),
                 io.String.Input(
                     "instruction",
                     multiline=True,

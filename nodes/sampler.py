@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..nextstep_core.decoding.job import Job, KnownTokens
 from ..nextstep_core.decoding.progress import Progress
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import NextStepError, check_choice, not_finite
 from ..nextstep_core.images.latents import Grid
 from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from ..nextstep_core.request.masks import kept_tokens
@@ -120,10 +121,12 @@ def sample(
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
+    make_room = partial(host.send_away, model.patcher)
     reporter = host.ProgressReporter(job.total)
     progress = None
     try:
-        with closing(model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt)) as run:
+        drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
+        with closing(drawing) as run:
             for progress in run:
                 reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
@@ -132,6 +135,8 @@ def sample(
         mask = unfinished(job, progress).reshape(1, 1, *job.grid)
         if not mask.any():
             raise
+        if not progress.tokens.isfinite().all():
+            raise not_finite("What was drawn until the interrupt") from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
@@ -200,12 +205,12 @@ class NextStepSampler(DrawingNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
-                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is completed.",
+                    "Noise Mask) is kept outside the mask. A latent kept from an interrupted run is completed.",
                 ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to avoid; works with cfg above 1. May be left open.",
+                    tooltip="What to avoid; has an effect with cfg above 1. Optional.",
                 ),
                 *setting_inputs(steps=28, shift=1.0),
                 cfg_img_input(),
@@ -214,8 +219,8 @@ class NextStepSampler(DrawingNode):
                     options=[DISCARD, KEEP_PARTIAL],
                     default=DISCARD,
                     optional=True,
-                    tooltip="What Interrupt leaves: nothing, or the part that is drawn. Sampling the kept latent again "
-                    "with the same seed and settings finishes the same picture.",
+                    tooltip="What Interrupt returns: nothing, or the finished part. Sample the kept latent again with "
+                    "the same seed and settings to complete the same picture.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
@@ -238,5 +243,5 @@ class NextStepSampler(DrawingNode):
             check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
         host.note_in_picture(cls, model.facts)
-        with torch.inference_mode():
+        with torch.inference_mode(), host.memory_told("Drawing"):
             return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen, on_interrupt))

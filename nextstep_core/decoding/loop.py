@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import not_finite
 from ..images.latents import Grid
 from ..model.nextstep import NextStepModel
 from ..model.positions import generation_codes
@@ -20,6 +21,7 @@ from ..sampling.guidance import SCHEDULES
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
 from .job import Job
+from .prefill import PrefillCache
 from .progress import TokenStep
 from .steps import CHUNK, StepCaches, StepShape, TokenSampler, TokenSequence
 
@@ -31,6 +33,7 @@ class Run:
     tokens (M, total, token_dim) is the buffer that is written; `keep` says which places hold known tokens already.
     hidden (rows, hidden) is the state after the prompt. codes (total, hidden), where the model wants them, are added to
     the state of every place, and guidance (total, 2) holds its scales. Known tokens are fed `chunk` at a time.
+    `prefilled` keeps the prompt by its `key`.
     """
 
     sequence: TokenSequence
@@ -43,9 +46,13 @@ class Run:
     noise: NoiseStream
     chunk: int
     started: float
+    prefilled: PrefillCache | None
+    key: str
 
     @classmethod
-    def start(cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Run:
+    def start(
+        cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int
+    ) -> Run:
         """Take or make the steps, and read the prompt; arguments as in `decode`."""
         started, total = time.monotonic(), job.total
         sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
@@ -55,12 +62,14 @@ class Run:
             sample,
             tokens,
             [False] * total if job.known is None else job.known.keep.tolist(),
-            sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key),
+            sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key, chunk),
             position_codes(model, job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
             job.noise,
-            1 if job.known is not None and job.known.token_by_token else CHUNK,
+            1 if job.known is not None and job.known.token_by_token else chunk,
             started,
+            caches.prefilled,
+            key,
         )
 
     def condition(self, hidden: Tensor, place: int) -> Tensor:
@@ -72,19 +81,36 @@ class Run:
         left = self.keep.count(False) - sampled
         return TokenStep(done, len(self.keep), sampled, left, time.monotonic() - self.started)
 
+    def check_finite(self) -> None:
+        """NextStepError, saying where it began, when a token is NaN or infinite.
 
-def decode(model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Iterator[TokenStep]:
+        Asked once at the end: asking for each token would make a device wait for the host each time.
+        """
+        if self.tokens.isfinite().all():
+            return
+        if self.prefilled is not None:
+            self.prefilled.forget(self.key)
+        if not self.hidden.isfinite().all():
+            raise not_finite("What the model reads from the prompt")
+        (bad,) = self.tokens.isfinite().all(dim=-1).all(dim=0).logical_not().nonzero(as_tuple=True)
+        raise not_finite(f"Token {int(bad[0]) + 1} of {len(self.keep)}")
+
+
+def decode(
+    model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int = CHUNK
+) -> Iterator[TokenStep]:
     """Sample the tokens of every picture of `job`, yielding after each.
 
     embeds (rows, L, hidden) are its prompts, all branches stacked as guidance expects them. Tokens are written into the
     buffer `tokens` (pictures, total, token_dim), whose device and dtype the run computes in. Known tokens lie there
     already and are kept; their noise is drawn all the same, so that every other token sees the noise of its place.
+    Prompts and stretches of known tokens go through the transformer `chunk` positions at a time.
     """
-    return plain(Run.start(model, job, embeds, tokens, caches))
+    return plain(Run.start(model, job, embeds, tokens, caches, chunk))
 
 
 def plain(run: Run) -> Iterator[TokenStep]:
-    """One token after another: feed what came before, sample the next."""
+    """One token after another: feed what came before, sample the next. NextStepError at the end when one is NaN."""
     hidden, fed, sampled, pace = run.hidden, 0, 0, Pace(run.tokens.device)
     for n, known in enumerate(run.keep):
         noise = run.noise.for_token(run.sample.noise_count)
@@ -97,6 +123,7 @@ def plain(run: Run) -> Iterator[TokenStep]:
             sampled += 1
         pace.wait()
         yield run.step(n + 1, sampled)
+    run.check_finite()
 
 
 def guidance_scales(settings: GenerationSettings, total: int, device: torch.device) -> Tensor:

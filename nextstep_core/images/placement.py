@@ -13,14 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NextStepError, check_choice
-from ..ranges import Range
 
 Size: TypeAlias = tuple[int, int]
 Box: TypeAlias = tuple[int, int, int, int]
 
 CROP, PAD, RESIZE = "crop", "pad", "resize"
-MARGIN = Range("margin", 0.0, 10.0)  # around a mask, as a share of its longer side
-FEATHER = Range("feather", 0, 256)  # in pixels of the canvas
 FILL = 0.5  # gray, as the host's own padding node has it
 
 

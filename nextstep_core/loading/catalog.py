@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import stat
-import unicodedata
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
@@ -21,11 +21,13 @@ from .checkpoint import SINGLE_NAME
 from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
 from .files import is_file, is_folder
 from .gguf_file import SUFFIX as GGUF
+from .kept import FOLDER
 from .store import vae_beside
 
 DEPTH = 3
-# Entries of one root that are looked at. A link to a whole disk must not make the host wait for minutes.
-MAX_ENTRIES = 100_000
+# Entries of one root that are looked at: a link to a whole disk must not make the host wait.
+MAX_ENTRIES = 20_000
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that stand for none
 MODEL_KEY, VAE_KEY = "model_type", "z_channels"  # of a config; they tell the one kind from the other
 VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
 
@@ -57,7 +59,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         seen = [(name, is_folder) for name, is_folder in seen if _can_be_shown(name)]
         yield folder, [name for name, _ in seen]
         if depth < DEPTH:
-            below = (folder / name for name, is_folder in seen if is_folder)
+            below = (folder / name for name, is_folder in seen if is_folder and name != FOLDER)
             waiting += [(path, depth + 1, above | {identity}) for path in below]
 
 
@@ -69,8 +71,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _can_be_shown(name: str) -> bool:
-    """Whether a name is text: no control characters, and no bytes that stand for none."""
-    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+    return NO_TEXT.search(name) is None
 
 
 def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -122,19 +123,28 @@ def _is_nextstep(folder: Path) -> bool:
 
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
+    return {repo: folder for repo, folder in _snapshots() if _has_weights(folder) and _is_nextstep(folder)}
+
+
+def cached_vaes() -> dict[str, Path]:
+    """VAEs that lie alone in the Hugging Face cache, in the same way."""
+    return {repo: folder for repo, folder in _snapshots() if _holds_vae(folder)}
+
+
+def _snapshots() -> list[tuple[str, Path]]:
+    """(hub id, folder) of what is in the Hugging Face cache, the newest last."""
     from huggingface_hub import constants
 
-    found = {}
     try:
         # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
-        snapshots = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
+        folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
     except OSError:
-        snapshots = []
-    for folder in snapshots:
-        if _has_weights(folder) and _is_nextstep(folder):
-            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-            found[repo] = folder
-    return found
+        return []
+    return [(f.parent.parent.name.removeprefix("models--").replace("--", "/"), f) for f in folders]
+
+
+def _holds_vae(folder: Path) -> bool:
+    return is_file(folder / VAE_WEIGHT_NAMES[0]) and VAE_KEY in _config(folder)
 
 
 def _has_weights(folder: Path) -> bool:

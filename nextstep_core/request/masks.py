@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,10 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
     in its square is. NextStepError for other proportions, NaN, or a mask that redraws nothing.
     """
     rows, columns = grid
+    if mask.ndim != 2 or mask.is_complex() or mask.layout is not torch.strided or mask.device.type == "meta":
+        kind = str(mask.dtype).removeprefix("torch.")
+        raise NextStepError(f"A mask has the shape {tuple(mask.shape)} and {kind} values; expected (height, width).")
+    mask = mask.float()
     height, width = mask.shape
     if not height or not width or height < rows or width < columns or height * columns != width * rows:
         drawn_width, drawn_height = latents.size(grid)
@@ -27,7 +32,7 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
         )
     if not mask.isfinite().all():
         raise NextStepError("The mask holds NaN or infinite values.")
-    redrawn = F.adaptive_max_pool2d((mask.float() > THRESHOLD).float()[None], grid)[0] > 0
+    redrawn = F.adaptive_max_pool2d((mask > THRESHOLD).float()[None], grid)[0] > 0
     if not redrawn.any():
         raise NextStepError("The mask is empty, so there is nothing to draw. Paint the area that should be redrawn.")
     return ~redrawn.flatten()

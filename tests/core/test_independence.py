@@ -66,15 +66,6 @@ def test_importing_the_package_loads_nothing() -> None:
     assert out.stdout.strip() == "False"
 
 
-def test_no_remote_code_and_no_open_pickle() -> None:
-    for path in [*CORE, *sorted((ROOT / "nodes").glob("*.py"))]:
-        text = path.read_text()
-        assert "trust_remote_code" not in text
-        assert not re.search(r"\b(eval|exec)\(", text.replace(".eval(", "")), path
-        for call in re.findall(r"torch\.load\([^)]*\)", text):
-            assert "weights_only=True" in call
-
-
 def test_requirements_are_lower_bounds_and_the_same_in_both_places() -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     requirements = [line for line in lines if line]

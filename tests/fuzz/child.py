@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import resource
 import shutil
@@ -25,6 +26,7 @@ ADDRESSES = 8 << 30  # bytes of address space that a case may ask for beyond wha
 def serve(pipe: Connection, kinds: tuple[str, ...], most_grown: int) -> None:
     """Run the cases whose names come through the pipe, and send back how each ended."""
     faulthandler.enable()
+    logging.disable()
     torch.set_num_threads(1)
     for kind in kinds:
         getattr(import_module(f"{__package__}.{kind}"), "warm_up", lambda: None)()

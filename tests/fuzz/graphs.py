@@ -36,8 +36,8 @@ GRACE = 30.0  # seconds in which it has to end then; other work of the computer 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 16, 17, 48, 64, 4096, 10**6, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, 1.0,
     1e-30, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), "", "x", "4", "1e3", "nan", "5" * 5000,
-    "x" * 100_000, " " * 1_000_000, "\ud800", "\0", "\n", "<image>", "<image>" * 50, "auto", "../../etc/passwd", "%date%", [], [1],
-    [None, None], ["nowhere", 0], [[], 0], [{}, 0], ["1", 99], ["1", -1], ["1", "0"], {}, {"a": 1}, {"samples": None},
+    "x" * 100_000, " " * 1_000_000, "\ud800", "\0", "\n", "<image>", "<image>" * 50, "auto", "../../etc/passwd",
+    "%date%", [], [1], [None, None], ["nowhere", 0], [[], 0], [{}, 0], ["1", 99], ["1", -1], ["1", "0"], {}, {"a": 1}, {"samples": None},
     {"__value__": []}, {"__value__": ["1", 0]}, {"__value__": {"__value__": 5}}, {"content": "x"},
 )  # fmt: skip
 AWAY = ("NextStepDownload",)  # it uses the network

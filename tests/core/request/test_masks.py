@@ -48,6 +48,30 @@ def test_values_must_be_finite(value: float) -> None:
         kept_tokens(mask, (3, 4))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(()),
+        torch.ones(12),
+        torch.ones(1, 3, 4),
+        torch.ones(3, 4, dtype=torch.complex64),
+        torch.ones(3, 4).to_sparse(),
+        torch.ones(3, 4, device="meta"),
+    ],
+    ids=str,
+)
+def test_what_is_no_picture_of_numbers_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(NextStepError, match="expected .height, width"):
+        kept_tokens(mask, (3, 4))
+
+
+def test_any_kind_of_real_number_is_a_mask() -> None:
+    mask = torch.zeros(3, 4)
+    mask[1, 2] = 1
+    for dtype in (torch.uint8, torch.bool, torch.float64, torch.bfloat16, torch.float8_e4m3fn):
+        assert drawn(mask.to(dtype)) == [6]
+
+
 def test_what_an_interrupted_run_left_is_told_from_what_it_drew() -> None:
     latents = torch.randn(2, 16, 4, 6)
     assert not undrawn_tokens(latents).any()
