@@ -37,10 +37,11 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 16, 17, 48, 64, 4096, 10**6, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, 1.0,
     1e-30, 1e30, 1e308, float("nan"), float("inf"), float("-inf"), "", "x", "4", "1e3", "nan", "5" * 5000,
     "x" * 100_000, " " * 1_000_000, "\ud800", "\0", "\n", "<image>", "<image>" * 50, "auto", "../../etc/passwd",
-    "%date%", [], [1], [None, None], ["nowhere", 0], [[], 0], [{}, 0], ["1", 99], ["1", -1], ["1", "0"], {}, {"a": 1}, {"samples": None},
-    {"__value__": []}, {"__value__": ["1", 0]}, {"__value__": {"__value__": 5}}, {"content": "x"},
+    "%date%", [], [1], [None, None], ["nowhere", 0], [[], 0], [{}, 0], ["1", 99], ["1", -1], ["1", "0"], {}, {"a": 1},
+    {"samples": None}, {"__value__": []}, {"__value__": ["1", 0]}, {"__value__": {"__value__": 5}}, {"content": "x"},
 )  # fmt: skip
-AWAY = ("NextStepDownload",)  # it uses the network
+# What uses the network: a node, and some choices of two inputs.
+AWAY, FETCHING = ("NextStepDownload",), ("model_name", "vae_name")
 
 
 def good_graphs(object_info: dict) -> list[dict]:
@@ -94,6 +95,8 @@ def _edges(inputs: dict, name: str) -> list[Any]:
     stated = next((need[name] for need in inputs.values() if name in need), [None])
     options = stated[1] if len(stated) > 1 and isinstance(stated[1], dict) else {}
     ends = [options[end] for end in ("min", "max", "default") if isinstance(options.get(end), (int, float))]
+    if name in FETCHING:
+        return [0]
     choices = stated[0] if isinstance(stated[0], list) else options.get("options", [])
     return [*ends, *(end + by for end in ends for by in (1, -1, 0.5)), *choices[:20]] or [0]
 
