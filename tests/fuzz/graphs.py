@@ -140,6 +140,8 @@ def _of_error(data: dict) -> tuple[str, str]:
         return (OWN, said) if len(said) < 1500 else (RAW, f"our own error, but {len(said)} characters: {said[:1000]}")
     if not data["node_type"].startswith("NextStep"):
         return OWN, f"the host's own {data['node_type']}: {said}"
+    if "execute() got an unexpected keyword argument" in said:
+        return OWN, f"the host's own: it hands a node of any pack what is linked to no input of it: {said}"
     return RAW, "".join(data["traceback"]) + f"{data['exception_type']}: {said}"
 
 
