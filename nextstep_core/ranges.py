@@ -13,11 +13,13 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Range(Generic[Number]):
-    """A setting's least and greatest value, both allowed; whole numbers only where they are stated as such."""
+    """A setting's least and greatest value, both allowed; whole numbers only where they are stated as such. `note` is
+    told along with them."""
 
     name: str
     minimum: Number
     maximum: Number
+    note: str = ""
 
     def check(self, value: object) -> Number:
         """The value as a plain number; NextStepError, by the setting's name, when it is outside the range.
@@ -29,6 +31,5 @@ class Range(Generic[Number]):
         if number is not None and self.minimum <= number <= self.maximum:
             return cast(Number, int(number) if whole else float(number))
         kind = "whole number" if whole else "number"
-        raise NextStepError(
-            f"{self.name} is {shown(value)}; use a {kind} from {shown(self.minimum)} to {shown(self.maximum)}."
-        )
+        ends = f"from {shown(self.minimum)} to {shown(self.maximum)}"
+        raise NextStepError(f"{self.name} is {shown(value)}; use a {kind} {ends}{self.note and ', ' + self.note}.")

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import NextStepError, check_choice, check_text, shown
 from ..nextstep_core.images.contact_sheet import contact_sheet
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
@@ -20,6 +20,7 @@ from .widgets import AUTO, ends, with_widgets
 
 MOST_PICTURES = 64
 COLUMNS = Range("columns", 1, MOST_PICTURES)
+MOST_LETTERS = 200  # of a label; so many do not fit under a picture, and are seen as an oversight
 ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
@@ -30,14 +31,14 @@ DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quan
 def values_of(name: str, text: str) -> list[Any]:
     """The values that a widget lists, with commas between them; NextStepError for what is none."""
     kind, values = KINDS[name], []
-    for word in (part.strip() for part in text.split(",")):
+    for word in (part.strip() for part in check_text(name, text).split(",")):
         try:
             values.append(kind(word) if word else None)
         except ValueError:
             values.append(None)
         if values[-1] is None:
             what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-            raise NextStepError(f"{name} lists {word!r}; write {what} with commas between them.")
+            raise NextStepError(f"{name} lists {shown(word)}; write {what} with commas between them.")
     return values
 
 
@@ -151,6 +152,6 @@ class NextStepLabelledGrid(io.ComfyNode):
     @classmethod
     def execute(cls, image: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
         batches = [to_rgb(batch) for batch in image]
-        texts = (labels or []) + [""] * len(batches)
+        texts = [check_text("A label", label)[:MOST_LETTERS] for label in labels or []] + [""] * len(batches)
         named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
         return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))

@@ -27,7 +27,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ..nextstep_core.errors import OutOfMemory, check_choice, is_out_of_memory
+from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, is_out_of_memory, shown
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
 from ..nextstep_core.model.config import VAEConfig
@@ -78,10 +78,15 @@ def vae_roots() -> list[Path]:
 
 
 def last_saved_latent(filename_prefix: str) -> Path | None:
-    """The file that the host's Save Latent wrote last under this name; its own error for a name outside its folder."""
+    """The file that the host's Save Latent wrote last under this name; NextStepError for a name that cannot be one."""
     root = folder_paths.get_output_directory()
-    folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, root)
-    files = Path(folder).glob(f"{escape(name)}_*_.latent")
+    try:
+        folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, root)
+        files = list(Path(folder).glob(f"{escape(name)}_*_.latent"))
+    except Exception:  # the host has no kind of its own for a name outside its folder
+        raise NextStepError(
+            f"filename_prefix {shown(filename_prefix)} is no name inside ComfyUI's output folder."
+        ) from None
     return max(files, key=lambda file: file.name, default=None)
 
 

@@ -8,12 +8,12 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
-from ..nextstep_core.errors import NextStepError, check_choice, not_finite
+from ..nextstep_core.errors import NextStepError, not_finite
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
 from .types import CATEGORY, check_sockets
-from .widgets import canvas_inputs
+from .widgets import base_of, canvas_inputs
 
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
@@ -96,9 +96,7 @@ class NextStepAspectRatio(io.ComfyNode):
 
     @classmethod
     def execute(cls, ratio: str, base: str) -> io.NodeOutput:
-        sizes = {str(size): size for size in BASES}
-        check_choice("base", base, sizes)
-        return io.NodeOutput(*ratio_size(ratio, sizes[base]))
+        return io.NodeOutput(*ratio_size(ratio, base_of(base)))
 
 
 class NextStepVAEDecode(io.ComfyNode):

@@ -15,8 +15,8 @@ from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
 from . import host
-from .types import CATEGORY, Original, OriginalSocket
-from .widgets import FIT, KEEP_SIZE, NEAREST, ends, side_inputs
+from .types import CATEGORY, Original, OriginalSocket, check_sockets
+from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
 MARGIN = Range("margin", 0.0, 10.0)  # shares of the masked area's longer side
@@ -46,7 +46,7 @@ def canvas_size(shape: Size, size: str, base: str, width: int, height: int) -> S
         PUBLISHED_LATENTS.grid(height, width)
         return width, height
     ratio = nearest_ratio(*shape) if size == NEAREST else size
-    return ratio_size(ratio, int(base) if base.isdecimal() else 0)
+    return ratio_size(ratio, base_of(base))
 
 
 def place(pictures: Tensor, mask: Tensor | None, mode: str, area: str, margin: float, **size: object) -> Placement:
@@ -167,6 +167,8 @@ class NextStepPreparePicture(io.ComfyNode):
         check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
         check_choice("size", size, (NEAREST, FIT, *RATIOS))
         check_choice("area", area, (WHOLE, AROUND_MASK))
+        check_sockets(mask=mask)
+        margin = MARGIN.check(margin)
         pictures = to_rgb(image)
         mask = mask_of(mask, pictures)
         placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
@@ -209,6 +211,8 @@ class NextStepPasteBack(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: Tensor, original: Original, feather: int) -> io.NodeOutput:
+        check_sockets(original=original)
+        feather = FEATHER.check(feather)
         drawn, pictures, mask = to_rgb(image), original.pictures, original.mask
         if len(drawn) % len(pictures):
             raise NextStepError(

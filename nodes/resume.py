@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..nextstep_core.errors import damaged
+from ..nextstep_core.errors import check_text, damaged
 from ..nextstep_core.request.masks import undrawn_tokens
 from . import host
 from .sampler import PARTIAL
-from .types import CATEGORY
+from .types import CATEGORY, check_sockets
 
 SAMPLES = "latent_tensor"  # as the host's Save Latent names what it writes
 
@@ -22,6 +22,7 @@ SAMPLES = "latent_tensor"  # as the host's Save Latent names what it writes
 def unfinished(filename_prefix: str) -> tuple[Path, Tensor, Tensor] | None:
     """(file, latents (B, C, h, w), (rows, columns) bool where they are undrawn) of the last latent that was saved under
     this name; None when there is none, or when it is finished. NextStepError for a file that cannot be read."""
+    check_text("filename_prefix", filename_prefix)
     file = host.last_saved_latent(filename_prefix)
     if file is None:
         return None
@@ -64,6 +65,7 @@ class NextStepResume(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent: dict[str, Any], filename_prefix: str) -> io.NodeOutput:
+        check_sockets(latent=latent)
         found = unfinished(filename_prefix)
         if found is None or found[1].shape != latent["samples"].shape:
             host.show_text("nothing unfinished of this size: begins anew")

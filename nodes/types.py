@@ -109,7 +109,7 @@ def _holds_pictures(samples: Tensor) -> bool:
 def _check_mask(mask: Any) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim >= 2 and mask.numel()):
         what = f"of the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else shown(mask)
-        raise NextStepError(f"The latent's mask is {what}; expected (height, width). Use Set Latent Noise Mask.")
+        raise NextStepError(f"The mask is {what}; expected (height, width). Connect a mask that was painted.")
 
 
 SOCKETS: dict[str, Callable[[str, Any], None]] = {
@@ -117,4 +117,6 @@ SOCKETS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("positive", "negative", "first", "second"), _carries(PromptValue, "a NextStep Encode node")),
     **dict.fromkeys(("latent", "samples"), _check_latent),
     "vae": _check_vae,
+    "original": _carries(Original, "NextStep Prepare Picture"),
+    "mask": lambda _, value: _check_mask(value),
 }

@@ -10,6 +10,7 @@ from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.ranges import Range
+from ..nextstep_core.request.sizes import BASES
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS, GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
@@ -51,6 +52,12 @@ class DrawingNode(io.ComfyNode):
         except NextStepError as error:
             return str(error)
         return True
+
+
+def base_of(choice: object) -> int:
+    """The number of pixels that a base's name stands for; NextStepError when it is none."""
+    check_choice("base", choice, map(str, BASES))
+    return int(str(choice))
 
 
 def ends(number: Range[Any]) -> dict[str, Any]:

@@ -66,14 +66,15 @@ class Placement:
         when it has other proportions than the canvas.
         """
         width, height = drawn.shape[2], drawn.shape[1]
-        if abs(width * self.canvas[1] - height * self.canvas[0]) > max(*self.canvas, width, height):
+        grown = width / self.canvas[0]
+        area = tuple(round(side * grown) for side in self.area)
+        other = abs(width * self.canvas[1] - height * self.canvas[0]) > max(*self.canvas, width, height)
+        if other or not all(_cut(drawn.movedim(-1, 1), area).shape[-2:]):
             raise NextStepError(
                 f"The drawn picture is {width}x{height}, but {self.canvas[0]}x{self.canvas[1]} went out to be drawn. "
                 "Connect the picture that was drawn from the prepared one."
             )
         left, top, right, bottom = self.box
-        grown = width / self.canvas[0]
-        area = tuple(round(side * grown) for side in self.area)
         new = _resized(_cut(drawn.movedim(-1, 1), area), size_of(self.box))
         share = _cut(drawn.new_ones(1, *self.canvas[::-1]) if mask is None else mask, self.area)
         share = _resized(self._faded(share, feather)[:, None], size_of(self.box)).to(new)

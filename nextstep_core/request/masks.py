@@ -43,6 +43,6 @@ def undrawn_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> T
 
     The tokens of an interrupted run that are still to come are all zero, and no token that was drawn is of one value.
     """
-    tokens = space.cut(latents)
     rows, columns = space.grid_of(latents)
+    tokens = space.cut(latents)
     return (tokens.amin(-1) == tokens.amax(-1)).any(0).reshape(rows, columns)

@@ -11,8 +11,8 @@ from .guidance import SCHEDULES
 from .solvers import SAMPLERS
 
 STEPS = Range("steps", 1, 1000)
-CFG = Range("cfg", 1.0, 100.0)
-CFG_IMG = Range("cfg_img", 1.0, 100.0)
+CFG = Range("cfg", 1.0, 100.0, "where 1 turns this guidance off")
+CFG_IMG = Range("cfg_img", 1.0, 100.0, CFG.note)
 SHIFT = Range("shift", 0.01, 100.0)
 SEED = Range("seed", 0, 2**64 - 1)
 NUMBERS: dict[str, Range[Any]] = {number.name: number for number in (STEPS, CFG, CFG_IMG, SHIFT)}

@@ -58,9 +58,41 @@ def batch() -> dict:
     return graph
 
 
+def prepared() -> dict:
+    """A photograph that is brought to size, and what becomes of it put back."""
+    graph = {name: text_to_image()[name] for name in ("save",)}
+    graph["photo"] = node("EmptyImage", width=100, height=64, batch_size=1, color=0x2050E0)
+    graph["paint"] = node("SolidMask", value=1.0, width=100, height=64)
+    graph["prepare"] = node(
+        "NextStepPreparePicture",
+        image=["photo", 0], mode="crop", size="nearest aspect ratio", base="256", width=64, height=64,
+        mask=["paint", 0], area="around the mask", margin=0.5,
+    )  # fmt: skip
+    graph["back"] = node("NextStepPasteBack", image=["prepare", 0], original=["prepare", 2], feather=16)
+    graph["save"]["inputs"]["images"] = ["back", 0]
+    return graph
+
+
+def compared() -> dict:
+    """Two pictures beside each other."""
+    graph = text_to_image()
+    graph["compare"] = node("NextStepCompare", cfg="2, 3", steps="2", shift="1", sampler="auto", quantization="auto")
+    graph["sampler"]["inputs"]["cfg"] = ["compare", 0]
+    graph["grid"] = node("NextStepLabelledGrid", image=["decode", 0], columns=2, labels=["compare", 5])
+    graph["save"]["inputs"]["images"] = ["grid", 0]
+    return graph
+
+
+def resumed() -> dict:
+    graph = text_to_image()
+    graph["resume"] = node("NextStepResume", latent=["latent", 0], filename_prefix="NextStep/unfinished")
+    graph["sampler"]["inputs"]["latent"] = ["resume", 0]
+    return graph
+
+
 GRAPHS = {
     "text": text_to_image, "edit": edit, "box": lambda: in_one(False), "edit box": lambda: in_one(True),
-    "ratio": with_ratio, "batch": batch,
+    "ratio": with_ratio, "batch": batch, "prepared": prepared, "compared": compared, "resumed": resumed,
 }  # fmt: skip
 NUMBERS: list[Any] = [None, "4", {}, [], 0, -1, NAN, INF, 1e30, 1e-30, 2**64, 10**5000, torch.tensor(3), False]
 TEXTS: list[Any] = [None, 5, {}, [], b"x", "half \ud800", "x" * 100_000, " " * 11_000_000]
@@ -77,6 +109,20 @@ PICTURES: list[Any] = [
     None, "x", {}, PICTURE[0], PICTURE[:0], PICTURE[:, :0], PICTURE * NAN, (PICTURE * 255).byte(), PICTURE[..., :0],
     PICTURE.repeat(1, 1, 1, 2), PICTURE.to_sparse(),
 ]  # fmt: skip
+MASKS: list[Any] = ["x", {}, 5, torch.zeros(0, 8, 8), torch.ones(5), torch.ones(1, 3, 7), torch.tensor(1.0)]
+WORDS: list[Any] = [
+    None,
+    5,
+    {},
+    [],
+    b"x",
+    "half \ud800",
+    "\0",
+    "x" * 100_000,
+    "../../../etc/passwd",
+    "1e400",
+    "9" * 5000,
+]
 # For each graph: the nodes, inputs and values that are tried there.
 TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
     "text": [
@@ -99,6 +145,18 @@ TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
     ],
     "edit box": [("box", "instruction", TEXTS), ("box", "image", PICTURES), ("box", "cfg_img", NUMBERS)],
     "ratio": [("ratio", "ratio", CHOICES), ("ratio", "base", [*CHOICES, "500", 512, "²"])],
+    "prepared": [
+        ("prepare", "image", PICTURES), ("prepare", "mode", CHOICES), ("prepare", "size", CHOICES),
+        ("prepare", "base", CHOICES), ("prepare", "mask", MASKS), ("prepare", "area", CHOICES),
+        ("prepare", "margin", [*NUMBERS[:4], *NUMBERS[5:9]]), ("back", "image", PICTURES),
+        ("back", "original", MODELS), ("back", "feather", [*NUMBERS[:4], *NUMBERS[5:], 10**6]),
+    ],
+    "compared": [
+        ("compare", "cfg", WORDS), ("compare", "steps", WORDS), ("compare", "sampler", WORDS),
+        ("compare", "quantization", WORDS), ("grid", "columns", NUMBERS), ("grid", "image", PICTURES),
+        ("grid", "labels", [*TEXTS[:6]]),
+    ],
+    "resumed": [("resume", "latent", LATENTS[:12]), ("resume", "filename_prefix", [*WORDS[:6], WORDS[8]])],
     "batch": [("both", "first", MODELS), ("both", "second", MODELS)],
 }  # fmt: skip
 PLACES = [(name, *place) for name, places in TRIED.items() for place in places]

@@ -111,7 +111,7 @@ def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -
     ("widgets", "sentence"),
     [
         ({"width": 72}, "The nearest size is 64x64."),
-        ({"cfg": 0.5}, "cfg is 0.5; use a number from 1 to 100."),
+        ({"cfg": 0.5}, "cfg is 0.5; use a number from 1 to 100, where 1 turns this guidance off"),
         ({"steps": 0}, "steps is 0"),
         (
             {"model_name": "gone"},
