@@ -70,8 +70,7 @@ def _readable(path: Path) -> Iterator[None]:
     except NextStepError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise damaged(path, reason) from None
+        raise damaged(path, error) from None
 
 
 Tensors: TypeAlias = Callable[[str], Tensor]  # from a name in a file to its tensor

@@ -38,7 +38,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     except (NextStepError, FileNotFoundError):
         raise
     except Exception as error:  # what unpickling raises is whatever the pickle makes it
-        raise damaged(path, (str(error).splitlines() or [type(error).__name__])[0][:300]) from None
+        raise damaged(path, error) from None
     if not isinstance(state, dict) or not all(type(v) in (Tensor, torch.nn.Parameter) for v in state.values()):
         raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")
     _check_tensors(path, state)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hostile_files
 import pytest
 import torch
 from checkpoint_files import INDEX, edit_json
@@ -37,6 +38,14 @@ def test_a_hostile_header_is_one_sentence(tmp_path: Path, name: str) -> None:
     HEADERS[name](path)
     with pytest.raises(NextStepError, match=r"x\.safetensors is damaged"):
         find_tensors(path)
+
+
+def test_a_librarys_own_words_are_shortened(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    hostile_files.with_header(path, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":"' + b"a" * 100_000 + b'"}}')
+    with pytest.raises(NextStepError, match="damaged") as caught:
+        find_tensors(path)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("kind", [".safetensors", ".pt", ".gguf"])
