@@ -1,6 +1,7 @@
 """How few network calls per token each sampler needs: accuracy on held-out prompts over steps, on the embedded model.
 
 python -m benchmarks.samplers --count 100 --output docs/samplers.md
+python -m benchmarks.samplers --sampler flow-heun   # one row
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def table(results: dict[str, dict[int, float]], count: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100, help="prompts per cell")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="measure this one alone")
     parser.add_argument("--output", type=Path, help="also write a Markdown page here")
     arguments = parser.parse_args()
     pipeline = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
-    text = table({name: measure(pipeline, name, arguments.count) for name in SAMPLERS}, arguments.count)
+    names = [arguments.sampler] if arguments.sampler else list(SAMPLERS)
+    text = table({name: measure(pipeline, name, arguments.count) for name in names}, arguments.count)
     print(text)
     if arguments.output:
         command = f"python -m benchmarks.samplers --count {arguments.count} --output {arguments.output}"

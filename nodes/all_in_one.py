@@ -99,7 +99,7 @@ class NextStepImageEdit(DrawingNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
-                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.Image.Input("image", tooltip="The picture. Each picture of a batch is edited separately."),
                 io.String.Input(
                     "instruction",
                     multiline=True,

@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..nextstep_core.errors import NextStepError, shown
-from ..nextstep_core.loading import catalog
+from ..nextstep_core.loading import catalog, hub, kept, offers
+from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS
 from ..nextstep_core.loading.store import ASSETS, EMBEDDED
 from . import host
 
-EMBEDDED_LABEL = f"{EMBEDDED} (embedded)"
+EMBEDDED_LABEL = offers.remark(EMBEDDED, offers.EMBEDDED)
 NOTHING_FOUND = "no model found"
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a dropdown lists: its word in a sentence, what of it is published, and a single file as an example."""
+
+    word: str
+    published: Sequence[str]
+    file: str
+
+
+MODEL = Kind("model", offers.CHECKPOINTS, "such as nextstep-1.1-int8.safetensors in models/diffusion_models")
+VAE = Kind("VAE", (offers.VAE_ALONE,), "nextstep-vae.safetensors in models/vae")
 
 
 def models() -> dict[str, Path]:
     """Checkpoints by the name that the dropdown shows: those in the host's folders, then those in the Hugging Face
-    cache, and the embedded one last."""
+    cache, those of which only the quantized weights are left, and the embedded one last."""
     found = catalog.models(host.model_roots(), host.single_file_roots())
-    found |= {f"{repo} (Hugging Face cache)": folder for repo, folder in catalog.cached_models().items()}
+    found |= {offers.remark(repo, offers.CACHED): folder for repo, folder in catalog.cached_models().items()}
+    # What was quantized stands for a checkpoint only where that is gone.
+    for name, folder in kept.all_shelves(host.model_roots()).items():
+        if offers.find(name, found) is None:
+            found[offers.remark(name, offers.KEPT)] = folder
     if (ASSETS / EMBEDDED).is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
     return found
 
 
 def vaes() -> dict[str, Path]:
-    """VAEs by the name that the dropdown shows, the embedded one last."""
+    """VAEs by the name that the dropdown shows, in the same order."""
     found = catalog.vaes(host.model_roots(), host.vae_roots())
+    found |= {offers.remark(repo, offers.CACHED): folder for repo, folder in catalog.cached_vaes().items()}
     if (ASSETS / EMBEDDED / "vae").is_dir():
         found[EMBEDDED_LABEL] = ASSETS / EMBEDDED / "vae"
     return found
 
 
+def model_options() -> list[str]:
+    """The dropdown of models: what is there, then what can be fetched."""
+    return _options(models(), MODEL)
+
+
+def vae_options() -> list[str]:
+    """The dropdown of VAEs: what is there, then what can be fetched."""
+    return _options(vaes(), VAE)
+
+
+def _options(there: dict[str, Path], kind: Kind) -> list[str]:
+    # The first is what a new node starts with: never a download.
+    return [*(there or [NOTHING_FOUND]), *(offers.offers(kind.published, there) if hub.forbidden() is None else ())]
+
+
+def name_of(checkpoint: Path) -> str:
+    """The name of a checkpoint that is listed, without remarks."""
+    return next((offers.bare(label) for label, path in models().items() if path == checkpoint), checkpoint.name)
+
+
 def vae_of(checkpoint: Path) -> Path | None:
     """The VAE that goes with a checkpoint: its own or, where it has none, the only other one there is."""
-    others = [path for name, path in vaes().items() if name != EMBEDDED_LABEL]
-    return catalog.vae_of(checkpoint, others)
+    others = catalog.vaes(host.model_roots(), host.vae_roots()) or catalog.cached_vaes()
+    return catalog.vae_of(checkpoint, others.values())
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -43,31 +85,36 @@ def fingerprint(checkpoint: Path) -> str:
     return catalog.fingerprint(checkpoint) + ("" if vae_path is None else catalog.fingerprint(vae_path))
 
 
-def _find(name: str, among: dict[str, Path], kind: str, ways: str) -> Path:
-    if isinstance(name, str) and name in among:
-        return among[name]
-    folders = " or ".join(str(root) for root in host.model_roots())
-    what = f"There is no NextStep {kind}"
-    if name != NOTHING_FOUND:
-        what = f"The NextStep {kind} {shown(name)} is not there"
-    raise NextStepError(f"{what}. Three ways to get one: {ways.format(folders)}. Then press R to refresh the node.")
+def find_model(name: str) -> Path | None:
+    """Path of the checkpoint that a saved name means; None where the name asks for a download of what is not there.
+
+    NextStepError says what would do instead and how to get it if it is not there.
+    """
+    there, text = models(), name if isinstance(name, str) else ""
+    fitting = offers.would_do(text, (label for label in there if label != EMBEDDED_LABEL))
+    return _find(name, there, MODEL, offers.nearest(text), fitting)
 
 
-MODEL_WAYS = (
-    "run Download NextStep Model; put a folder from Hugging Face (such as stepfun-ai/NextStep-1.1) into {}; "
-    "or put a single file (such as nextstep-1.1-int8.safetensors) into models/diffusion_models"
-)
-VAE_WAYS = (
-    "run Download NextStep Model for NextStep-1-f8ch16-Tokenizer; put that folder from Hugging Face into {}; "
-    "or put a single file (nextstep-vae.safetensors) into models/vae"
-)
+def find_vae(name: str) -> Path | None:
+    """Path of the VAE that a saved name means; see `find_model`."""
+    there = vaes()
+    return _find(name, there, VAE, offers.VAE_ALONE, [label for label in there if label != EMBEDDED_LABEL])
 
 
-def find_model(name: str) -> Path:
-    """Path of the checkpoint that the dropdown calls `name`; NextStepError says how to get one if it is not there."""
-    return _find(name, models(), "model", MODEL_WAYS)
-
-
-def find_vae(name: str) -> Path:
-    """Path of the VAE that the dropdown calls `name`; NextStepError says how to get one if it is not there."""
-    return _find(name, vaes(), "VAE", VAE_WAYS)
+def _find(name: str, there: dict[str, Path], kind: Kind, wanted: str, fitting: list[str]) -> Path | None:
+    if isinstance(name, str):
+        found = offers.find(name, there)
+        if found is not None or (offers.asked_for(name, kind.published) and hub.forbidden() is None):
+            return found
+        name = offers.bare(name)
+    what = "" if name == NOTHING_FOUND else f" {shown(name)}"
+    said = [f"There is no NextStep {kind.word}{what}."]
+    if fitting:
+        said.append(f"Of what you have, {' or '.join(fitting[:MOST_NAMED])} would do: choose it in the node.")
+    if offers.find(wanted, there) is None:
+        forbids = hub.forbidden()
+        allow = f"unset {forbids}, which forbids downloads, and " if forbids else ""
+        said.append(f"To get {wanted}: {allow}choose {offers.offer(wanted)} in the node and press Run.")
+        said.append(hub.by_hand(PUBLISHED_CHECKPOINTS[wanted], host.model_roots()[0] / wanted))
+    said.append(f"A single file ({kind.file}) does too. Then press R to refresh the node.")
+    raise NextStepError(" ".join(said))

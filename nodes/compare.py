@@ -18,6 +18,7 @@ from .types import CATEGORY
 from .widgets import AUTO, with_widgets
 
 MOST_PICTURES = 64
+ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
 
@@ -86,10 +87,10 @@ class NextStepCompare(io.ComfyNode):
                 io.Float.Output("each_cfg", display_name="cfg", is_output_list=True, tooltip="For the sampler."),
                 io.Int.Output("each_steps", display_name="steps", is_output_list=True, tooltip="For the sampler."),
                 io.Float.Output("each_shift", display_name="shift", is_output_list=True, tooltip="For the sampler."),
-                io.Combo.Output(
+                ChoiceSocket.Output(
                     "each_sampler", display_name="sampler", is_output_list=True, tooltip="For the sampler."
                 ),
-                io.Combo.Output(
+                ChoiceSocket.Output(
                     "each_quantization",
                     display_name="quantization",
                     is_output_list=True,

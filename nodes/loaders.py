@@ -15,6 +15,7 @@ from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.decoding.memory import fitting_recipe
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import LatentSpace
+from ..nextstep_core.loading import kept, offers
 from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
@@ -22,6 +23,8 @@ from ..nextstep_core.model.nextstep import NextStepModel
 from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.quantization import RECIPES
 from . import catalog, host
+from .download import fetch
+from .keeping import KEEP_AUTO, KEEP_OFF, KEEPING, Keeper
 from .types import CATEGORY, HostModel, ModelSocket
 from .widgets import AUTO
 
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 
 UNQUANTIZED = "none"
 STORED = (UNQUANTIZED, *RECIPES, AUTO)
+TO_FETCH = "to be fetched"
 
 
 @dataclass(frozen=True)
@@ -44,34 +48,51 @@ class LoadOptions:
 _loaded: WeakValueDictionary[tuple[str, LoadOptions], HostModel] = WeakValueDictionary()
 
 
-def load_model(name: str, options: LoadOptions) -> HostModel:
-    """The model behind a dropdown name; loads it unless an equal one is still in use."""
+def load_model(name: str, options: LoadOptions, keeping: str = KEEP_OFF) -> HostModel:
+    """The model behind a dropdown name; loads it unless an equal one is still in use.
+
+    `keeping` is one of KEEPING: what becomes of weights that are quantized on the way.
+    """
     check_choice("dtype", options.dtype, host.DTYPE_CHOICES)
     check_choice("quantization", options.quantization, (UNQUANTIZED, *RECIPES, AUTO))
     check_choice("cuda_graphs", options.cuda_graphs, (True, False))
-    path = catalog.find_model(name)
+    check_choice("keep_quantized", keeping, KEEPING)
+    path = model_path(name)
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, options)
+        model = _loaded[key] = _load(path, options, keeping)
     return model
 
 
-def _load(path: Path, options: LoadOptions) -> HostModel:
+def model_path(name: str) -> Path:
+    """Where the checkpoint of a saved name lies; fetches it where the name asks for it and it is not there."""
+    return catalog.find_model(name) or fetch(offers.bare(name))
+
+
+def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     device = host.compute_device()
-    stated = None if options.quantization in (UNQUANTIZED, AUTO) else options.quantization
-    plan = plan_model(path, stated, device)
+    shelves = kept.shelves(catalog.name_of(path), path, host.model_roots())
+    left = kept.by_recipe(shelves) if kept.lacks_weights(path) else {}
+    if left:
+        path = _left_of(path, left, options)
+        plan = plan_model(path, None, device)
+    else:
+        plan = plan_model(path, None if options.quantization in (UNQUANTIZED, AUTO) else options.quantization, device)
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
         plan = _with_fitting_recipe(plan, storage, compute)
+    plan = plan.for_computing_on(device)
+    keeper = Keeper.of(plan, storage, shelves, keeping, path)
+    plan = keeper.plan
     adopted: list[Any] = []
 
     def load() -> NextStepModel:
         model = plan.empty_model(host.operations(storage, compute), host.HostQuantizedLinear)
         reporter = host.ProgressReporter(len(plan.model_names))
         read = plan.read_model("cpu", storage, lambda done, _: reporter.update(done), device, host.check_interrupt)
-        adopted.append(host.adopt(model, read, compute))
+        adopted.append(host.adopt(model, keeper.passing(read), compute))
         return model
 
     engine = NextStepEngine.assemble(plan, latents, load, options.cuda_graphs and host.graphs_allowed())
@@ -79,8 +100,23 @@ def _load(path: Path, options: LoadOptions) -> HostModel:
     host.on_unload(patcher, engine.release)
     stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
-    host.show_text(f"weights stored as {stored}")
+    host.show_text("\n".join([f"weights stored as {stored}", *keeper.remarks()]))
     return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
+
+
+def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
+    """Of the quantized files that are left of a checkpoint without its weights, the one to load."""
+    if options.quantization == AUTO:
+        smallest = min(left.values(), key=lambda file: file.stat().st_size)
+        room, plan = host.card_memory(), plan_model(smallest)
+        storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
+        return left.get((room is not None and fitting_recipe(plan, storage, compute, room)) or UNQUANTIZED, smallest)
+    if options.quantization not in left:
+        raise NextStepError(
+            f"{path} has no weights any more; what was kept of them is {' and '.join(left)}. Choose that or auto as "
+            "quantization, or get the checkpoint again with Download NextStep Model."
+        )
+    return left[options.quantization]
 
 
 def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
@@ -121,9 +157,10 @@ class NextStepModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list(catalog.models()) or [catalog.NOTHING_FOUND],
+                    options=catalog.model_options(),
                     tooltip="A checkpoint folder in models/nextstep, or a single NextStep file in models/nextstep or "
-                    "models/diffusion_models.",
+                    "models/diffusion_models. An entry that says it downloads is fetched from Hugging Face into "
+                    "models/nextstep when the node runs, and is there from then on.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -148,13 +185,22 @@ class NextStepModelLoader(io.ComfyNode):
                     tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if your "
                     "driver has problems with it; the pictures are the same.",
                 ),
+                io.Combo.Input(
+                    "keep_quantized",
+                    options=list(KEEPING),
+                    default=KEEP_AUTO,
+                    optional=True,
+                    tooltip="What was quantized while loading is kept in models/nextstep/.quantized and read from "
+                    "there the next time. auto: where the disk has room. keep originals: the same, and the node says "
+                    "which files you may delete then; none is deleted for you. off: quantize anew each time.",
+                ),
             ],
             outputs=[
                 ModelSocket.Output("model", display_name="model", tooltip="The model with its tokenizer."),
                 io.Vae.Output(
                     "vae",
                     display_name="vae",
-                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE there is. Core VAE nodes take it "
+                    tooltip="The checkpoint's own VAE, or the only other NextStep VAE found. Core VAE nodes accept it "
                     "too.",
                 ),
             ],
@@ -171,11 +217,12 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
-        return catalog.fingerprint(catalog.find_model(model_name))
+        path = catalog.find_model(model_name)
+        return TO_FETCH if path is None else catalog.fingerprint(path)
 
     @classmethod
-    def execute(cls, model_name: str, **options: Any) -> io.NodeOutput:
-        model = load_model(model_name, LoadOptions(**options))
+    def execute(cls, model_name: str, keep_quantized: str = KEEP_AUTO, **options: Any) -> io.NodeOutput:
+        model = load_model(model_name, LoadOptions(**options), keep_quantized)
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
         return io.NodeOutput(model, model.vae or host.NoOutput(missing))
 
@@ -194,12 +241,13 @@ class NextStepVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=list(catalog.vaes()) or [catalog.NOTHING_FOUND],
+                    options=catalog.vae_options(),
                     tooltip="A single NextStep VAE file in models/vae or models/nextstep, a folder with config.json "
-                    "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it.",
+                    "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it. An "
+                    "entry that says it downloads is fetched when the node runs.",
                 ),
             ],
-            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes take it too.")],
+            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes accept it too.")],
         )
 
     @classmethod
@@ -213,9 +261,10 @@ class NextStepVAELoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str) -> str:
-        return fingerprint(catalog.find_vae(vae_name))
+        path = catalog.find_vae(vae_name)
+        return TO_FETCH if path is None else fingerprint(path)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        config, state = load_vae_state(catalog.find_vae(vae_name))
+        config, state = load_vae_state(catalog.find_vae(vae_name) or fetch(offers.bare(vae_name)))
         return io.NodeOutput(host.native_vae(config, state))

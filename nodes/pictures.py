@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from comfy_api.latest import io
 from torch import Tensor
@@ -128,6 +130,7 @@ class NextStepPreparePicture(io.ComfyNode):
                     tooltip="Around the mask: how much is seen on each side, as a share of the masked area's longer "
                     "side.",
                 ),
+                io.Vae.Input("vae", optional=True, tooltip="The checkpoint's VAE; only the latent output needs it."),
             ],
             outputs=[
                 io.Image.Output("picture", display_name="image", tooltip="Goes to an encode node."),
@@ -136,6 +139,11 @@ class NextStepPreparePicture(io.ComfyNode):
                 io.Int.Output("new_width", display_name="width", tooltip="Of the picture that is drawn, in pixels."),
                 io.Int.Output("new_height", display_name="height", tooltip="Of the picture that is drawn, in pixels."),
                 io.String.Output("report", display_name="report", tooltip="What was done, in a line."),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="Picture and mask for NextStep Sampler: what is masked is drawn, the rest kept.",
+                ),
             ],
         )
 
@@ -151,6 +159,7 @@ class NextStepPreparePicture(io.ComfyNode):
         mask: Tensor | None = None,
         area: str = WHOLE,
         margin: float = 0.5,
+        vae: Any = None,
     ) -> io.NodeOutput:
         check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
         check_choice("size", size, (NEAREST, FIT, *RATIOS))
@@ -163,7 +172,11 @@ class NextStepPreparePicture(io.ComfyNode):
         drawn = pictures.new_zeros(1, *pictures.shape[1:3]) if mask is None else mask
         fitted = placement.take_mask(drawn)
         original = Original(pictures, placement, fitted if mask is not None else None)
-        return io.NodeOutput(placement.take(pictures), fitted, original, *placement.canvas, said)
+        taken = placement.take(pictures)
+        latent = host.NoOutput("Connect a VAE to NextStep Prepare Picture: its latent output needs one.")
+        if vae is not None:
+            latent = {"samples": vae.encode(taken), "noise_mask": fitted}
+        return io.NodeOutput(taken, fitted, original, *placement.canvas, said, latent)
 
 
 class NextStepPasteBack(io.ComfyNode):

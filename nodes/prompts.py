@@ -156,7 +156,7 @@ class NextStepEditEncode(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="The model that will edit (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
-                io.Image.Input("image", tooltip="The picture. In a batch every picture is edited by itself."),
+                io.Image.Input("image", tooltip="The picture. Each picture of a batch is edited separately."),
                 io.String.Input(
                     "instruction",
                     multiline=True,

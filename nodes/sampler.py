@@ -202,12 +202,12 @@ class NextStepSampler(DrawingNode):
                 io.Latent.Input(
                     "latent",
                     tooltip="Size and batch, from NextStep Empty Latent. An encoded picture with a mask (Set Latent "
-                    "Noise Mask) is kept outside the mask. A latent that an interrupted run kept is completed.",
+                    "Noise Mask) is kept outside the mask. A latent kept from an interrupted run is completed.",
                 ),
                 PromptSocket.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to avoid; works with cfg above 1. May be left open.",
+                    tooltip="What to avoid; has an effect with cfg above 1. Optional.",
                 ),
                 *setting_inputs(steps=28, shift=1.0),
                 cfg_img_input(),
@@ -216,8 +216,8 @@ class NextStepSampler(DrawingNode):
                     options=[DISCARD, KEEP_PARTIAL],
                     default=DISCARD,
                     optional=True,
-                    tooltip="What Interrupt leaves: nothing, or the part that is drawn. Sampling the kept latent again "
-                    "with the same seed and settings finishes the same picture.",
+                    tooltip="What Interrupt returns: nothing, or the finished part. Sample the kept latent again with "
+                    "the same seed and settings to complete the same picture.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],

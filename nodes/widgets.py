@@ -151,9 +151,9 @@ def size_inputs() -> list[io.Input]:
             "size",
             options=list(SIZES),
             default=NEAREST,
-            tooltip="How the picture is brought to a size that can be drawn. nearest aspect ratio: the closest of the "
-            "17 trained ratios, about as large as width x height. width and height: exactly those. keep: as it is, cut "
-            "to multiples of 16. What does not fit is cut off evenly on both sides.",
+            tooltip="How the picture is resized. nearest aspect ratio: the closest of the 17 trained ratios, about as "
+            "large as width x height. width and height: exactly those. keep: its own size, cropped to multiples of 16. "
+            "What does not fit is cropped evenly on both sides.",
         ),
         *side_inputs(),
     ]

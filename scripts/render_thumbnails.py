@@ -13,10 +13,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from scripts.comfy_server import ComfyServer, find_comfyui, make_base, running_server
+from scripts.templates import number
 from scripts.workflows import FOLDER, ON_EMBEDDED, read_workflow, to_prompt
 
+LOADED = "thumbnail.png"
 SIDE, GAP, INK, PAPER = 400, 8, (236, 238, 242), (48, 52, 60)
 TINY = {**ON_EMBEDDED, "dtype": "auto", "steps": 20, "cfg": 3.0, "shift": 1.0, "size": "keep"}
+
+AS_IT_IS = {"mode": "keep", "size": "nearest aspect ratio", "area": "whole picture"}  # of Prepare Picture
 
 
 class Studio:
@@ -26,12 +30,16 @@ class Studio:
         self.server, self.info = server, server.call("/object_info")
 
     def draw(self, template: str, *texts: str, picture: Image.Image | None = None, **widgets: object) -> Image.Image:
-        """The picture that `NextStep <template>` saves; `texts` replace its prompts in order, the others fall empty."""
+        """The picture that `NextStep <template>` saves; `texts` replace its prompts in order, the others fall empty.
+
+        `picture` is the one that it loads.
+        """
         if picture is not None:
-            picture.save(self.server.base / "input" / "example.png")
-        prompt = to_prompt(read_workflow(FOLDER / f"NextStep {template}.json"), self.info, **TINY, **widgets)
+            picture.save(self.server.base / "input" / LOADED)
+            widgets["image"] = LOADED
+        prompt = to_prompt(read_workflow(FOLDER / f"NextStep {template}.json"), self.info, **TINY | widgets)
         left = list(texts)
-        for key in sorted(prompt, key=int):
+        for key in sorted(prompt, key=lambda key: (key == str(number("negative")), int(key))):
             inputs = prompt[key]["inputs"]
             for name in {"prompt", "instruction"} & inputs.keys():
                 inputs[name] = left.pop(0) if left else ""
@@ -52,17 +60,13 @@ def sheet(*placed: tuple[Image.Image, tuple[int, int, int, int]]) -> Image.Image
 
 
 def before_and_after(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Two pictures of one size with an arrow from the first to the second: side by side, squares overlapping."""
-    width = (SIDE - 3 * GAP) // 2 if after.height > after.width else 250
-    height = width * after.height // after.width
-    top = (SIDE - height) // 2 if after.height > after.width else GAP
-    corners = (GAP, top), (SIDE - GAP - width, SIDE - top - height)
-    boxes = [(left, top, left + width, top + height) for left, top in corners]
-    out, middle = sheet((before, boxes[0]), (after, boxes[1])), SIDE // 2
+    """Two pictures of one size side by side, with an arrow from the first to the second."""
+    width = (SIDE - 3 * GAP) // 2
+    height, middle = width * after.height // after.width, SIDE // 2
+    top = (SIDE - height) // 2
+    boxes = [(left, top, left + width, top + height) for left in (GAP, SIDE - GAP - width)]
+    out = sheet((before, boxes[0]), (after, boxes[1]))
     pen = ImageDraw.Draw(out)
-    if height == width:
-        pen.rectangle(boxes[1], outline=PAPER, width=GAP)
-        middle = boxes[1][0]
     pen.ellipse((middle - 24, middle - 24, middle + 24, middle + 24), fill=PAPER, outline=INK, width=3)
     pen.polygon([(middle - 8, middle - 12), (middle - 8, middle + 12), (middle + 13, middle)], fill=INK)
     return out
@@ -97,7 +101,7 @@ def inpaint(studio: Studio) -> Image.Image:
     scene = "a red circle left of a {} on a white background"
     before = studio.draw("Text to Image", scene.format("blue square"), width=64, height=64, seed=4)
     see_through, mask = masked(before, (32, 0, 64, 64))
-    after = studio.draw("Inpaint", scene.format("green star"), picture=see_through, seed=3)
+    after = studio.draw("Inpaint", scene.format("green star"), picture=see_through, seed=3, **AS_IT_IS)
     return before_and_after(with_hatching(before, mask), after)
 
 
@@ -105,7 +109,7 @@ def outpaint(studio: Studio) -> Image.Image:
     scene = "a large orange circle on a purple background"
     whole = studio.draw("Text to Image", scene, width=64, height=128, seed=2)
     half = whole.crop((0, 0, 64, 64))
-    after = studio.draw("Outpaint", scene, picture=half, bottom=64, seed=2)
+    after = studio.draw("Outpaint", scene, picture=half, bottom=64, seed=2, **AS_IT_IS)
     padded = Image.new("RGB", (64, 128))
     padded.paste(half)
     return before_and_after(with_hatching(padded, masked(padded, (0, 64, 64, 128))[1]), after)
@@ -131,6 +135,20 @@ def low_vram(studio: Studio) -> Image.Image:
     return out
 
 
+def compare(studio: Studio) -> Image.Image:
+    drawn = studio.draw(
+        "Compare", "a yellow star on a blue background", width=64, height=64, seed=3, cfg="1, 3", steps="4, 20"
+    )
+    side = min(SIDE, SIDE * drawn.height // drawn.width)
+    return sheet((drawn, (0, (SIDE - side) // 2, SIDE, (SIDE + side) // 2)))
+
+
+def resume(studio: Studio) -> Image.Image:
+    drawn = studio.draw("Resume", "a white triangle on a purple background", width=64, height=64, seed=2)
+    rest = masked(drawn, (0, 40, 64, 64))[1]
+    return before_and_after(with_hatching(drawn, rest), drawn)
+
+
 def whole(picture: Image.Image) -> Image.Image:
     return sheet((picture, (0, 0, SIDE, SIDE)))
 
@@ -152,11 +170,12 @@ THUMBNAILS = {
             *("a red circle on a yellow background", "a white star on a blue background"),
             width=64,
             height=64,
-            spacing_width=2,
             seed=5,
         )  # fmt: skip
     ),
     "Low VRAM": low_vram,
+    "Compare": compare,
+    "Resume": resume,
 }
 
 
@@ -166,7 +185,6 @@ def main() -> None:
         sys.exit("No ComfyUI found: set COMFYUI_PATH to a checkout of it.")
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder) / "base")
-        Image.new("RGB", (64, 64)).save(base / "input" / "example.png")
         with running_server(comfyui, base) as server:
             studio = Studio(server)
             for name, render in THUMBNAILS.items():

@@ -11,8 +11,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
 ALL = sorted(FOLDER.glob("*.json"))
 FIRST_RUN = FOLDER / "NextStep First Run.json"
 TEXT_TO_IMAGE = FOLDER / "NextStep Text to Image.json"
-EMBEDDED = "tiny (embedded)"  # in the loaders' dropdowns
-ON_EMBEDDED = {"model_name": EMBEDDED, "vae_name": EMBEDDED}
+EMBEDDED = "tiny (embedded)"  # in the loader's dropdown
+ON_EMBEDDED = {"model_name": EMBEDDED}
 
 
 def read_workflow(path: Path) -> dict:

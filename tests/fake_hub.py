@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, with one repository: as much of its API as fetching a checkpoint needs."""
+"""A Hugging Face hub on this machine, with a few repositories: as much of its API as fetching a checkpoint needs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from pathlib import Path
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden" / "tiny-a"
 COMMIT = "c0ffee" + "0" * 34
 REPO = "stepfun-ai/NextStep-1.1"
+EDITING = "stepfun-ai/NextStep-1-Large-Edit"
+VAE_ALONE = "stepfun-ai/NextStep-1-f8ch16-Tokenizer"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one repository: the reference checkpoint, and a Python file that nobody may fetch."""
+    """Serves the reference checkpoint under two names, with a Python file that nobody may fetch, and its VAE alone.
+
+    `refusal` is the HTTP status and the hub's own code of an answer to everything, where it is set.
+    """
 
     daemon_threads = True
 
@@ -22,6 +27,9 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = {str(p.relative_to(GOLDEN)): p.read_bytes() for p in GOLDEN.rglob("*") if p.is_file()}
         self.files["modeling.py"] = b"raise SystemExit('remote code ran')"
+        vae = {name.removeprefix("vae/"): data for name, data in self.files.items() if name.startswith("vae/")}
+        self.repositories = {REPO: self.files, EDITING: self.files, VAE_ALONE: vae}
+        self.refusal: tuple[int, str] | None = None
         self.lie_about: str | None = None
         self.damaged: dict[str, bytes] = {}  # what is sent in the place of a file
         self.asked: list[tuple[str, str | None]] = []
@@ -31,9 +39,9 @@ class Hub(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def listing(self) -> dict:
+    def listing(self, repo: str) -> dict:
         files = []
-        for name, data in self.files.items():
+        for name, data in self.repositories[repo].items():
             entry = {
                 "rfilename": name,
                 "size": len(data),
@@ -44,8 +52,8 @@ class Hub(ThreadingHTTPServer):
                 entry["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
             files.append(entry)
         return {
-            "id": REPO,
-            "modelId": REPO,
+            "id": repo,
+            "modelId": repo,
             "sha": COMMIT,
             "siblings": files,
             "tags": [],
@@ -69,10 +77,14 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self, send: bool) -> None:
         path = self.path.split("?")[0]
-        if path.startswith(f"/api/models/{REPO}"):
-            return self.reply(200, json.dumps(self.server.listing()).encode(), send)
-        name = path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
-        data = self.server.damaged.get(name, self.server.files.get(name))
+        if self.server.refusal is not None:
+            status, code = self.server.refusal
+            return self.reply(status, b"{}", send, {"X-Error-Code": code})
+        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        if path.startswith("/api/models/") and repo in self.server.repositories:
+            return self.reply(200, json.dumps(self.server.listing(repo)).encode(), send)
+        name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
+        data = self.server.damaged.get(name, self.server.repositories.get(repo, {}).get(name))
         if data is None:
             return self.reply(404, b"{}", send, {"X-Error-Code": "RepoNotFound"})
         if send:

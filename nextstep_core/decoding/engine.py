@@ -134,7 +134,9 @@ class NextStepEngine:
         limit = context_of(self.config)
         length = len(self.tokenizer.encode(words)) + sum(rows * columns for rows, columns in grids)
         if length > limit:
-            raise NextStepError(f"The prompt is {length} tokens long; this model can hold {limit}. Shorten the prompt.")
+            raise NextStepError(
+                f"The prompt is {length} tokens long; the limit of this model is {limit}. Shorten the prompt."
+            )
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""

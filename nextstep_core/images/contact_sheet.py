@@ -16,18 +16,20 @@ LETTER = 20  # letters of the usual width that fit beside each other on a pictur
 def contact_sheet(pictures: Sequence[Tensor], labels: Sequence[str], columns: int) -> Tensor:
     """One picture (1, H, W, 3) of several (h, w, 3), all in [0, 1], row by row; each in the middle of its cell.
 
-    Without a label there is no line under a picture; where all are without, there are no lines at all.
+    Cells are as large as the largest picture and the longest label. Where all are without a label there are no lines.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = (max(picture.shape[side] for picture in pictures) for side in (0, 1))
     letters = max(12, width // LETTER)
+    font = ImageFont.load_default(letters)
     line = round(1.6 * letters) if any(labels) else 0
+    width = max([width, *(round(font.getlength(label)) for label in labels)])
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
     size = columns * (width + GAP) + GAP, rows * (height + line + GAP) + GAP
     sheet = Image.new("RGB", size, PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(letters)
+    pen = ImageDraw.Draw(sheet)
     for n, picture in enumerate(pictures):
         left, top = GAP + n % columns * (width + GAP), GAP + n // columns * (height + line + GAP)
         pixels = Image.fromarray((picture * 255).round().byte().cpu().numpy())

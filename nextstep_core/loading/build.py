@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,8 @@ from ..runtime.quantization import (
     quantized_linears,
     replace_linears,
 )
-from ..runtime.quantization.formats import quantize_in_pieces
+from ..runtime.quantization.formats import Int4, quantize_in_pieces
+from ..runtime.quantization.layouts import RowBlocks, cpu_layout, find_layout
 from .checkpoint import (
     TensorFiles,
     check_complete,
@@ -56,7 +57,8 @@ VAE_WEIGHT_NAMES = ("checkpoint.pt", "model.safetensors", "diffusion_pytorch_mod
 class ModelPlan:
     """A checkpoint whose files were found complete and fitting; nothing of its weights is read yet.
 
-    `recipe` is how the weights will be stored once loaded; where `stored` they lie so in the files already.
+    `recipe` is how the weights will be stored once loaded; where `stored` they lie so in the files already. `layout` is
+    how int4 weights lie in the files or, where they are quantized while loading, are to lie.
     """
 
     documents: Documents
@@ -66,6 +68,7 @@ class ModelPlan:
     text_embedding_names: tuple[str, ...]
     recipe: Recipe | None = None
     stored: bool = False
+    layout: RowBlocks | None = None
 
     @property
     def parameters(self) -> int:
@@ -76,7 +79,15 @@ class ModelPlan:
         self, operations: Operations = DEFAULT, quantized_layer: type[QuantizedLinear] = QuantizedLinear
     ) -> NextStepModel:
         """The image model without memory, on the meta device, from these families of layers."""
-        return empty_model(self.config, self.recipe, operations, quantized_layer)
+        model = empty_model(self.config, self.recipe, operations, quantized_layer)
+        for _, layer in quantized_linears(model):
+            layer.layout = self.layout if isinstance(layer.format, Int4) else None
+        return model
+
+    def for_computing_on(self, device: torch.device) -> ModelPlan:
+        """The plan with int4 weights laid out for `device` right when they are quantized, where that is possible."""
+        laid_out = not self.stored and self.recipe is not None and self.recipe.has_layouts and device.type == "cpu"
+        return replace(self, layout=cpu_layout()) if laid_out else self
 
     def read_model(
         self,
@@ -108,6 +119,8 @@ class ModelPlan:
             weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
             check_finite(name, scale, self.files.locations[name][0][0])  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
+            if self.layout is not None and isinstance(to_quantize[name], Int4):
+                weight = self.layout.pack(weight)
             yield name, weight.to(device)
             yield f"{name}_scale", scale.to(device)
         if GRID_CODES in self.model_names and GRID_CODES not in present:
@@ -122,8 +135,9 @@ class ModelPlan:
 
     def load_model(self, device: torch.device | str, dtype: torch.dtype | None, check: Check = go_on) -> NextStepModel:
         """The image model on `device` in `dtype` (None keeps the file's), ready to run; `check` may raise to stop."""
-        model = self.empty_model()
-        fill(model, dict(self.read_model(device, dtype, lambda *_: check(), check=check)))
+        plan = self.for_computing_on(torch.device(device))
+        model = plan.empty_model()
+        fill(model, dict(plan.read_model(device, dtype, lambda *_: check(), check=check)))
         make_ready(model, torch.device(device), model.norm.weight.dtype, check)
         return model
 
@@ -153,6 +167,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
             )
         recipe = held
     stored = documents.quantization is not None
+    layout = None if documents.layout is None else find_layout(documents.layout)
     config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
     files = find_model_files(path)
     empty = empty_model(config, recipe if stored else None)
@@ -161,7 +176,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     quantized = {f"{name}.weight": layer.weight.dtype for name, layer in quantized_linears(empty)}
     check_complete(files, expected, OPTIONAL, quantized)
     files = fuse_locations(files, model, config)
-    return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored)
+    return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored, layout)
 
 
 def empty_model(

@@ -21,6 +21,7 @@ from .checkpoint import SINGLE_NAME
 from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
 from .files import is_file, is_folder
 from .gguf_file import SUFFIX as GGUF
+from .kept import FOLDER
 from .store import vae_beside
 
 DEPTH = 3
@@ -58,7 +59,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         seen = [(name, is_folder) for name, is_folder in seen if _can_be_shown(name)]
         yield folder, [name for name, _ in seen]
         if depth < DEPTH:
-            below = (folder / name for name, is_folder in seen if is_folder)
+            below = (folder / name for name, is_folder in seen if is_folder and name != FOLDER)
             waiting += [(path, depth + 1, above | {identity}) for path in below]
 
 
@@ -122,19 +123,28 @@ def _is_nextstep(folder: Path) -> bool:
 
 def cached_models() -> dict[str, Path]:
     """Checkpoints in the Hugging Face cache by hub id, used in place; the newest snapshot of each."""
+    return {repo: folder for repo, folder in _snapshots() if _has_weights(folder) and _is_nextstep(folder)}
+
+
+def cached_vaes() -> dict[str, Path]:
+    """VAEs that lie alone in the Hugging Face cache, in the same way."""
+    return {repo: folder for repo, folder in _snapshots() if _holds_vae(folder)}
+
+
+def _snapshots() -> list[tuple[str, Path]]:
+    """(hub id, folder) of what is in the Hugging Face cache, the newest last."""
     from huggingface_hub import constants
 
-    found = {}
     try:
         # Not by `scan_cache_dir`, which looks at every file of every repository: dropdowns ask often.
-        snapshots = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
+        folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
     except OSError:
-        snapshots = []
-    for folder in snapshots:
-        if _has_weights(folder) and _is_nextstep(folder):
-            repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-            found[repo] = folder
-    return found
+        return []
+    return [(f.parent.parent.name.removeprefix("models--").replace("--", "/"), f) for f in folders]
+
+
+def _holds_vae(folder: Path) -> bool:
+    return is_file(folder / VAE_WEIGHT_NAMES[0]) and VAE_KEY in _config(folder)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -36,6 +36,7 @@ MAX_DIGITS = 30  # of a whole number; the longest that means something, a seed, 
 # Metadata of a single file, beside the documents: what it is, the checkpoint's published name, its quantization.
 MARK, VERSION = "nextstep", "1"
 NAME, QUANTIZATION = "nextstep.name", "nextstep.quantization"
+IN_LAYOUT = " in "  # between recipe and layout, in one word for both: who knows no layouts must not read the weights
 HEAD_BYTES = 64  # enough to see the mark, which stands first in the files that we write
 
 
@@ -59,7 +60,17 @@ class Documents:
     @property
     def quantization(self) -> str | None:
         """The recipe that the weights are stored in, or None for plain ones."""
-        return None if self.carried is None else self.carried.get(QUANTIZATION)
+        return self._stored[0]
+
+    @property
+    def layout(self) -> str | None:
+        """The layout that int4 weights lie in, or None where they lie as their format says."""
+        return self._stored[1]
+
+    @property
+    def _stored(self) -> tuple[str | None, str | None]:
+        recipe, _, layout = (self.carried or {}).get(QUANTIZATION, "").partition(IN_LAYOUT)
+        return recipe or None, layout or None
 
     def where(self, name: str) -> str:
         """What an error message calls a document."""

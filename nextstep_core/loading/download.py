@@ -24,13 +24,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import NO_ROOM, NOT_ALLOWED, NextStepError, check_choice, not_written
+from ..errors import NextStepError, check_choice, not_written
 from ..runtime.interrupt import Check, go_on
+from .hub import reach, refusal
 from .locks import held
+from .meter import Meter
 from .store import HUB_FILES
+from .transfer import SUFFIX, UNFINISHED, fetch_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -92,7 +96,7 @@ class Download:
     def fetched(self) -> int:
         """Bytes on disk, unfinished files included."""
         whole = sum(file.size for file in self.files if self.is_whole(file))
-        parts = (self.folder / ".cache" / "huggingface").rglob("*.incomplete")
+        parts = (self.folder / UNFINISHED).rglob(f"*{SUFFIX}")
         return min(self.size, whole + sum(map(_size, parts)))
 
     def is_whole(self, file: RemoteFile) -> bool:
@@ -123,9 +127,9 @@ def check_repo_id(name_or_repo: str) -> str:
     try:
         validate_repo_id(name_or_repo)
     except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise NextStepError(
-            f"{name_or_repo!r} cannot be the name of a repository ({_reason(error).rstrip('.')}). Write it as on its "
-            "page: owner/name."
+            f"{name_or_repo!r} cannot be the name of a repository ({reason}). Write it as on its page: owner/name."
         ) from None
     return name_or_repo
 
@@ -159,22 +163,19 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     repo_id = check_repo_id(name_or_repo)
     if not REVISION.fullmatch(revision):
         raise NextStepError(f"revision is {revision!r}; give a branch, a tag or a commit.")
+    folder = root / folder_name(repo_id)
 
     def ask() -> ModelInfo:
-        try:
-            return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
-        except Exception as error:  # the hub's exception types moved between versions
-            reason = _reason(error)
-            raise NextStepError(f"{repo_id} at {revision} could not be found on Hugging Face ({reason}).") from None
+        return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
 
-    info = _patiently(ask, check)
+    info = _patiently(lambda: reach(repo_id, ask, folder), check)
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
         raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
     if any(".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute() for file in files):
         raise NextStepError(f"{repo_id} names files outside its folder. Do not use it.")
-    plan = Download(repo_id, info.sha or revision, root / folder_name(repo_id), files)
+    plan = Download(repo_id, info.sha or revision, folder, files)
     check_room(plan)
     return plan
 
@@ -202,7 +203,7 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
     folder, this one waits, and then finds the files there. NextStepError when the folder cannot be written or a file
     arrives damaged.
     """
-    own = plan.folder / ".cache" / "huggingface"  # where huggingface_hub keeps what is unfinished
+    own = plan.folder / UNFINISHED
     told = False
 
     def wait_for_the_other() -> None:
@@ -224,8 +225,8 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
 
 def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
     """Fetch the files in a process of its own, which ends with this one or when `on_progress` raises."""
-    paths = sorted((file.path for file in plan.files), key=lambda path: (path == CONFIG, path))
-    request = json.dumps({"repo": plan.repo_id, "commit": plan.commit, "folder": str(plan.folder), "paths": paths})
+    files = sorted((f.path == CONFIG, f.path, f.size, f.checksum or plan.commit) for f in plan.files)
+    request = json.dumps({"repo": plan.repo_id, "commit": plan.commit, "folder": str(plan.folder), "files": files})
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--fetch"]
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -247,7 +248,9 @@ def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         said.seek(0)
         reason = (said.read().strip().splitlines() or ["it stopped"])[-1]
     if process.returncode != 0:
-        raise NextStepError(f"{plan.repo_id} was not fetched ({reason}). Start it again to resume.")
+        known = reason.startswith(plan.repo_id)  # the child's own sentence, not the end of a traceback
+        error = NextStepError(reason) if known else refusal(plan.repo_id, reason.rstrip("."), plan.folder)
+        raise NextStepError(f"{error} What is there is kept, and the next run resumes it.")
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
@@ -262,7 +265,7 @@ def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         right = plan.is_whole(file) and (told is None or _checksum(file, path, plan, on_progress) == told)
         if not right:
             path.unlink(missing_ok=True)
-            raise NextStepError(f"{path} arrived damaged and was removed. Start the download again to fetch it anew.")
+            raise NextStepError(f"{path} was damaged during the download and was removed. Run the download again.")
     on_progress(plan.size, plan.size)
 
 
@@ -275,23 +278,16 @@ def _checksum(file: RemoteFile, path: Path, plan: Download, on_progress: Callabl
     return str(digest.hexdigest())
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _fetch(request: dict[str, Any]) -> None:
-    """The child process: one file after another, until done or until the parent is gone."""
-    from huggingface_hub import hf_hub_download
-
+    """The child process: one file after another, until done or until the parent is gone; its last line is the reason
+    where it fails."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    for path in request["paths"]:
-        try:
-            hf_hub_download(request["repo"], path, revision=request["commit"], local_dir=request["folder"])
-        except OSError as error:  # of the disk or of the network
-            if error.errno not in (*NO_ROOM, *NOT_ALLOWED):
-                raise
-            sys.exit(str(not_written(Path(request["folder"]), error)).rstrip("."))
+    repo, commit, folder = request["repo"], request["commit"], Path(request["folder"])
+    try:
+        for _, path, size, content in request["files"]:
+            reach(repo, partial(fetch_file, repo, commit, path, size, content, folder), folder)
+    except NextStepError as error:
+        sys.exit(str(error))
 
 
 def _exit_with_parent() -> None:
@@ -299,8 +295,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _show(done: int, size: int) -> None:
-    print(f"\r{done / 1e9:8.2f} of {size / 1e9:.2f} GB", end="", flush=True)
+def _show(done: int, size: int, meter: Meter) -> None:
+    print(f"\r{meter.text(done, size):<60}", end="", flush=True)
 
 
 def main() -> None:
@@ -318,7 +314,7 @@ def main() -> None:
         plan = plan_download(str(options.name), options.to, options.revision)
         print(plan.describe())
         if not options.dry_run:
-            print(f"\nDone: {download(plan, _show)}")
+            print(f"\nDone: {download(plan, partial(_show, meter=Meter()))}")
     except NextStepError as error:
         sys.exit(str(error))
 

@@ -30,7 +30,7 @@ from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
-from .documents import CARRIED, CONFIG, MARK, NAME, QUANTIZATION, VERSION
+from .documents import CARRIED, CONFIG, IN_LAYOUT, MARK, NAME, QUANTIZATION, VERSION
 from .locks import held
 from .store import resolve_source, vae_beside
 
@@ -94,6 +94,9 @@ class StreamedFile:
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         try:
+            if failed is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())  # or a power cut could leave the name without the bytes
             self._file.close()
             if failed is not None:
                 return
@@ -101,6 +104,7 @@ class StreamedFile:
                 raise ValueError(f"never written: {', '.join(self._places)}")
             os.replace(self._part, self.path)
         finally:
+            self._file.close()
             self._part.unlink(missing_ok=True)
 
 
@@ -120,14 +124,19 @@ def save_model(
     """
     if plan.stored:
         raise NextStepError(f"{plan.files.where} is a single file of this kind already. Copy it.")
-    documents = plan.documents
-    carried = {name: documents.text(name) for name in CARRIED if documents.has(name)}
-    marks = {MARK: VERSION, "format": "pt", NAME: documents.name}
-    if plan.recipe is not None:
-        marks[QUANTIZATION] = plan.recipe.name
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
     tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
-    return _save(path, _empty_like(plan, dtype), marks | carried, tensors, check)
+    return _save(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
+
+
+def marks_of(plan: ModelPlan) -> dict[str, str]:
+    """The metadata of a planned checkpoint's single file: what it is, and its documents."""
+    documents = plan.documents
+    marks = {MARK: VERSION, "format": "pt", NAME: documents.name}
+    if plan.recipe is not None:
+        layout = "" if plan.layout is None else f"{IN_LAYOUT}{plan.layout.name}"
+        marks[QUANTIZATION] = f"{plan.recipe.name}{layout}"
+    return marks | {name: documents.text(name) for name in CARRIED if documents.has(name)}
 
 
 def save_vae(vae: Path, path: Path, dtype: torch.dtype) -> int:
@@ -163,7 +172,7 @@ def _save(
     return file.size
 
 
-def _empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+def empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
     """Meta tensors of everything that the file will hold."""
     state = plan.empty_model().state_dict()
     stored = {name for name, t in state.items() if t.dtype not in DTYPES.values() or name.endswith(".weight_scale")}

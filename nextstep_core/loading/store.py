@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import NextStepError, shown
 from .files import is_folder
+from .hub import reach
 
 EMBEDDED = "tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -39,11 +40,7 @@ def _from_hub(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
     except Exception:  # not cached (its exception type moved between versions of huggingface_hub)
         pass
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise NextStepError(f"{hub_id} is not a local path and could not be downloaded ({reason}).") from error
+    return Path(reach(hub_id, lambda: snapshot_download(hub_id, allow_patterns=list(HUB_FILES))))
 
 
 def vae_beside(checkpoint: Path, stated: str | None) -> Path:

@@ -169,5 +169,5 @@ def _check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> No
     if needed > limit:
         raise NextStepError(
             f"The prompt is {prompt_length} tokens long and the image {grid[0] * grid[1]}; together {needed} are more "
-            f"than the {limit} that this model can hold. Shorten the prompt or choose a smaller image."
+            f"than the {limit} that this model allows. Shorten the prompt or choose a smaller image."
         )

@@ -9,7 +9,7 @@ from ..errors import NextStepError, check_choice
 from ..images.latents import PUBLISHED_LATENTS
 
 BASES = (256, 512, 768, 1024)
-MOST_TOKENS = 16384  # of a picture that goes through the VAE's encoder, whose attention grows with their square
+MOST_TOKENS = 8192  # the published context: no picture of more can be drawn, and encoding it would take very long
 # (columns, rows) of tokens at base 256, from the widest to the tallest.
 GRIDS = (
     (32, 8), (28, 9), (25, 10), (23, 11), (21, 12), (19, 13), (18, 14), (17, 15), (16, 16),
@@ -41,7 +41,7 @@ def check_encodable(width: int, height: int) -> None:
     if columns * rows > MOST_TOKENS:
         raise NextStepError(
             f"A picture of {width}x{height} is {columns * rows:,} tokens; at most {MOST_TOKENS:,} can be encoded, such "
-            "as 2048x2048. Make it smaller with NextStep Prepare Picture, to a base of 512 at best."
+            "as 1440x1440. Make it smaller with NextStep Prepare Picture, to a base of 512 at best."
         )
 
 

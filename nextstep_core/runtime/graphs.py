@@ -84,7 +84,10 @@ class StepGraphs:
         if torch.version.hip is None or os.environ.get(ON_AMD) == "1":
             return False
         if not self._told:
-            log.info("CUDA graphs are off: on AMD GPUs they are known to corrupt other models. %s=1 has them.", ON_AMD)
+            log.info(
+                "CUDA graphs are off: on AMD GPUs they are known to corrupt other models. Set %s=1 to use them anyway.",
+                ON_AMD,
+            )
         self._told = True
         return True
 

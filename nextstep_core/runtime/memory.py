@@ -41,8 +41,8 @@ def plan_memory(
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for weights on "
-            f"their way; the device has {format_bytes(room)}. "
+            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for streaming "
+            f"weights; the device has {format_bytes(room)}. "
             "Choose a smaller size, or load the model with quantization int4."
         )
     beside = weights if stay else streamed

@@ -155,7 +155,9 @@ def page_locked(layers: Sequence[Sequence[Tensor]]) -> Iterator[Sequence[Sequenc
     try:
         block = _locked_block(size)
     except RuntimeError as reason:
-        log.warning("No %s of page-locked memory, so weights are streamed more slowly: %s", format_bytes(size), reason)
+        log.warning(
+            "%s of memory could not be page-locked, so weights are streamed more slowly: %s", format_bytes(size), reason
+        )
     if block is None:
         yield layers
         return
@@ -178,7 +180,7 @@ def _locked_block(size: int) -> Tensor:
     """
     spare = spare_bytes()
     if size > spare:
-        raise RuntimeError(f"the computer has {format_bytes(spare)} to spare")
+        raise RuntimeError(f"only {format_bytes(spare)} are available")
     block = torch.empty(size, dtype=torch.uint8)
     error = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)
     if int(error):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 Velocity: TypeAlias = Callable[[Tensor, int], Tensor]
 
-LAST_STEP = 0.04
-ETA = 0.8
+LAST_STEP = 0.04  # a plain step: near t = 1 the score, which divides by 1 - t, would magnify the network's error
+ETA = 0.8  # how much of flow-cps and flow-sde is random; 0 would make them deterministic
 
 
 def shift_times(times: list[float], shift: float) -> list[float]:

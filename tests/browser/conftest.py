@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_hub import Hub
 
 from scripts.comfy_server import NO_HOST, ComfyServer, find_comfyui, make_base, running_server
 
@@ -34,14 +36,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A fresh ComfyUI with nothing but the pack."""
+def hub() -> Iterator[Hub]:
+    """Small checkpoints under their published names."""
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def host(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A fresh ComfyUI with nothing but the pack, whose Hugging Face is the small hub."""
     comfyui = find_comfyui()
     assert comfyui is not None
-    base = make_base(tmp_path_factory.mktemp("browser"))
-    shutil.copy(comfyui / "input" / "example.png", base / "input")
-    with running_server(comfyui, base) as server:
-        yield server
+    folder = tmp_path_factory.mktemp("browser")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.address)
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        with running_server(comfyui, make_base(folder / "base")) as server:
+            yield server
 
 
 @pytest.fixture(scope="module")  # not longer: its event loop would be in the way of others

@@ -21,10 +21,11 @@ SIZE = {"height": 32, "width": 48, "steps": 2, "cfg": 2.0, "sampler": "flow-ode"
 SHAPE = (1, 32, 48, 3)
 PIECES = (
     "a red circle", " ", "\n", "\t", "\r\n", "\0", "\ufeff", "\u200b", "\u202e", "é", "e\u0301", "火", "😀",
-    "👩\u200d👩\u200d👧", "\ud800", "\udfff", "\U0010ffff", "\ufffe", "ﷺ", "ἄ\u0345", "가", "\u1100\u1161\u11a8", "'s", "'S",
-    "1", "...", "<|", "|>", "<|image_area|>", "<|image_area|>2*2", "<|begin_of_image|>", "<|end_of_image|>", "[PAD]",
-    "<|image_placeholder|>", "<|endoftext|>", "<image", "<image>", "</image>", "(red:1.2)", "{a|b}", "%s", "{0}",
-    "$(id)", "../..", "'; --", "a" * 100, "\u0301" * 50, "\u0f71\u0f72" * 20, "ſ", "İ", "ß", "\x7f", "\x1b[0m",
+    "👩\u200d👩\u200d👧", "\ud800", "\udfff", "\U0010ffff", "\ufffe", "ﷺ", "ἄ\u0345", "가", "\u1100\u1161\u11a8",
+    "'s", "'S", "1", "...", "<|", "|>", "<|image_area|>", "<|image_area|>2*2", "<|begin_of_image|>", "<|end_of_image|>",
+    "[PAD]", "<|image_placeholder|>", "<|endoftext|>", "<image", "<image>", "</image>", "(red:1.2)", "{a|b}",
+    "%s", "{0}", "$(id)", "../..", "'; --", "a" * 100, "\u0301" * 50, "\u0f71\u0f72" * 20, "ſ", "İ", "ß", "\x7f",
+    "\x1b[0m",
 )  # fmt: skip
 MANY = (1, 1, 1, 1, 2, 3, 10, 50, 70_000)  # characters; the last are more than the model can hold
 

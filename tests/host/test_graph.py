@@ -252,13 +252,10 @@ def test_an_empty_model_folder_says_what_to_do(graph: ComfyGraph, tmp_path: Path
     monkeypatch.setattr(graph.pack("nodes.host"), "model_roots", lambda: [tmp_path])
     monkeypatch.setattr(catalog, "ASSETS", tmp_path)
     options = loaders.NextStepModelLoader.define_schema().inputs[0].options
-    assert options == [catalog.NOTHING_FOUND]
+    assert options[0] == catalog.NOTHING_FOUND, "a new node starts with no download"
     message = loaders.NextStepModelLoader.validate_inputs(options[0])
-    assert message == (
-        "There is no NextStep model. Three ways to get one: run Download NextStep Model; put a folder from Hugging "
-        f"Face (such as stepfun-ai/NextStep-1.1) into {tmp_path}; or put a single file (such as "
-        "nextstep-1.1-int8.safetensors) into models/diffusion_models. Then press R to refresh the node."
-    )
+    assert message.startswith("There is no NextStep model. To get NextStep-1.1: choose NextStep-1.1 (downloads 29 GB)")
+    assert f"stepfun-ai/NextStep-1.1 into {tmp_path / 'NextStep-1.1'}" in message
 
 
 def test_every_node_has_tooltips_and_a_help_page(graph: ComfyGraph) -> None:

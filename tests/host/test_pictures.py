@@ -51,13 +51,12 @@ def test_a_photograph_is_inpainted_around_its_mask_alone(graph: ComfyGraph) -> N
         "load": node("LoadImage", image=photo),
         "model": node("NextStepModelLoader", model_name="tiny-a", dtype="fp32"),
         "prepare": node(
-            "NextStepPreparePicture", image=["load", 0], mask=["load", 1], area="around the mask", margin=0.5, **PREPARE
+            "NextStepPreparePicture", image=["load", 0], mask=["load", 1], area="around the mask", vae=["model", 1],
+            **PREPARE,
         ),
-        "encode": node("VAEEncode", pixels=["prepare", 0], vae=["model", 1]),
-        "masked": node("SetLatentNoiseMask", samples=["encode", 0], mask=["prepare", 1]),
         "positive": node("NextStepTextEncode", model=["model", 0], prompt="x"),
         "sampler": node(
-            "NextStepSampler", model=["model", 0], positive=["positive", 0], latent=["masked", 0], seed=1, **SAMPLER
+            "NextStepSampler", model=["model", 0], positive=["positive", 0], latent=["prepare", 6], seed=1, **SAMPLER
         ),
         "decode": node("NextStepVAEDecode", samples=["sampler", 0], vae=["model", 1]),
         "back": node("NextStepPasteBack", image=["decode", 0], original=["prepare", 2], feather=16),
@@ -88,8 +87,8 @@ def test_what_no_model_could_draw_is_refused_before_anything_is_encoded(graph: C
     loaders = graph.pack("nodes.loaders")
     model = loaders.load_model("tiny-a", loaders.LoadOptions("fp32"))
     calls = {
-        "46,750 tokens; at most 16,384": lambda: prepare.execute(photo, **PREPARE | {"mode": "keep"}),
-        "46,750 tokens; at most 16,384 ": lambda: prompts.encode_edit(model, None, photo, "<image>x", "keep"),
+        "46,750 tokens; at most 8,192": lambda: prepare.execute(photo, **PREPARE | {"mode": "keep"}),
+        "46,750 tokens; at most 8,192 ": lambda: prompts.encode_edit(model, None, photo, "<image>x", "keep"),
         "The mask is 64x64, but the picture is 4000x3000": lambda: prepare.execute(
             photo, **PREPARE, mask=torch.ones(1, 64, 64)
         ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.workflows import EMBEDDED, TEXT_TO_IMAGE, read_workflow
+from scripts.workflows import TEXT_TO_IMAGE, read_workflow
 
 MUTE, BYPASS = 2, 4
 
 
 def node_in(workflow: dict, title: str) -> dict:
-    """The node with this title or, where it has none, of this type."""
-    return next(node for node in workflow["nodes"] if node.get("title", node["type"]) == title)
+    """The node with this title, or the first of this type."""
+    return next(node for node in workflow["nodes"] if title in (node.get("title"), node["type"]))
 
 
 def set_widget(workflow: dict, title: str, name: str, value: Any) -> None:
@@ -48,10 +48,9 @@ def feed(workflow: dict, title: str, input_name: str, type_: str, feeder: str, *
 
 
 def small_workflow(model: str) -> dict:
-    """The text-to-image workflow on a checkpoint with a VAE of its own, quick to run."""
+    """The text-to-image workflow on a checkpoint, quick to run."""
     workflow = read_workflow(TEXT_TO_IMAGE)
     set_widget(workflow, "NextStepModelLoader", "model_name", model)
-    set_widget(workflow, "NextStepVAELoader", "vae_name", model if model == EMBEDDED else f"{model}/vae")
     set_widget(workflow, "NextStepEmptyLatent", "width", 96)
     set_widget(workflow, "NextStepEmptyLatent", "height", 64)
     set_widget(workflow, "NextStepSampler", "steps", 4)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
 from ..interrupt import Check, go_on
-from .formats import FP8, INT4, INT4_128, INT8, Device, Format, quantize_in_pieces
+from .formats import FP8, INT4, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
+from .layouts import RowBlocks
 from .products import Kernel, choose
 
 
@@ -25,6 +26,11 @@ class Recipe:
     name: str
     transformer: Format
     head: Format
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether some of its matrices are stored in a format that CPUs want to lie in another way."""
+        return isinstance(self.transformer, Int4)
 
     def format_of(self, name: str, rows: int, columns: int) -> Format | None:
         """The format for the linear layer called `name`, or None where it stays as it is."""
@@ -48,7 +54,7 @@ def find_recipe(name: str, device: torch.device) -> Recipe:
     """The recipe called `name`; NextStepError when there is none or `device` cannot hold its numbers."""
     check_choice("quantization", name, RECIPES)
     if name == "fp8" and device.type == "mps":
-        raise NextStepError("quantization is fp8, which Apple GPUs cannot hold. Use int8 or int4.")
+        raise NextStepError("quantization is fp8, which Apple GPUs do not support. Use int8 or int4.")
     return RECIPES[name]
 
 
@@ -63,13 +69,21 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
         self.kernel: Kernel | None = None  # until `choose_kernels` has chosen one
+        self.layout: RowBlocks | None = None  # how the weight lies, where it is not as the format says
+
+    def own_weight(self, device: torch.device) -> Tensor:
+        """The weight as the format says, on `device`."""
+        weight = self.weight.to(device)
+        return weight if self.layout is None else self.layout.unpack(weight)
 
     def pack(self, kernel: Kernel, device: torch.device) -> None:
         """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
         self.kernel = kernel
-        if kernel.pack is not None:
-            packed = kernel.pack(self.weight.to(device)).to(self.weight.device)
+        lies_so = self.layout is not None and self.layout == kernel.layout
+        if not lies_so and (self.layout is not None or kernel.pack is not None):
+            packed = kernel.packed(self.own_weight(device)).to(self.weight.device)
             self.weight = nn.Parameter(packed, requires_grad=False)
+        self.layout = kernel.layout
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.kernel is not None, "a quantized model is prepared before it runs"
@@ -131,5 +145,5 @@ def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, c
         check()
         key = layer.format.name, layer.columns
         if key not in kernels:
-            kernels[key] = choose(layer.format, layer.weight.to(device), layer.weight_scale.to(device), dtype)
+            kernels[key] = choose(layer.format, layer.own_weight(device), layer.weight_scale.to(device), dtype)
         layer.pack(kernels[key], device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import FP8, INT8, Format, Int4
+from .layouts import RowBlocks, cpu_layout
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ class Kernel:
     """run(x, weight, scale): rows x (M, columns) times the matrix, (M, rows), in the dtype of x.
 
     `pack` brings a format's weight into the layout that `run` reads, on the device where it runs; None where it is the
-    format's own.
+    format's own. `layout` is that layout, where it is one that files are kept in.
     """
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     pack: Callable[[Tensor], Tensor] | None = None
+    layout: RowBlocks | None = None
 
     def packed(self, weight: Tensor) -> Tensor:
         """A format's weight in the layout of this kernel."""
@@ -86,18 +88,21 @@ def _compiled(format: Format) -> Kernel:
 
 def _packed_int4(format: Int4, on_cpu: bool) -> Kernel:
     product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
+    layout = cpu_layout() if on_cpu else None
 
     def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return product(x.bfloat16(), weight, format.group, scale.bfloat16()).to(x.dtype)
 
     def pack(weight: Tensor) -> Tensor:
+        if layout is not None:
+            return layout.pack(weight)
         if on_cpu:
             return torch._convert_weight_to_int4pack_for_cpu(format.values(weight).int(), 1)
         columns = 2 * weight.shape[1]
         tiles = next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
         return torch._convert_weight_to_int4pack(weight, tiles)
 
-    return Kernel("packed int4 product", run, pack)
+    return Kernel("packed int4 product", run, pack, layout)
 
 
 def candidates(format: Format, device_type: str) -> list[Kernel]:

@@ -29,3 +29,11 @@ def test_a_label_is_written_under_its_picture() -> None:
     dark = (sheet < 0.5).any(-1).nonzero()
     assert len(dark) and dark[:, 0].min() >= GAP + SIDE
     assert dark[:, 1].max() < GAP + SIDE, "the second has none"
+
+
+def test_a_long_label_makes_its_cells_wide_enough() -> None:
+    label = "cfg 7.5, steps 28, sampler flow-multistep"
+    sheet = contact_sheet([plain(1.0, 16, 16)] * 2, [label, label], 2)[0]
+    across = (sheet < 0.5).any(-1).any(0)
+    middle = sheet.shape[1] // 2
+    assert across[: middle - 2].any() and across[middle + 2 :].any() and not across[middle - 2 : middle + 2].any()

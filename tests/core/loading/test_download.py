@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
@@ -128,12 +129,80 @@ with held(own / "nextstep.lock", ""):
 def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "nextstep_core.loading.download", "--to", str(tmp_path)]
     unknown = subprocess.run([*command, "someone/else"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "someone/else" in unknown.stderr and "main" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+    assert "someone/else" in unknown.stderr and "no such repository" in unknown.stderr
+    assert len(unknown.stderr.splitlines()) == 1
     misspelt = subprocess.run([*command, "NextStep-2"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "name is 'NextStep-2'; choose one of NextStep-1.1" in misspelt.stderr
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     offline = run(tmp_path)
     assert REPO in offline.stderr and len(offline.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [((403, "GatedRepo"), "accept the terms"), ((401, ""), "HF_TOKEN"), ((500, ""), "HTTP status 500")],
+)
+def test_a_refusal_says_what_happened_and_the_way_by_hand(hub: Hub, tmp_path: Path, refusal, words: str) -> None:
+    hub.refusal = refusal
+    refused = run(tmp_path)
+    assert words in refused.stderr and len(refused.stderr.splitlines()) == 1, refused.stderr
+    assert f"{hub.address}/{REPO} into {tmp_path / 'NextStep-1.1'}" in refused.stderr
+
+
+def test_a_refusal_in_the_middle_says_the_same_and_keeps_what_is_there(hub: Hub, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from urllib.request import urlopen
+from nextstep_core import NextStepError
+from nextstep_core.loading import download as d
+
+plan = d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
+print("planned", flush=True)
+input()
+try: d.download(plan, lambda *_: None)
+except NextStepError as error: print(error)
+"""
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "planned\n"
+    hub.refusal = 403, "GatedRepo"
+    said, _ = process.communicate("\n", timeout=60)
+    assert f"{REPO} was not fetched" in said and "accept the terms" in said and "resumes it" in said
+
+
+def test_without_a_network_nothing_is_fetched_and_the_mirror_is_named(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.shutdown()
+    hub.server_close()
+    gone = run(tmp_path)
+    assert "could not be reached" in gone.stderr and "HF_ENDPOINT" in gone.stderr
+    assert len(gone.stderr.splitlines()) == 1, gone.stderr
+    monkeypatch.setenv("NEXTSTEP_OFFLINE", "1")
+    assert "NEXTSTEP_OFFLINE is set" in run(tmp_path).stderr
+
+
+def test_an_interrupted_file_goes_on_within_it_and_comes_out_the_same(hub: Hub, tmp_path: Path) -> None:
+    weights = "model-00001-of-00002.safetensors"
+    hub.files[weights] = random.Random(0).randbytes(30_000_000)  # the transfer is written in blocks of 10 MB
+    hub.pause = 0.005
+    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and hub.bytes_sent < 24_000_000:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    folder = tmp_path / "NextStep-1.1"
+    assert not (folder / weights).exists()
+    time.sleep(1)
+    hub.pause = 0.0
+    hub.asked.clear()
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wanted,) = [part for name, part in hub.asked if name == weights]
+    assert wanted is not None and wanted != "bytes=0-", "not from its beginning"
+    assert (folder / weights).read_bytes() == hub.files[weights]
 
 
 def test_a_full_disk_and_an_interrupt_stop_it(hub: Hub, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_what_is_no_choice_names_the_choices() -> None:
 
 
 def test_a_picture_that_no_encoder_could_hold_is_refused() -> None:
-    check_encodable(2048, 2048)
-    check_encodable(4096, 1024)
-    with pytest.raises(NextStepError, match=r"4000x2992 is 46,750 tokens; at most 16,384 .* NextStep Prepare Picture"):
+    check_encodable(2048, 1024)
+    check_encodable(4096, 512)
+    with pytest.raises(NextStepError, match=r"4000x2992 is 46,750 tokens; at most 8,192 .* NextStep Prepare Picture"):
         check_encodable(4000, 2992)

@@ -187,7 +187,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
 def test_wrong_wishes_are_one_sentence(single_files: Path) -> None:
     with pytest.raises(NextStepError, match="quantization is 'int3'"):
         plan_model(TINY, "int3")
-    with pytest.raises(NextStepError, match="fp8, which Apple GPUs cannot hold"):
+    with pytest.raises(NextStepError, match="fp8.*Apple GPUs"):
         plan_model(TINY, "fp8", "mps")
     with pytest.raises(NextStepError, match="is quantized to int8 already"):
         plan_model(single_files / "int8.safetensors", "int4")

@@ -1,0 +1,86 @@
+"""The only door to the network: whether it may be used, and what came back where it failed, in plain words.
+
+huggingface_hub reads its own variables: HF_TOKEN, HF_ENDPOINT (a mirror), HF_HOME.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import NextStepError
+
+FORBIDDING = ("NEXTSTEP_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+YES = ("1", "ON", "YES", "TRUE")
+PUBLIC = "https://huggingface.co"
+UNREACHABLE = ("ConnectError", "ConnectionError", "TransportError", "Timeout", "LocalEntryNotFoundError", "ProxyError")
+
+Answer = TypeVar("Answer")
+
+
+def forbidden() -> str | None:
+    """The environment variable that forbids the network, if one does."""
+    return next((name for name in FORBIDDING if os.environ.get(name, "").upper() in YES), None)
+
+
+def endpoint() -> str:
+    """The address of the hub or of the mirror in its place."""
+    return (os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
+
+
+def reach(repo_id: str, call: Callable[[], Answer], folder: Path | None = None) -> Answer:
+    """What `call` gets from a repository of the hub. Everything that uses the network goes through here.
+
+    NextStepError says what happened and the way by hand, for which `folder` is where the files would go.
+    """
+    variable = forbidden()
+    if variable is not None:
+        raise refusal(repo_id, f"{variable} is set, which forbids downloads; unset it to allow them", folder)
+    try:
+        return call()
+    except NextStepError:
+        raise
+    except Exception as error:  # the hub's exception types moved between versions
+        raise refusal(repo_id, explain(error), folder) from error
+
+
+def refusal(repo_id: str, reason: str, folder: Path | None = None) -> NextStepError:
+    """The error for a repository that was not fetched: the reason, then how it can be had all the same."""
+    return NextStepError(f"{repo_id} was not fetched: {reason}. {by_hand(repo_id, folder)}")
+
+
+def by_hand(repo_id: str, folder: Path | None = None) -> str:
+    """How to get a repository without this program."""
+    where = f"into {folder}" if folder is not None else "into a folder of the same name, and name that folder"
+    mirror = "" if endpoint() != PUBLIC else "; a mirror can be named by the environment variable HF_ENDPOINT"
+    return f"By hand: put the files of {endpoint()}/{repo_id} {where}{mirror}."
+
+
+def explain(error: BaseException) -> str:
+    """What happened, in plain words, for an exception of huggingface_hub or of what it calls."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    at = endpoint()
+    if "LocalEntryNotFoundError" in names and error.__cause__ is not None:
+        return explain(error.__cause__)
+    if "GatedRepoError" in names or status == 403:
+        return f"{at} refused access; accept the terms on its page there and set HF_TOKEN to a token of your account"
+    if "RevisionNotFoundError" in names:
+        return f"{at} has no such branch, tag or commit of it"
+    if "RepositoryNotFoundError" in names or status == 404:
+        return f"{at} has no such repository, or it is private and HF_TOKEN names nobody who may read it"
+    if status == 401:
+        return f"{at} refused access; check HF_TOKEN, or unset it"
+    if status is not None:
+        return f"{at} answered with HTTP status {status}; try again later"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full; make room and start it again to go on"
+    if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
+        return f"the folder cannot be written ({error})"
+    if any(sign in name for name in names for sign in UNREACHABLE):
+        return f"{at} could not be reached; check the network, a proxy (HTTPS_PROXY) or the mirror (HF_ENDPOINT)"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
