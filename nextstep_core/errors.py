@@ -16,6 +16,10 @@ class NextStepError(ValueError):
     """Something about a checkpoint, a prompt or a setting is wrong; the message says what and what to do."""
 
 
+class OutOfMemory(NextStepError):
+    """Even the smallest piece of the work does not fit into memory."""
+
+
 REASON = 300  # characters of what a library says is wrong
 
 
@@ -94,6 +98,7 @@ OUT_OF_MEMORY_SIGNS = (
     "invalid buffer size",  # MPS, for a single tensor that is larger than the device can hold
     "status_alloc_failed",  # cuBLAS and cuDNN
     "can't allocate memory",  # the host's allocator
+    "cannot allocate memory",  # the host's system, for files that are mapped
     "not enough memory",  # the same on Windows
 )
 
@@ -101,10 +106,12 @@ OUT_OF_MEMORY_SIGNS = (
 CUDA_OUT_OF_MEMORY = 2  # in a newer torch's error of any call to CUDA, whose text is the driver's
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether less work at once would have gone through, whatever the device calls it."""
     import torch
 
+    if isinstance(error, (NextStepError, MemoryError)):
+        return isinstance(error, MemoryError)
     of_cuda = isinstance(error, getattr(torch, "AcceleratorError", ()))
     return (
         isinstance(error, torch.OutOfMemoryError)

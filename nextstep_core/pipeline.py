@@ -27,6 +27,8 @@ from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
 from .runtime.interrupt import Check, checked, go_on, leaves
 from .runtime.memory import check_room
+from .runtime.shortage import LOADING_ADVICE, told
+from .runtime.streaming import send_away
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
@@ -71,11 +73,12 @@ class NextStepPipeline:
         """
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
-        plan = plan_model(path, quantization, device)
-        vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
-        autoencoder = load_vae(vae_path, device, dtype)
-        latents = LatentSpace.from_configs(plan.config, autoencoder.config)
-        engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
+        with told(f"Loading {path.name}", device, advice=LOADING_ADVICE):
+            plan = plan_model(path, quantization, device)
+            vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
+            autoencoder = load_vae(vae_path, device, dtype)
+            latents = LatentSpace.from_configs(plan.config, autoencoder.config)
+            engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
         return cls(engine, autoencoder, device, dtype)
 
     @torch.inference_mode()
@@ -140,7 +143,8 @@ class NextStepPipeline:
             check=check,
         )
         check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
-        with closing(self.engine.decode(job, self.device, self.dtype, check=check)) as run:
+        make_room = partial(send_away, self.engine.model, self.device)
+        with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
             for progress in run:
                 if callback is not None:
                     callback(progress)

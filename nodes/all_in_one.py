@@ -31,7 +31,7 @@ def draw(
 ) -> io.NodeOutput:
     """Sample and decode; (image, latent)."""
     chosen = settings_for(model, positive.editing, **settings)
-    with torch.inference_mode():
+    with torch.inference_mode(), host.memory_told("Drawing"):
         samples = sample(model, positive, encode_prompt(model, negative_prompt), latent, seed, chosen)
     return io.NodeOutput(decode_latent(vae, samples), samples)
 

@@ -11,13 +11,15 @@ from torch import Tensor
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.contact_sheet import contact_sheet
 from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
 from .loaders import STORED
 from .types import CATEGORY
-from .widgets import AUTO, with_widgets
+from .widgets import AUTO, ends, with_widgets
 
 MOST_PICTURES = 64
+COLUMNS = Range("columns", 1, MOST_PICTURES)
 ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
@@ -55,6 +57,11 @@ def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
             GenerationSettings(sampler="flow-ode"), **{k: v for k, v in settings.items() if k != "quantization"}
         )
     return found
+
+
+def in_short(value: Any) -> str:
+    """A value as a label shows it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class NextStepCompare(io.ComfyNode):
@@ -114,7 +121,7 @@ class NextStepCompare(io.ComfyNode):
     def execute(cls, **texts: str) -> io.NodeOutput:
         found = combinations(texts)
         differ = [name for name in KINDS if len({settings[name] for settings in found}) > 1]
-        labels = [", ".join(f"{name} {settings[name]}" for name in differ) for settings in found]
+        labels = [", ".join(f"{name} {in_short(settings[name])}" for name in differ) for settings in found]
         columns = len({settings[differ[0]] for settings in found}) if differ else 1
         return io.NodeOutput(*([settings[name] for settings in found] for name in KINDS), labels, columns)
 
@@ -133,7 +140,7 @@ class NextStepLabelledGrid(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 io.Image.Input("image", tooltip="The pictures: a list, a batch, or both."),
-                io.Int.Input("columns", default=2, min=1, max=64, tooltip="Pictures in a row."),
+                io.Int.Input("columns", default=2, **ends(COLUMNS), tooltip="Pictures in a row."),
                 io.String.Input(
                     "labels", force_input=True, optional=True, tooltip="One for each picture of the list, in its order."
                 ),
@@ -146,4 +153,4 @@ class NextStepLabelledGrid(io.ComfyNode):
         batches = [to_rgb(batch) for batch in image]
         texts = (labels or []) + [""] * len(batches)
         named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
-        return io.NodeOutput(contact_sheet(*zip(*named), columns[0]))
+        return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))

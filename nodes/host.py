@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ..nextstep_core.errors import check_choice
+from ..nextstep_core.errors import OutOfMemory, check_choice, is_out_of_memory
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
 from ..nextstep_core.model.config import VAEConfig
@@ -36,6 +37,7 @@ from ..nextstep_core.runtime.cpu import fastest_dtype
 from ..nextstep_core.runtime.interrupt import leaves
 from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
+from ..nextstep_core.runtime.shortage import LOADING_ADVICE, reason_of, told
 
 Interrupted = mm.InterruptProcessingException
 
@@ -271,6 +273,53 @@ def bring_to_device(patcher: Any, plan: MemoryPlan) -> torch.device:
             format_bytes(plan.weights),
         )
     return device
+
+
+def send_away(patcher: Any) -> bool:
+    """Send half of a model's weights on its device to the host, from where they are streamed; whether any went."""
+    if mm.is_device_cpu(patcher.load_device):
+        return False
+    sent = patcher.partially_unload(patcher.offload_device, patcher.loaded_size() // 2)
+    mm.soft_empty_cache()
+    return bool(sent)
+
+
+@contextmanager
+def memory_told(work: str, needed: int | None = None, advice: str = LOADING_ADVICE) -> Iterator[None]:
+    """Inside, memory that runs out is one sentence; every model has left the device then, so that the next run can go
+    on, as the host does it for errors of the device's own kind."""
+    try:
+        with told(work, mm.get_torch_device(), needed, advice):
+            yield
+    except OutOfMemory:
+        mm.unload_all_models()
+        raise
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures (B, H, W, 3) in [0, 1] by any VAE of the host; in ever smaller tiles where memory runs out."""
+    return _in_tiles(vae.decode, getattr(vae, "decode_tiled", None), latents, [64, 32, 16])
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of pictures (B, H, W, 3) by any VAE of the host; in tiles as above."""
+    return _in_tiles(vae.encode, getattr(vae, "encode_tiled", None), pixels, [512, 256, 128])
+
+
+def _in_tiles(
+    whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor] | None, x: Tensor, sides: list[int]
+) -> Any:
+    """The host tries tiles by itself, but only after its device's own kind of error, and only of one size."""
+    with memory_told("The VAE", advice="Choose a smaller size or fewer pictures, or close other programs."):
+        for side in [None, *sides[:-1]] if tiled is not None else []:
+            try:
+                return whole(x) if side is None else tiled(x, tile_x=side, tile_y=side, overlap=side // 4)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("The VAE goes on in smaller tiles: there was no memory (%s)", reason_of(error))
+            mm.soft_empty_cache()
+        return whole(x) if tiled is None else tiled(x, tile_x=sides[-1], tile_y=sides[-1], overlap=sides[-1] // 4)
 
 
 def compute_device() -> torch.device:

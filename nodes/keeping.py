@@ -49,7 +49,9 @@ class Keeper:
 
     def passing(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """The tensors of `plan` as they are read, on their way kept where they are to be."""
-        return tensors if self.folder is None else kept.keep(self.plan, self.dtype, self.folder, tensors)
+        if self.folder is None:
+            return tensors
+        return kept.keep(self.plan, self.dtype, self.folder, tensors, host.check_interrupt)
 
     def remarks(self) -> list[str]:
         """What the user is told once the model is loaded: what was kept, and what may be deleted."""
@@ -67,6 +69,11 @@ class Keeper:
         remark = f"{found.name} stands for the original: you may delete {where}, {_size(files)}"
         log.info("NextStep: %s", remark)
         return [remark]
+
+    def _original_place(self) -> Path:
+        """The checkpoint's folder; in the Hugging Face cache that of all its versions, where the bytes lie."""
+        parent = self.checkpoint.parent
+        return parent.parent if parent.name == "snapshots" else self.checkpoint
 
 
 def _size(files: list[Path]) -> str:

@@ -34,7 +34,7 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
         )
     if not latents.isfinite().all():
         raise not_finite("This latent")
-    pictures = vae.decode(latents)
+    pictures = host.decode(vae, latents)
     if not pictures.isfinite().all():
         raise not_finite("The picture that the VAE decoded")
     return pictures

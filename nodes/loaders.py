@@ -61,7 +61,8 @@ def load_model(name: str, options: LoadOptions, keeping: str = KEEP_OFF) -> Host
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        model = _loaded[key] = _load(path, options, keeping)
+        with host.memory_told(f"Loading {name}"):
+            model = _loaded[key] = _load(path, options, keeping)
     return model
 
 

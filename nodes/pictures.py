@@ -12,12 +12,15 @@ from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, Size, around, size_of
 from ..nextstep_core.images.rgb import to_rgb
+from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
 from . import host
 from .types import CATEGORY, Original, OriginalSocket
-from .widgets import FIT, KEEP_SIZE, NEAREST, side_inputs
+from .widgets import FIT, KEEP_SIZE, NEAREST, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
+MARGIN = Range("margin", 0.0, 10.0)  # shares of the masked area's longer side
+FEATHER = Range("feather", 0, 256)  # pixels of the picture that is drawn
 
 
 def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
@@ -50,6 +53,7 @@ def place(pictures: Tensor, mask: Tensor | None, mode: str, area: str, margin: f
     """Which part of the pictures is drawn, and at which size; `size` is for `canvas_size`."""
     original = pictures.shape[2], pictures.shape[1]
     box: Box = (0, 0, *original)
+    margin = MARGIN.check(margin)
     masked = around(mask, 0) if mask is not None and area == AROUND_MASK else None
     if mask is not None and masked is not None:
         spare = round(margin * max(size_of(masked)))
@@ -123,8 +127,7 @@ class NextStepPreparePicture(io.ComfyNode):
                 io.Float.Input(
                     "margin",
                     default=0.5,
-                    min=0.0,
-                    max=10.0,
+                    **ends(MARGIN),
                     step=0.1,
                     optional=True,
                     tooltip="Around the mask: how much is seen on each side, as a share of the masked area's longer "
@@ -196,8 +199,7 @@ class NextStepPasteBack(io.ComfyNode):
                 io.Int.Input(
                     "feather",
                     default=16,
-                    min=0,
-                    max=256,
+                    **ends(FEATHER),
                     tooltip="Over so many pixels of the drawn picture the original comes through again around what was "
                     "masked, or at sides that were cut. 0 is a hard edge.",
                 ),
@@ -217,4 +219,4 @@ class NextStepPasteBack(io.ComfyNode):
         if mask is not None and len(mask) > 1:
             mask = mask.repeat_interleave(each, dim=0)
         pictures = pictures.repeat_interleave(each, dim=0)
-        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, feather))
+        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, FEATHER.check(feather)))

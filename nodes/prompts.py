@@ -67,7 +67,7 @@ def encode_edit(
     check_encodable(new_width, new_height)
     grid = model.engine.grid(new_height, new_width)
     model.engine.check_prompt(instruction, [grid] * slots)
-    latents = vae.encode(cover(pixels, new_width, new_height))
+    latents = host.encode(vae, cover(pixels, new_width, new_height))
     channels = model.engine.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise NextStepError(

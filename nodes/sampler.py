@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,10 +121,12 @@ def sample(
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
     preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
     device = host.bring_to_device(model.patcher, plan)
+    make_room = partial(host.send_away, model.patcher)
     reporter = host.ProgressReporter(job.total)
     progress = None
     try:
-        with closing(model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt)) as run:
+        drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
+        with closing(drawing) as run:
             for progress in run:
                 reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
@@ -240,5 +243,5 @@ class NextStepSampler(DrawingNode):
             check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
         host.note_in_picture(cls, model.facts)
-        with torch.inference_mode():
+        with torch.inference_mode(), host.memory_told("Drawing"):
             return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen, on_interrupt))

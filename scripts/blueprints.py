@@ -46,10 +46,10 @@ def value_of(node: Node, widget: str) -> Any:
 
 def definition(blueprint: Blueprint) -> dict[str, Any]:
     """The subgraph itself."""
-    groups, bands = lay_out(blueprint.nodes)
+    groups, columns = lay_out(blueprint.nodes)
     parts = {node.part: node for node in blueprint.nodes.nodes()}
     nodes = {part: written(node, order) for order, (part, node) in enumerate(parts.items())}
-    wires = Wires(blueprint.nodes, nodes, bands)
+    wires = Wires(blueprint.nodes, nodes, columns)
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     links = [dict(zip(names, link)) for link in wires.links]
     inputs = []

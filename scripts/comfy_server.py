@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-NextStep"
 PREVIEW_EVENTS = (1, 4)
 TEXT_EVENT = 3
-START_SECONDS = 120
+START_SECONDS = 300
 NO_HOST = "no ComfyUI found: make hosts with scripts/hosts.sh, or set COMFYUI_PATH to a checkout"
 
 
@@ -79,8 +79,8 @@ class Run:
 class ComfyServer:
     """Talks to one running server."""
 
-    def __init__(self, base: Path, port: int, log: Path) -> None:
-        self.base, self.port, self.log = base, port, log
+    def __init__(self, base: Path, port: int, log: Path, pid: int) -> None:
+        self.base, self.port, self.log, self.pid = base, port, log, pid
 
     def said(self) -> str:
         """The log's messages, without the colored levels that newer versions put before them."""
@@ -141,7 +141,7 @@ class ComfyServer:
         while not (history := self.call(f"/history/{run.prompt_id}")) and time.monotonic() < deadline:
             time.sleep(0.05)  # the host announces success a moment before it writes the history
         outputs = history[run.prompt_id]["outputs"]
-        images = [image for node in outputs.values() for image in node["images"] if image["type"] == "output"]
+        images = [image for node in outputs.values() for image in node.get("images", []) if image["type"] == "output"]
         return [self.base / "output" / image["subfolder"] / image["filename"] for image in images]
 
 
@@ -165,7 +165,7 @@ def running_server(comfyui: Path, base: Path, *options: str, memory: str = "--cp
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=comfyui, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    server = ComfyServer(base, port, log)
+    server = ComfyServer(base, port, log, process.pid)
     try:
         _wait_until_ready(server, process)
         yield server

@@ -60,7 +60,7 @@ GREEN, RED, BROWN = ("#232", "#353"), ("#322", "#533"), ("#432", "#653")
 GROUP_COLORS = {
     "Model": "#3f789e", "Prompt": "#88A", "Picture": "#8A8", "Settings": "#8A8", "Draw": "#a1309b", "Result": "#b58b2a",
 }  # fmt: skip
-TITLE, GAP, COLUMN_GAP, GROUP_HEAD, LANE = 30, 24, 66, 44, 13
+TITLE, GAP, COLUMN_GAP, GROUP_HEAD, FRAME, LANE = 30, 24, 66, 44, 14, 13
 # Of a window of 1366x768: what is free of menus (left, top, right, bottom), and the minimap's upper left corner.
 FREE, MINIMAP, LARGEST = (75, 105, 1352, 712), (1050, 495), 0.85
 
@@ -97,10 +97,10 @@ class Node:
 
 @dataclass
 class Group:
-    """Nodes under a title: columns of them, side by side."""
+    """Nodes under a title, one below the other."""
 
     title: str
-    columns: list[list[Node]]
+    nodes: list[Node]
 
 
 Column = list[Node | Group]
@@ -108,7 +108,7 @@ Column = list[Node | Group]
 # Every part has its number in all templates. The sampler's previews come by it.
 PARTS = (
     "model", "note", "positive", "negative", "size", "sampler", "decode", "save", "load", "edit", "prepare", "paste",
-    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale", "before",
+    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale",
 )  # fmt: skip
 
 
@@ -126,39 +126,31 @@ class Template:
 
     def nodes(self) -> Iterator[Node]:
         for item in (item for column in self.columns for item in column):
-            if isinstance(item, Group):
-                yield from (node for column in item.columns for node in column)
-            else:
-                yield item
+            yield from item.nodes if isinstance(item, Group) else [item]
 
 
 def lay_out(template: Template) -> tuple[list[dict], dict[str, int]]:
-    """Give every node its place; (groups as the file has them, the column of bands that each part stands in)."""
-    groups, band_of, left, band = [], {}, 0, 0
-    for column in template.columns:
-        top, right, bands = 0, left, band
+    """Give every node its place; (groups as the file has them, the column that each part stands in)."""
+    groups, column_of, left = [], {}, 0
+    for n, column in enumerate(template.columns):
+        top = 0
+        width = max(node.size[0] for item in column for node in (item.nodes if isinstance(item, Group) else [item]))
         for item in column:
             if isinstance(item, Node):
-                item.pos, band_of[item.part] = (left, top + TITLE), band
+                item.pos, column_of[item.part] = (left, top + TITLE), n
                 top += TITLE + item.size[1] + GAP
-                right = max(right, left + item.size[0])
                 continue
-            inner, bottom = left, top
-            for n, nodes in enumerate(item.columns):
-                y = top + GROUP_HEAD
-                for node in nodes:
-                    node.pos, band_of[node.part] = (inner, y + TITLE), band + n
-                    y += TITLE + node.size[1] + GAP
-                bottom = max(bottom, y - GAP)
-                inner += max(node.size[0] for node in nodes) + COLUMN_GAP
-            bands = max(bands, band + len(item.columns) - 1)
-            width = inner - COLUMN_GAP - left
-            box = [left - 14, top, width + 28, bottom - top + 14]
+            start, top = top, top + GROUP_HEAD
+            for node in item.nodes:
+                node.pos, column_of[node.part] = (left, top + TITLE), n
+                top += TITLE + node.size[1] + GAP
+            top += FRAME - GAP
+            box = [left - FRAME, start, width + 2 * FRAME, top - start]
             groups.append({"id": len(groups) + 1, "title": item.title, "bounding": box,
                            "color": GROUP_COLORS[item.title], "font_size": 24, "flags": {}})  # fmt: skip
-            top, right = bottom + 14 + GAP, max(right, left + width)
-        left, band = right + COLUMN_GAP, bands + 1
-    return groups, band_of
+            top += GAP
+        left += width + COLUMN_GAP
+    return groups, column_of
 
 
 def socket(name: str, kind: str) -> dict[str, Any]:
@@ -198,8 +190,8 @@ def in_order(nodes: list[Node]) -> list[Node]:
 class Wires:
     """The links between nodes, and the points that lead them around whatever stands between their ends."""
 
-    def __init__(self, template: Template, nodes: dict[str, dict], bands: dict[str, int]) -> None:
-        self.nodes, self.bands = nodes, bands
+    def __init__(self, template: Template, nodes: dict[str, dict], columns: dict[str, int]) -> None:
+        self.nodes, self.columns = nodes, columns
         self.links: list[list[Any]] = []
         self.reroutes: list[dict[str, Any]] = []
         self.extensions: list[dict[str, int]] = []
@@ -224,22 +216,22 @@ class Wires:
 
     def _way(self, source: str, output: int, part: str) -> list[list[int]]:
         """Nothing for the next column; between two nodes that stand in one column; above all nodes for any other."""
-        start, end, steps = self.nodes[source], self.nodes[part], self.bands[part] - self.bands[source]
+        start, end, steps = self.nodes[source], self.nodes[part], self.columns[part] - self.columns[source]
         if steps == 1:
             return []
         if steps == 0:
             between = end["pos"][1] - TITLE - GAP // 2
             return [[start["pos"][0] + start["size"][0] + 10, between], [end["pos"][0] - 10, between]]
         lane = self.lanes.setdefault((source, output), len(self.lanes))
-        beside = sum(self.bands[other] == self.bands[source] for other, _ in list(self.lanes)[:lane])
+        beside = sum(self.columns[other] == self.columns[source] for other, _ in list(self.lanes)[:lane])
         above, left = -LANE * (lane + 1), end["pos"][0] - 22 - 4 * (lane % 3)
-        way = [[self._right(self.bands[source]) + 18 + 6 * beside, above], [left, above]]
+        way = [[self._right(self.columns[source]) + 18 + 6 * beside, above], [left, above]]
         if steps < 0:
             way.append([left, end["pos"][1] + end["size"][1] // 2])
         return way
 
-    def _right(self, band: int) -> int:
-        standing = [self.nodes[part] for part, own in self.bands.items() if own == band]
+    def _right(self, column: int) -> int:
+        standing = [self.nodes[part] for part, own in self.columns.items() if own == column]
         return max(node["pos"][0] + node["size"][0] for node in standing)
 
 
@@ -259,10 +251,10 @@ def view(template: Template, wires: Wires) -> dict[str, Any]:
 
 def workflow(template: Template) -> dict[str, Any]:
     """The template's file."""
-    groups, bands = lay_out(template)
+    groups, columns = lay_out(template)
     ordered = in_order(list(template.nodes()))
     nodes = {node.part: written(node, order) for order, node in enumerate(ordered)}
-    wires = Wires(template, nodes, bands)
+    wires = Wires(template, nodes, columns)
     shown = [[str(number(part)), widget] for part, widget in template.app]
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"nextstep/{template.name}")),
@@ -397,7 +389,7 @@ The seed stays fixed for it. Another name in **NextStep Resume** and **Save Late
 
 
 def group(title: str, *nodes: Node) -> Group:
-    return Group(title, [list(nodes)])
+    return Group(title, list(nodes))
 
 
 def loader(checkpoint: str = MAIN, **links: tuple[str, int]) -> Node:

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in ("host", "browser"):
             item.add_marker(folder)
-        elif folder in ("benchmarks", "training"):
+        elif folder in ("benchmarks", "training", "stress"):
             item.add_marker("slow")
         if not any(item.get_closest_marker(cost) for cost in COSTS):
             item.add_marker("fast")

@@ -6,8 +6,10 @@ which device and dtype to compute in.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from traceback import clear_frames
 
 import torch
 from torch import Tensor
@@ -24,14 +26,17 @@ from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
 from ..runtime.memory import check_room, plan_host_memory, spare_bytes
+from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
 from .job import PICTURES, Job, KnownTokens
 from .loop import decode
-from .memory import RunSize, working_bytes
+from .memory import Piece, RunSize, working_bytes
 from .progress import Progress, TokenStep
 from .steps import CHUNK, StepCaches
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,8 @@ class NextStepEngine:
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
-        fed_at_once = min(CHUNK, job.rows.ids.shape[1] if job.known is None else job.length)
-        return working_bytes(self.config, RunSize(job.batch, job.length, fed_at_once, job.settings.steps), dtype)
+        size = RunSize(job.batch, job.length, min(CHUNK, job.longest_stretch), job.settings.steps)
+        return working_bytes(self.config, size, dtype)
 
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""
@@ -159,30 +164,66 @@ class NextStepEngine:
         dtype: torch.dtype,
         at_once: int | None = None,
         check: Check = go_on,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> Generator[Progress, None, None]:
         """Sample the pictures' tokens on `device` in `dtype`, yielding after each.
 
         Weights that lie elsewhere are streamed to the device. At most `at_once` pictures are drawn together (None:
-        all). Where memory runs out, the batch is halved; each picture comes out as it would have in one batch. `check`
-        is called before every layer of the transformer and may raise to stop.
+        all). `check` is called before every layer of the transformer and may raise to stop.
+
+        Where memory runs out, the batch is halved, each picture coming out as it would have in one batch; then prompts
+        are read in shorter pieces; then `make_room` is asked to send weights away, and says whether it could.
+        OutOfMemory when nothing of this is left.
         """
-        start, size = 0, self._at_once(job, device, dtype, min(at_once or job.pictures, job.pictures))
-        tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
-        with weights_on(self.model, tokens.device), checked(self.model.layers, check):
+        at = torch.empty(0, device=device).device
+        width, height = self.latents.size(job.grid)
+        needed = self.working_bytes(job.part(0, 1), dtype)
+        with told(f"A picture of {width}x{height} pixels, beside the weights,", at, needed):
+            start, wanted = 0, min(at_once or job.pictures, job.pictures)
+            piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
+            tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
             while start < job.pictures:
-                stop = min(start + size, job.pictures)
-                tokens[start:] = 0  # also what a part left that ran out of memory
-                if job.known is not None:
-                    job.known.fill(tokens)
-                try:
-                    for step in self._decode_part(job.part(start, stop), tokens[start:stop]):
-                        yield Progress(step, start, stop, tokens)
-                except RuntimeError as error:
-                    if size == 1 or not is_out_of_memory(error):
-                        raise
-                    size = -(-size // 2)
-                else:
-                    start = stop
+                start, shortage = yield from self._decode_pieces(job, tokens, start, piece, check)
+                if shortage is not None:
+                    piece = self._less(piece, job, at, shortage, make_room)
+
+    def _decode_pieces(
+        self, job: Job, tokens: Tensor, start: int, piece: Piece, check: Check
+    ) -> Generator[Progress, None, tuple[int, str | None]]:
+        """Sample from picture `start` on. Returns the picture that it came to and, where memory ran out, what the
+        device said."""
+        with checked(self.model.layers, check) as hook:
+            try:
+                with weights_on(self.model, tokens.device):
+                    while start < job.pictures:
+                        stop = min(start + piece.pictures, job.pictures)
+                        tokens[start:] = 0  # also what a part left that ran out of memory
+                        if job.known is not None:
+                            job.known.fill(tokens)
+                        for step in self._decode_part(job.part(start, stop), tokens[start:stop], piece.positions):
+                            yield Progress(step, start, stop, tokens)
+                        start = stop
+            except BaseException as error:
+                # Whoever keeps the error must not keep what was allocated here, which its traceback holds on to.
+                clear_frames(error.__traceback__)
+                if hook.stopped or not isinstance(error, Exception):
+                    raise error.with_traceback(None) from None
+                if not is_out_of_memory(error):
+                    raise
+                return start, reason_of(error)
+        return start, None
+
+    def _less(self, piece: Piece, job: Job, at: torch.device, shortage: str, make_room: Callable[[], bool]) -> Piece:
+        """What to do at once after memory ran out. MemoryError where it cannot be less, and nothing else can go."""
+        self.release()
+        if at.type == "cpu" and self.caches.prefilled is not None:
+            self.caches.prefilled.clear()
+        smaller = piece.halved(job.longest_stretch)
+        if smaller is None and not make_room():
+            raise MemoryError(shortage)
+        left = "with more weights on the host" if smaller is None else f"with {smaller} at a time"
+        log.warning("Out of memory on %s (%s). It goes on %s.", at, shortage, left)
+        return smaller or piece
 
     def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:
         """How many pictures are drawn together. A CPU's memory is asked beforehand: where it runs out, the system ends
@@ -192,9 +233,9 @@ class NextStepEngine:
         check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, f"{job.pictures} pictures")
         return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part(0, 1), dtype)).at_once
 
-    def _decode_part(self, job: Job, tokens: Tensor) -> Iterator[TokenStep]:
+    def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)
-        return decode(self.model, job, embeds, tokens, self.caches)
+        return decode(self.model, job, embeds, tokens, self.caches, chunk)
 
     def release(self) -> None:
         """Free the device memory that is kept for the next run; it is taken again when it is needed."""

@@ -63,6 +63,11 @@ class Job:
         return self.rows.ids.shape[1] + self.total - 1
 
     @property
+    def longest_stretch(self) -> int:
+        """The most positions that are known at once: those of the prompt, or all where tokens are known beforehand."""
+        return self.rows.ids.shape[1] if self.known is None else self.length
+
+    @property
     def batch(self) -> int:
         """Rows of the transformer's batch, all branches counted."""
         return self.rows.ids.shape[0]

@@ -50,7 +50,9 @@ class Run:
     key: str
 
     @classmethod
-    def start(cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Run:
+    def start(
+        cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int
+    ) -> Run:
         """Take or make the steps, and read the prompt; arguments as in `decode`."""
         started, total = time.monotonic(), job.total
         sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
@@ -60,11 +62,11 @@ class Run:
             sample,
             tokens,
             [False] * total if job.known is None else job.known.keep.tolist(),
-            sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key),
+            sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key, chunk),
             position_codes(model, job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
             job.noise,
-            1 if job.known is not None and job.known.token_by_token else CHUNK,
+            1 if job.known is not None and job.known.token_by_token else chunk,
             started,
             caches.prefilled,
             key,
@@ -94,14 +96,17 @@ class Run:
         raise not_finite(f"Token {int(bad[0]) + 1} of {len(self.keep)}")
 
 
-def decode(model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches) -> Iterator[TokenStep]:
+def decode(
+    model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int = CHUNK
+) -> Iterator[TokenStep]:
     """Sample the tokens of every picture of `job`, yielding after each.
 
     embeds (rows, L, hidden) are its prompts, all branches stacked as guidance expects them. Tokens are written into the
     buffer `tokens` (pictures, total, token_dim), whose device and dtype the run computes in. Known tokens lie there
     already and are kept; their noise is drawn all the same, so that every other token sees the noise of its place.
+    Prompts and stretches of known tokens go through the transformer `chunk` positions at a time.
     """
-    return plain(Run.start(model, job, embeds, tokens, caches))
+    return plain(Run.start(model, job, embeds, tokens, caches, chunk))
 
 
 def plain(run: Run) -> Iterator[TokenStep]:

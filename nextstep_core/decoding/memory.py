@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from ..model.kv_cache import KVCache
 AUTOMATIC = (None, "int8", "int4")
 # The published VAE's weights in bfloat16, and what decoding 512x512 takes at its largest layer.
 VAE_BYTES = 1_500_000_000
+FEWEST = 64  # positions in one call; fewer would save next to nothing
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,24 @@ class RunSize:
     length: int
     fed_at_once: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """How much is done at once: so many pictures, and so many positions of what is known beforehand."""
+
+    pictures: int
+    positions: int
+
+    def __str__(self) -> str:
+        return f"{self.pictures} picture{'s' if self.pictures > 1 else ''} and {self.positions} positions"
+
+    def halved(self, longest: int) -> Piece | None:
+        """The next smaller piece where `longest` positions are the most there are; None where it cannot be smaller."""
+        if self.pictures > 1:
+            return replace(self, pictures=-(-self.pictures // 2))
+        positions = min(self.positions, longest)
+        return None if positions <= FEWEST else replace(self, positions=max(FEWEST, -(-positions // 2)))
 
 
 # A picture of 512x512 with guidance, a long prompt and the published number of steps.

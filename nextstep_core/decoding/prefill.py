@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
+from contextlib import suppress
 
 from torch import Tensor
 
 from ..model.kv_cache import KVCache
 
+MOST, LEAST = 1 << 30, 1 << 28  # bytes
+SHARE = 32  # one part in so many of the computer's memory
+
+
+def fitting_bytes() -> int:
+    """How much of this computer's memory prompts may take: a small part of it, and never more than a gigabyte."""
+    with suppress(ValueError, AttributeError):  # of systems that do not tell
+        return max(LEAST, min(MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE))
+    return LEAST
+
 
 class PrefillCache:
     """Keys, values and last hidden states of recent prompts, in host memory, by the content of the prompt."""
 
-    def __init__(self, max_bytes: int = 1 << 30) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int | None = None) -> None:
+        """`max_bytes` None is what suits the computer."""
+        self.max_bytes = fitting_bytes() if max_bytes is None else max_bytes
         self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @property
@@ -35,7 +48,14 @@ class PrefillCache:
         self._entries.pop(key, None)
 
     def store(self, key: str, cache: KVCache, length: int, hidden: Tensor) -> None:
-        """Keep the first `length` positions of `cache`; the oldest entries go when the room is spent."""
-        self._entries[key] = (cache.data[..., :length, :].to("cpu", copy=True), hidden.to("cpu", copy=True))
-        while self.nbytes > self.max_bytes:
+        """Keep the first `length` positions of `cache`, if they fit at all; the oldest entries make room."""
+        kv = cache.data[..., :length, :]
+        if kv.nbytes > self.max_bytes:
+            return
+        while self._entries and self.nbytes + kv.nbytes > self.max_bytes:
             self._entries.popitem(last=False)
+        self._entries[key] = (kv.to("cpu", copy=True), hidden.to("cpu", copy=True))
+
+    def clear(self) -> None:
+        """Forget every prompt."""
+        self._entries.clear()

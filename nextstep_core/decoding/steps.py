@@ -105,9 +105,11 @@ class TokenSequence:
         self._plain = TransformerStep(model, shape)
         self._step = wrap(self._plain)
 
-    def prefill(self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str) -> Tensor:
+    def prefill(
+        self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
+    ) -> Tensor:
         """Begin with the prompt embeds (rows, L, hidden), or take it from `prefilled`; the last hidden state (rows,
-        hidden).
+        hidden). `chunk` positions are read at a time.
 
         valid (rows, L) is False at left padding.
         """
@@ -118,8 +120,8 @@ class TokenSequence:
         hidden = prefilled.restore(key, self._plain.cache) if prefilled is not None else None
         if hidden is not None:
             return hidden
-        for start in range(0, self.prompt_length, CHUNK):
-            hidden = self._run(embeds[:, start : start + CHUNK], start)
+        for start in range(0, self.prompt_length, chunk):
+            hidden = self._run(embeds[:, start : start + chunk], start)
         assert hidden is not None, "a prompt ends with the begin-of-image id, so it is never empty"
         if prefilled is not None:
             prefilled.store(key, self._plain.cache, self.prompt_length, hidden)

@@ -9,6 +9,7 @@ close to the whole picture's, not equal.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from ..errors import NextStepError, is_out_of_memory
 from ..ranges import Range
+from ..runtime.shortage import reason_of, told
 
 Network = Callable[[Tensor], Tensor]
+
+log = logging.getLogger(__name__)
 
 SIDES = (512, 256, 128)  # of tiles, in the order in which they are tried; NextStep-1 was trained at the first
 TILE = Range("The side of the VAE's tile", SIDES[-1], 4096)  # in pixels
@@ -33,11 +37,14 @@ def check_tile(tile: int, unit: int) -> None:
 
 def run_in_tiles(network: Network, x: Tensor, pixels_in: int, pixels_out: int, tile: int | None = None) -> Tensor:
     """network(x): whole, and in tiles only where memory runs out; `tile` is their side in pixels for those who know
-    beforehand that it will. NextStepError for a side that cannot be. Fits `model.vae.Runner`."""
-    if tile is None:
-        return within_memory(network, x, pixels_in, pixels_out)
-    check_tile(tile, max(pixels_in, pixels_out))
-    return in_tiles(network, x, pixels_in, pixels_out, tile)
+    beforehand that it will. NextStepError for a side that cannot be, or where not even the smallest tile fits. Fits
+    `model.vae.Runner`."""
+    if tile is not None:
+        check_tile(tile, max(pixels_in, pixels_out))
+    with told(f"The VAE, even in tiles of {tile or SIDES[-1]} pixels,", x.device):
+        if tile is None:
+            return within_memory(network, x, pixels_in, pixels_out)
+        return in_tiles(network, x, pixels_in, pixels_out, tile)
 
 
 def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int) -> Tensor:
@@ -52,9 +59,10 @@ def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int) 
     for side, together in attempts:
         try:
             return in_tiles(network, x, pixels_in, pixels_out, side, together)
-        except RuntimeError as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            log.warning("The VAE goes on in smaller pieces: %s pixels did not fit (%s)", side, reason_of(error))
         # The next attempt begins without the error: its traceback holds on to what this one had allocated.
     return in_tiles(network, x, pixels_in, pixels_out, *last)
 

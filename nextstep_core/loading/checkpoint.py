@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import SHOWN, NextStepError, damaged, shown
+from ..errors import SHOWN, NextStepError, damaged, is_out_of_memory, shown
 from ..runtime.interrupt import Check, go_on
 from . import gguf_file, torch_file
 from .documents import INDEX_NAME, Documents, check_header
@@ -71,6 +71,8 @@ def _readable(path: Path) -> Iterator[None]:
     except NextStepError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        if is_out_of_memory(error):  # the file may well be sound
+            raise
         raise damaged(path, error) from None
 
 

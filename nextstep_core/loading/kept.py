@@ -11,17 +11,21 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import NextStepError
+from ..runtime.interrupt import Check, go_on
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, file_metadata, is_marked
-from .single_file import StreamedFile, empty_like, marks_of
+from .locks import held
+from .single_file import PART, StreamedFile, empty_like, marks_of
 from .store import vae_beside
 
 FOLDER = ".quantized"  # of the first model folder that takes it
@@ -113,15 +117,16 @@ def place(plan: ModelPlan, dtype: torch.dtype, folders: Iterable[Path]) -> Path 
 
 
 def keep(
-    plan: ModelPlan, dtype: torch.dtype, folder: Path, tensors: Iterable[tuple[str, Tensor]]
+    plan: ModelPlan, dtype: torch.dtype, folder: Path, tensors: Iterable[tuple[str, Tensor]], check: Check = go_on
 ) -> Iterator[tuple[str, Tensor]]:
     """The plan's tensors as they come from `tensors`, each also written to the file in `folder`.
 
-    The file appears under its name once all have come. A disk that fails ends the keeping, not the loading.
+    The file appears under its name once all have come. A disk that fails ends the keeping, not the loading. `check` is
+    called all the while and may raise to stop.
     """
     marks = marks_of(plan) | {SOURCE: fingerprint(plan)}
     contents = _contents(plan, dtype)
-    with _Copy(folder / file_name(plan, dtype), contents, marks) as copy:
+    with _Copy(folder / file_name(plan, dtype), contents, marks, check) as copy:
         copy.write_vae(plan)
         for name in plan.text_embedding_names:
             copy.write(name, contents[name])
@@ -146,53 +151,47 @@ def _is_whole(path: Path) -> bool:
 
 
 class _Copy:
-    """The file that is kept; writing to it never fails, it is given up instead."""
+    """The file that is kept; where it cannot be written it is given up, with a warning and no error."""
 
-    def __init__(self, path: Path, contents: Mapping[str, Tensor], marks: Mapping[str, str]) -> None:
-        self._path = path
-        self._file: StreamedFile | None = None
-        try:
-            for left in path.parent.glob(f"{path.name}*.part"):
-                left.unlink()  # by a run that was killed
-            self._file = StreamedFile(path, contents, marks).__enter__()
-        except OSError as error:
-            self._give_up(error)
+    def __init__(self, path: Path, contents: Mapping[str, Tensor], marks: Mapping[str, str], check: Check) -> None:
+        self._path, self._check, self._open = path, check, ExitStack()
+        self._file: StreamedFile | None = StreamedFile(path, contents, marks)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, unless an earlier one could not be written."""
         if self._file is not None:
-            try:
-                self._file.write(name, tensor)
-            except OSError as error:
-                self._give_up(error)
+            with self._given_up_on_failure():
+                self._file.write(name, tensor, self._check)
 
     def write_vae(self, plan: ModelPlan) -> None:
         """Put the checkpoint's own VAE beside, under the name that its config states."""
-        try:
-            if plan.documents.carried is None:
+        if self._file is not None and plan.documents.carried is None:
+            with self._given_up_on_failure():
                 copy_vae(plan, self._path.parent)
-        except OSError as error:
-            self._give_up(error)
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning("NextStep: the quantized weights are not kept as %s: %s", self._path, error)
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.__exit__(type(error), error, None)
+    @contextmanager
+    def _given_up_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, NextStepError) as error:
+            log.warning("NextStep: the quantized weights are not kept as %s: %s", self._path, error)
+            self._file = None
+            self._open.__exit__(type(error), error, None)
 
     def __enter__(self) -> _Copy:
+        assert self._file is not None, "nothing has failed yet"
+        with self._given_up_on_failure():
+            self._open.enter_context(
+                held(self._path.with_name(f".{self._path.name}.lock"), "another run is writing it")
+            )
+            for left in self._path.parent.glob(f"{escape(self._path.name)}.*{PART}"):
+                left.unlink()  # by a run that was killed: none is alive, or it would hold the lock
+            self._open.enter_context(self._file)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.__exit__(kind, error, trace)
-        except OSError as failure:
-            self._file = None
-            self._give_up(failure)
+    def __exit__(self, *failure: Any) -> None:
+        with self._given_up_on_failure():
+            self._open.__exit__(*failure)
 
 
 def copy_vae(plan: ModelPlan, folder: Path) -> None:

@@ -28,6 +28,7 @@ from ..errors import NextStepError, not_written
 from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
+from ..runtime.shortage import told
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, IN_LAYOUT, MARK, NAME, QUANTIZATION, VERSION
@@ -198,7 +199,7 @@ def main() -> None:
         if options.to.suffix != ".safetensors":
             raise NextStepError(f"--to is {options.to}; give it a name that ends in .safetensors.")
         source = resolve_source(options.source)
-        with torch.inference_mode():
+        with torch.inference_mode(), told("Converting", torch.device(options.device), advice="Close other programs."):
             if options.vae:
                 is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
                 size = save_vae(source if is_vae else vae_beside(source, None), options.to, DTYPES[options.dtype])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, damaged, shown
+from ..errors import NextStepError, damaged, is_out_of_memory, shown
 from .documents import MAX_TENSORS
 from .files import check_regular
 
@@ -38,6 +38,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     except (NextStepError, FileNotFoundError):
         raise
     except Exception as error:  # what unpickling raises is whatever the pickle makes it
+        if is_out_of_memory(error):  # the file may well be sound
+            raise
         raise damaged(path, error) from None
     if not isinstance(state, dict) or not all(type(v) in (Tensor, torch.nn.Parameter) for v in state.values()):
         raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")

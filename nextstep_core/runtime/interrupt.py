@@ -25,21 +25,28 @@ def leaves(network: nn.Module) -> Iterator[nn.Module]:
     return (module for module in network.modules() if next(module.children(), None) is None)
 
 
-@contextmanager
-def checked(layers: Iterable[nn.Module], check: Check) -> Iterator[None]:
-    """Inside, each of `layers` calls `check` before it runs."""
-    if check is go_on:
-        yield
-        return
+class Hook:
+    """Calls a check before a layer; `stopped` tells afterwards whether it raised."""
 
-    def before(*_: object) -> None:
+    def __init__(self, check: Check) -> None:
+        self._check, self.stopped = check, False
+
+    def __call__(self, *_: object) -> None:
         # What is raised while CUDA captures would be taken for a failure of the capture.
-        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-            check()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
+        self.stopped = True
+        self._check()
+        self.stopped = False
 
-    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+
+@contextmanager
+def checked(layers: Iterable[nn.Module], check: Check) -> Iterator[Hook]:
+    """Inside, each of `layers` calls `check` before it runs."""
+    hook = Hook(check)
+    handles = [] if check is go_on else [layer.register_forward_pre_hook(hook) for layer in layers]
     try:
-        yield
+        yield hook
     finally:
         for handle in handles:
             handle.remove()

@@ -51,6 +51,19 @@ class OffloadedWeights:
         self.replace(self.tensors)
 
 
+def send_away(model: NextStepModel, device: torch.device) -> bool:
+    """Send half of the layers on `device` to the host, from where they are streamed; whether there were any."""
+    if device.type == "cpu":
+        return False
+    here = [layer for layer in model.layers if any(weight.device == device for weight in layer.parameters())]
+    for layer in here[len(here) // 2 :]:
+        for module in layer.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(weight.to("cpu"), requires_grad=False)
+    return bool(here)
+
+
 def streamed_bytes(model: NextStepModel) -> int:
     """The most device memory that weights need which do not stay there: the ring, and all that is no layer."""
     others = sum(tensor.nbytes for name, tensor in model.named_parameters() if not name.startswith("layers."))

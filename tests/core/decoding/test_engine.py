@@ -7,15 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from simulated_mps import MPS, SimulatedMPS
 from torch import Tensor
 
-from nextstep_core.decoding import steps
+from nextstep_core import NextStepPipeline
+from nextstep_core.decoding import prefill, steps
 from nextstep_core.decoding.job import Job, KnownTokens
 from nextstep_core.decoding.loop import guidance_scales
 from nextstep_core.decoding.prefill import PrefillCache
-from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSequence
+from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSequence, TransformerStep
+from nextstep_core.errors import OutOfMemory
 from nextstep_core.model.kv_cache import KVCache
 from nextstep_core.request.layout import Caption, EncodedImage
+from nextstep_core.runtime.interrupt import go_on
+from nextstep_core.runtime.streaming import send_away
 
 CPU = torch.device("cpu")
 
@@ -59,11 +64,11 @@ class Fails:
     """Stands in for feeding tokens: for more than so many pictures it raises at the third token."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Callable[[], RuntimeError], pictures: int) -> None:
-        self.calls, feed = [], TokenSequence.feed
+        self.calls, self.pictures, feed = [], pictures, TokenSequence.feed
 
         def fail(sequence: TokenSequence, tokens: Tensor, place: int) -> Tensor:
             self.calls.append((len(tokens), place))
-            if len(tokens) > pictures and place == 2:
+            if len(tokens) > self.pictures and place == 2:
                 raise error()
             return feed(sequence, tokens, place)
 
@@ -81,9 +86,71 @@ def test_an_error_that_is_not_about_memory_is_raised_at_once(pipeline, monkeypat
 @torch.inference_mode()
 def test_one_picture_that_does_not_fit_is_an_error(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     fails = Fails(monkeypatch, lambda: torch.cuda.OutOfMemoryError("out of memory"), pictures=0)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(OutOfMemory, match=r"48x32 pixels.*0\.5 MB.*out of memory"):
         list(pipeline.engine.decode(job_for(pipeline, "A", "B", "C"), CPU, torch.float32))
     assert [rows for rows, place in fails.calls if place == 2] == [3, 2, 1], "halves, rounded up"
+
+
+@torch.inference_mode()
+def test_a_long_prompt_is_read_in_shorter_pieces_where_memory_is_short(pipeline, monkeypatch, caplog) -> None:
+    engine = replace(pipeline.engine, caches=StepCaches(prefilled=None))
+    job, lengths, run = job_for(pipeline, "word " * 150), [], TransformerStep.run
+    (wanted,) = (p.tokens for p in engine.decode(job, CPU, torch.float32) if p.step.done == 6)
+
+    def small(step: TransformerStep, embeds: Tensor, positions: Tensor, visible: int) -> Tensor:
+        lengths.append(embeds.shape[1])
+        if embeds.shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(step, embeds, positions, visible)
+
+    monkeypatch.setattr(TransformerStep, "run", small)
+    (tokens,) = (p.tokens for p in engine.decode(job, CPU, torch.float32) if p.step.done == 6)
+    length = job.rows.ids.shape[1]
+    half = -(-length // 2)
+    quarter = -(-half // 2)
+    assert lengths[:3] == [length, half, quarter]
+    assert (tokens - wanted).abs().max() <= 1e-4
+    assert "Tried to allocate 2.00 GiB" in caplog.text and f"{quarter} positions" in caplog.text
+
+
+@torch.inference_mode()
+def test_weights_are_sent_away_when_nothing_else_helps(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails, asked = Fails(monkeypatch, lambda: RuntimeError("CUDA out of memory"), pictures=0), []
+
+    def make_room() -> bool:
+        asked.append(len(fails.calls))
+        fails.pictures = len(asked) - 1  # the second time it helps
+        return True
+
+    run = pipeline.engine.decode(job_for(pipeline, "A"), CPU, torch.float32, None, go_on, make_room)
+    assert [p.step.done for p in run] == [1, 2, 3, 1, 2, 3, 1, 2, 3, 4, 5, 6] and asked == [3, 6]
+
+
+@torch.inference_mode()
+def test_memory_that_is_kept_for_the_next_run_goes_first(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(pipeline.engine.decode(job_for(pipeline, "A"), CPU, torch.float32))
+    kept = pipeline.engine.caches.prefilled
+    assert kept.nbytes
+    Fails(monkeypatch, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"), pictures=0)
+    with pytest.raises(OutOfMemory):
+        list(pipeline.engine.decode(job_for(pipeline, "B"), CPU, torch.float32))
+    assert not kept.nbytes
+
+
+@torch.inference_mode()
+def test_half_of_the_layers_goes_to_the_host_at_a_time() -> None:
+    pipe = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32)
+    model, there = pipe.engine.model, []
+    (wanted,) = (p.tokens for p in pipe.engine.decode(job_for(pipe, "A"), CPU, torch.float32) if p.step.done == 6)
+    with SimulatedMPS():
+        for module in model.layers.modules():
+            module._parameters |= {n: p.to(MPS) for n, p in module._parameters.items() if p is not None}
+        while send_away(model, MPS):
+            there.append(sum(next(layer.parameters()).device == MPS for layer in model.layers))
+    assert there[0] == len(model.layers) // 2 and there[-1] == 0
+    (tokens,) = (p.tokens for p in pipe.engine.decode(job_for(pipe, "A"), CPU, torch.float32) if p.step.done == 6)
+    assert torch.equal(tokens, wanted)
+    assert not send_away(model, CPU), "a CPU has nowhere to send them"
 
 
 @torch.inference_mode()
@@ -157,6 +224,21 @@ def test_a_prompt_that_was_used_lately_is_kept(pipeline) -> None:
     kept.store("c", cache, 4, torch.zeros(1, 2))
     assert kept.restore("b", cache) is None, "the one used longest ago went"
     assert kept.restore("a", cache) is not None and kept.restore("c", cache) is not None
+
+
+def test_what_is_larger_than_all_room_pushes_nothing_out(pipeline) -> None:
+    cache = KVCache(pipeline.engine.config, 1, 4, CPU, torch.float32)
+    kept = PrefillCache(max_bytes=cache.data[..., :2, :].nbytes)
+    kept.store("a", cache, 2, torch.zeros(1, 2))
+    kept.store("b", cache, 3, torch.zeros(1, 2))
+    assert kept.restore("a", cache) is not None and kept.restore("b", cache) is None
+
+
+@pytest.mark.parametrize(("gigabytes", "most"), [(4, 1 << 28), (16, 1 << 29), (64, 1 << 30)])
+def test_prompts_take_a_small_part_of_the_computer_s_memory(monkeypatch, gigabytes: int, most: int) -> None:
+    told = {"SC_PHYS_PAGES": gigabytes << 18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(prefill.os, "sysconf", told.__getitem__, raising=False)
+    assert PrefillCache().max_bytes == most
 
 
 def test_what_is_kept_of_a_prompt_is_a_copy(pipeline) -> None:

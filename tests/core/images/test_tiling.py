@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import weakref
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.errors import is_out_of_memory
+from nextstep_core.errors import OutOfMemory, is_out_of_memory
 from nextstep_core.images.tiling import check_tile, in_tiles, run_in_tiles, within_memory
 from training.scenes import COLORS
 
@@ -158,6 +159,19 @@ def test_generate_finishes_when_the_vae_runs_out_of_memory(pipeline, monkeypatch
     out = pipeline.generate("<image>Add a hat.", **options)
     assert torch.equal(out.images, asked_for.images)
     assert (encoder.asked[0], decoder.asked[0]) == ((1, 64, 256), (1, 8, 32))
+
+
+def test_where_nothing_helps_it_is_one_sentence_and_every_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(OutOfMemory, match="128 pixels.*cpu.*Tried to allocate"):
+        run_in_tiles(SmallDevice(lambda x: x, 0), torch.zeros(1, 16, 64, 64), *DECODER)
+    assert [r.getMessage().count("did not fit") for r in caplog.records] == [1, 1]
+    with pytest.raises(OutOfMemory, match="256 pixels"):
+        run_in_tiles(SmallDevice(lambda x: x, 0), torch.zeros(1, 16, 64, 64), *DECODER, tile=256)
+
+
+def test_memory_of_the_host_counts_too_and_our_own_sentence_does_not() -> None:
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OutOfMemory("out of memory"))
 
 
 def test_what_is_not_about_memory_or_cannot_be_helped_is_raised() -> None:
