@@ -20,9 +20,14 @@ class OutOfMemory(NextStepError):
     """Even the smallest piece of the work does not fit into memory."""
 
 
+REASON = 300  # characters of what a library says is wrong
+
+
 def damaged(path: Path, reason: object) -> NextStepError:
     """The error for a file that cannot be read as what it should be."""
-    return NextStepError(f"{path} is damaged or incomplete ({reason}). Delete it and download it again.")
+    said = (str(reason).splitlines() or [type(reason).__name__])[0]
+    said = said if len(said) <= REASON else f"{said[:REASON]}..."  # a library's may repeat what the file says
+    return NextStepError(f"{path} is damaged or incomplete ({said}). Delete it and download it again.")
 
 
 def not_finite(what: str) -> NextStepError:

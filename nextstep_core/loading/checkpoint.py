@@ -28,6 +28,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_NAMES_SHOWN = 8
 PIECE = 1 << 26  # bytes that are copied without looking up
 MAX_SHARDS = 1_000  # of one index; the published checkpoints have up to a dozen
+MAX_FILE_NAME = 255  # characters; no file system takes more
 SMALL = 1 << 20  # numbers; norms, biases and scales have fewer
 
 # How safetensors calls what weights are made of; other kinds of numbers are none.
@@ -72,8 +73,7 @@ def _readable(path: Path) -> Iterator[None]:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         if is_out_of_memory(error):  # the file may well be sound
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise damaged(path, reason) from None
+        raise damaged(path, error) from None
 
 
 Tensors: TypeAlias = Callable[[str], Tensor]  # from a name in a file to its tensor
@@ -168,7 +168,7 @@ def find_model_files(path: Path) -> TensorFiles:
     if len(names) > MAX_SHARDS:
         raise NextStepError(f"{index} names {len(names):,} files; at most {MAX_SHARDS:,} are read. Download it again.")
     for name in names:
-        if Path(name).name != name or not name.isprintable():
+        if Path(name).name != name or not name.isprintable() or len(name) > MAX_FILE_NAME:
             raise NextStepError(f"{index} points outside its folder ({shown(name)}). Do not use this checkpoint.")
     shards = {path / name: _held(path / name) for name in names}
     for tensor, name in weight_map.items():

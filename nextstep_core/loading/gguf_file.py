@@ -76,7 +76,8 @@ def _floats(data: np.ndarray[Any, Any], kind: int) -> np.ndarray[Any, Any]:
     """The numbers that rows of blocks stand for."""
     from gguf import GGMLQuantizationType, dequantize
 
-    floats: np.ndarray[Any, Any] = dequantize(data, GGMLQuantizationType(kind))
+    with np.errstate(all="ignore"):  # what is not finite is found when it has been read
+        floats: np.ndarray[Any, Any] = dequantize(data, GGMLQuantizationType(kind))
     return floats
 
 

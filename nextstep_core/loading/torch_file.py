@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, damaged, shown
+from ..errors import NextStepError, damaged, is_out_of_memory, shown
 from .documents import MAX_TENSORS
 from .files import check_regular
 
@@ -38,7 +38,9 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     except (NextStepError, FileNotFoundError):
         raise
     except Exception as error:  # what unpickling raises is whatever the pickle makes it
-        raise damaged(path, (str(error).splitlines() or [type(error).__name__])[0][:300]) from None
+        if is_out_of_memory(error):  # the file may well be sound
+            raise
+        raise damaged(path, error) from None
     if not isinstance(state, dict) or not all(type(v) in (Tensor, torch.nn.Parameter) for v in state.values()):
         raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")
     _check_tensors(path, state)

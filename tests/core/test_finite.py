@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nextstep_core import NextStepError, NextStepPipeline
-from nextstep_core.decoding.steps import StepShape, TokenSampler, TokenSequence
+from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSampler, TokenSequence
 from nextstep_core.sampling.settings import GenerationSettings
 
 SMALL = {"height": 32, "width": 48, "steps": 2, "cfg": 2.0, "sampler": "flow-ode"}
@@ -17,8 +18,12 @@ PICTURE = torch.rand(32, 48, 3, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def broken(pipeline: NextStepPipeline) -> Iterator:
-    """A function that puts a value into a module's weight until the test is over."""
+def broken(pipeline: NextStepPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """A function that puts a value into a module's weight until the test is over.
+
+    Prompts that other tests have read are forgotten so long, and those of the test afterwards.
+    """
+    monkeypatch.setattr(pipeline, "engine", replace(pipeline.engine, caches=StepCaches()))
     kept: list[tuple[Tensor, Tensor]] = []
 
     def damage(module: nn.Module, value: float = float("nan")) -> None:
@@ -26,9 +31,7 @@ def broken(pipeline: NextStepPipeline) -> Iterator:
         kept.append((weight, weight.clone()))
         weight.view(-1)[0] = value
 
-    pipeline.engine.release()  # another test's prompt is read already, and would not be read again
     yield damage
-    pipeline.engine.release()
     for weight, original in kept:
         weight.copy_(original)
 

@@ -41,10 +41,13 @@ def main() -> int:
             yield name
 
     wanted = until_late(islice(names(options.kind, options.seed), options.cases))
-    for ended in run_all(wanted, tuple(options.kind), limits, options.jobs):
-        outcomes.append(ended)
-        if ended.kind in BAD:
-            print(finding(ended), flush=True)
+    try:
+        for ended in run_all(wanted, tuple(options.kind), limits, options.jobs):
+            outcomes.append(ended)
+            if ended.kind in BAD:
+                print(finding(ended), flush=True)
+    except KeyboardInterrupt:
+        print("stopped; so far:")
     print(table(outcomes))
     print(f"{len(outcomes)} cases in {time.monotonic() - started:.0f} s, seed {options.seed}")
     return int(any(ended.kind in BAD for ended in outcomes))

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import tempfile
 import time
 from dataclasses import replace
@@ -27,6 +28,7 @@ def serve(pipe: Connection, kinds: tuple[str, ...], most_grown: int) -> None:
     """Run the cases whose names come through the pipe, and send back how each ended."""
     faulthandler.enable()
     logging.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     torch.set_num_threads(1)
     for kind in kinds:
         getattr(import_module(f"{__package__}.{kind}"), "warm_up", lambda: None)()

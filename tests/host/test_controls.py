@@ -283,6 +283,32 @@ def test_a_bad_latent_is_one_sentence_before_the_model_is_asked(kit, monkeypatch
 
 
 @torch.inference_mode()
+def test_what_is_not_finite_is_an_error_that_says_where_it_began(kit, monkeypatch) -> None:
+    nan = float("nan")
+    decodes = SimpleNamespace(decode=lambda latents: torch.full((1, 64, 64, 3), nan))
+    encodes = SimpleNamespace(encode=lambda pixels: torch.full((len(pixels), 16, 8, 8), nan))
+    latent = kit.latents.empty_latent(64, 64, 1)
+    with pytest.raises(kit.error, match="^This latent holds NaN"):
+        kit.latents.decode_latent(kit.vae, {"samples": latent["samples"] * nan})
+    with pytest.raises(kit.error, match="^The picture that the VAE decoded"):
+        kit.latents.decode_latent(decodes, latent)
+    with pytest.raises(kit.error, match="^An input image that the VAE encoded"):
+        kit.prompts.encode_edit(kit.model, encodes, square_picture(), "<image>x", kit.prompts.KEEP_SIZE)
+    positive = kit.prompts.encode_prompt(kit.model, "a red circle")
+    final = kit.model.engine.model.head.final_layer.linear.weight
+    kept = final.detach().clone()
+    final.view(-1)[0] = nan
+    try:
+        with pytest.raises(kit.error, match="^Token 1 of 16 holds NaN"):
+            draw(kit, positive, latent)
+        with pytest.raises(kit.error, match="^What was drawn until the interrupt"):
+            interrupted_at(kit, monkeypatch, 5, latent=latent, on_interrupt="keep")
+    finally:
+        final.copy_(kept)
+    assert draw(kit, positive, latent)["samples"].isfinite().all()
+
+
+@torch.inference_mode()
 def test_prompts_in_a_batch_are_drawn_as_they_are_alone(kit) -> None:
     prompts = [
         kit.prompts.encode_prompt(kit.model, p) for p in ("a red circle", "a small green star on a white background")

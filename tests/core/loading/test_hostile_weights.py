@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hostile_files
 import pytest
 import torch
 from checkpoint_files import INDEX, edit_json
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.loading.build import load_vae_state, plan_model
 from nextstep_core.loading.checkpoint import find_tensors, read_tensors
+from nextstep_core.model.config import LIMITS, VAE_LIMITS
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -39,6 +42,14 @@ def test_a_hostile_header_is_one_sentence(tmp_path: Path, name: str) -> None:
         find_tensors(path)
 
 
+def test_a_librarys_own_words_are_shortened(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    hostile_files.with_header(path, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":"' + b"a" * 100_000 + b'"}}')
+    with pytest.raises(NextStepError, match="damaged") as caught:
+        find_tensors(path)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("kind", [".safetensors", ".pt", ".gguf"])
 def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x{kind}"
@@ -54,14 +65,17 @@ import resource, sys
 from pathlib import Path
 import torch
 from nextstep_core import NextStepError
+from nextstep_core.loading.build import load_vae_state, plan_model
 from nextstep_core.loading.checkpoint import find_tensors
 
+plan_model(Path(sys.argv[2])), load_vae_state(Path(sys.argv[2]) / "vae")  # libraries are there before memory is limited
+use = {".model": plan_model, ".vae": load_vae_state}
 folder = Path(sys.argv[1])
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)
 for path in sorted(folder.iterdir()):
     try:
-        find_tensors(path)
+        use.get(path.suffix, find_tensors)(path)
     except NextStepError as error:
         assert "memory" not in str(error), error
     else:
@@ -73,23 +87,32 @@ print("done")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(Sparse|torch.quantize)")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the process by its address space")
-def test_what_asks_for_much_is_refused_with_little(tmp_path: Path) -> None:
+def test_what_asks_for_much_is_refused_with_little(tmp_path: Path, checkpoint: Path) -> None:
+    """Also the largest configs within their limits: modules are built without memory and compared with the files."""
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
     for number, write in enumerate(PICKLES.values()):
-        write(tmp_path / f"{number}.pt")
+        write(hostile / f"{number}.pt")
     for number, write in enumerate(HEADERS.values()):
-        write(tmp_path / f"{number}.safetensors")
-    child = [sys.executable, "-c", LITTLE_MEMORY, str(tmp_path)]
+        write(hostile / f"{number}.safetensors")
+    for kind, source, limits in ((".model", checkpoint, LIMITS), (".vae", checkpoint / "vae", VAE_LIMITS)):
+        folder = Path(shutil.copytree(source, hostile / f"largest{kind}"))
+        largest = {name: most for name, (_, most) in limits.items()} | {"ch_mult": [1, 2, 4, 8, 8, 8]}
+        edit_json(folder / "config.json", **largest | {"latent_channels": 16, "base_image_grid_size": 32})
+    child = [sys.executable, "-c", LITTLE_MEMORY, str(hostile), str(checkpoint)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(child, capture_output=True, text=True, timeout=300, env=environment)
     assert done.stdout == "done\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../x.safetensors", "a/x.safetensors", "a\nb.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../x.safetensors", "a/x.safetensors", "a\nb.safetensors", "..", "", "a" * 256], ids=repr
+)
 def test_an_index_names_files_of_its_folder(checkpoint: Path, name: str) -> None:
     edit_json(checkpoint / INDEX, weight_map={"norm.weight": name})
     with pytest.raises(NextStepError, match=f"{INDEX}.*outside|regular|not a weights file") as caught:
         plan_model(checkpoint)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 def test_an_index_of_thousands_of_files_is_refused_before_one_is_opened(checkpoint: Path) -> None:
