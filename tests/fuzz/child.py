@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -28,6 +29,7 @@ def serve(pipe: Connection, kinds: tuple[str, ...], most_grown: int) -> None:
     """Run the cases whose names come through the pipe, and send back how each ended."""
     faulthandler.enable()
     logging.disable()
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     torch.set_num_threads(1)
     for kind in kinds:

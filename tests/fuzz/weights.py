@@ -14,12 +14,12 @@ from random import Random
 from zipfile import ZipFile
 
 import torch
-from hostile_files import HEADERS, PICKLES, rewrite
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.single_file import save_model, save_vae
+from tests.hostile_files import HEADERS, PICKLES, rewrite
 
 from . import good
 from .case import Case
