@@ -128,9 +128,10 @@ def test_no_buffer_is_overwritten_or_read_too_early(monkeypatch: pytest.MonkeyPa
     with Watch(streams) as watch:
         drawn = draw(pipe, MPS)
     assert (drawn - wanted).abs().max() <= 1e-5
-    assert not watch.wrong and len(watch.writes) == ring.BUFFERS < len(model.layers)
+    rings = 2 if failing else 1  # after a shortage the first is let go of, and another made for what is left to do
+    assert not watch.wrong and len(watch.writes) == rings * ring.BUFFERS < len(model.layers)
     others = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("layers."))
-    assert others + sum(storage.nbytes() for storage in watch.filled.values()) == streamed_bytes(model)
+    assert others + sum(storage.nbytes() for storage in watch.filled.values()) // rings == streamed_bytes(model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == own
 
 
