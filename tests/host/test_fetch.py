@@ -64,7 +64,7 @@ def test_from_nothing_to_a_picture_and_a_second_start_fetches_nothing(start, hub
         assert not hub.asked and not any((tmp_path / "base" / "models" / "nextstep").iterdir())
         first = server.run(drawing(CHOICE))
         drawn = picture(server, first)
-        loading = [event for event in first.of("progress") if event["node"] == "model"]
+        loading = [event for event in first.events_of("progress") if event["node"] == "model"]
         assert any("MB" in text and REPO in text for text in first.texts), first.texts
         assert loading and "NextStep-1.1: " in server.said()
         assert {"NextStep-1.1", EDIT_CHOICE} <= set(options(server)) and CHOICE not in options(server)
@@ -137,7 +137,7 @@ def test_the_cache_answers_to_a_saved_name(graph: ComfyGraph, golden: Path, tmp_
     alone = tmp_path / "models--stepfun-ai--NextStep-1-f8ch16-Tokenizer" / "snapshots" / "abc"
     alone.parent.mkdir(parents=True)
     alone.symlink_to(golden / "tiny-a" / "vae", target_is_directory=True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     catalog = graph.pack("nodes.catalog")
     assert catalog.find_model(CHOICE) == catalog.find_model("NextStep-1.1") == snapshot
     assert catalog.find_vae(VAE_CHOICE) == alone

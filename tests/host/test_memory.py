@@ -371,5 +371,5 @@ def test_what_cannot_fit_is_said_before_a_run(graph: ComfyGraph, accelerator: Ac
     accelerator.memory = 3 * GB
     host = graph.pack("nodes.host")
     error = graph.pack("nextstep_core.errors").NextStepError
-    with pytest.raises(error, match="One picture needs 2.00 GB of working memory and 2.00 GB for weights"):
+    with pytest.raises(error, match="One picture needs 2.00 GB of working memory and 2.00 GB for streaming weights"):
         host.plan_memory(MODEL, 1, 2 * GB, 2 * GB)
