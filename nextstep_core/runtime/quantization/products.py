@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import NextStepError
 from .formats import FP8, INT8, Format, Int4
 from .layouts import RowBlocks, cpu_layout
 
@@ -118,9 +119,17 @@ def candidates(format: Format, device_type: str) -> list[Kernel]:
 
 
 def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Kernel:
-    """The kernel for a weight and scale on their device, for few rows of `dtype`."""
+    """The kernel for a weight and scale on their device, for few rows of `dtype`.
+
+    NextStepError when not even the plain product, which all others are compared with, is finite.
+    """
     x = torch.randn(2, weight.shape[1] * (2 if isinstance(format, Int4) else 1)).to(weight.device, dtype)
     plain = _dequantized(format).run(x, weight, scale).float()
+    if not plain.isfinite().all():
+        raise NextStepError(
+            f"A matrix of the {format.name} weights gives numbers that {str(dtype).removeprefix('torch.')} cannot hold. "
+            "Download or convert the file again, or choose another dtype."
+        )
     working: dict[Kernel, float] = {}
     for kernel in candidates(format, weight.device.type):
         try:

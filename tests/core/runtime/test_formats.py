@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nextstep_core.errors import NextStepError
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, quantized_linears
@@ -119,3 +120,11 @@ def test_the_embedded_models_layers_are_stored_so() -> None:
         | {f"image_head.net.res_blocks.{n}.{part}": "int8" for n in range(blocks) for part in in_blocks}
         | {"image_out_projector": "int8"}
     )
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_scales_that_no_dtype_can_multiply_by_are_one_sentence(format: Format) -> None:
+    weight, scale = format.quantize(torch.randn(64, 256))
+    scale = torch.full_like(scale.float(), -3e38)
+    with pytest.raises(NextStepError, match=f"A matrix of the {format.name} weights gives numbers"):
+        choose(format, weight, scale, torch.float32)
