@@ -127,8 +127,8 @@ def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
     plain = _dequantized(format).run(x, weight, scale).float()
     if not plain.isfinite().all():
         raise NextStepError(
-            f"A matrix of the {format.name} weights gives numbers that {str(dtype).removeprefix('torch.')} cannot hold. "
-            "Download or convert the file again, or choose another dtype."
+            f"A matrix of the {format.name} weights gives numbers that {str(dtype).removeprefix('torch.')} cannot "
+            "hold. Download or convert the file again, or choose another dtype."
         )
     working: dict[Kernel, float] = {}
     for kernel in candidates(format, weight.device.type):
