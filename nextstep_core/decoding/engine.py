@@ -178,7 +178,7 @@ class NextStepEngine:
         at = torch.empty(0, device=device).device
         width, height = self.latents.size(job.grid)
         needed = self.working_bytes(job.part(0, 1), dtype)
-        with told(f"A picture of {width}x{height} pixels, beside the weights,", at, needed):
+        with told(f"A picture of {width}x{height} pixels, on top of the weights,", at, needed):
             start, wanted = 0, min(at_once or job.pictures, job.pictures)
             piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
             tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
@@ -222,7 +222,7 @@ class NextStepEngine:
         if smaller is None and not make_room():
             raise MemoryError(shortage)
         left = "with more weights on the host" if smaller is None else f"with {smaller} at a time"
-        log.warning("Out of memory on %s (%s). It goes on %s.", at, shortage, left)
+        log.warning("Out of memory on %s (%s). Continuing %s.", at, shortage, left)
         return smaller or piece
 
     def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:

@@ -126,7 +126,7 @@ def test_a_capture_without_memory_is_tried_again_in_the_next_run(pipeline, caplo
         assert (fast.generate("A red apple.", **size, **FAST).tokens - plain).abs().max() <= FLOAT_NOISE
         assert TapeRecorder.recordings - before == recordings
     (record,) = caplog.records
-    assert "off in this run, for want of memory" in record.getMessage()
+    assert "off in this run, for lack of memory" in record.getMessage()
 
 
 @pytest.mark.slow

@@ -155,9 +155,9 @@ def test_wrong_wishes_are_one_sentence(single_files: Path) -> None:
         plan_model(TINY, "int3")
     with pytest.raises(NextStepError, match="fp8.*Apple GPUs"):
         plan_model(TINY, "fp8", "mps")
-    with pytest.raises(NextStepError, match="is quantized to int8 already"):
+    with pytest.raises(NextStepError, match="is already quantized to int8"):
         plan_model(single_files / "int8.safetensors", "int4")
-    with pytest.raises(NextStepError, match="single file of this kind already"):
+    with pytest.raises(NextStepError, match="already a single file of this kind"):
         save_model(plan_model(single_files / "int8.safetensors"), single_files / "again.safetensors", torch.float16)
 
 
