@@ -180,13 +180,19 @@ def test_the_published_patterns_are_taken(checkpoint: Path, pipeline, pattern: s
 
 
 HOSTILE_PARTS = {
-    "a catastrophic split": ({"pre_tokenizer": {**SPLIT, "pattern": EVIL}}, "pre_tokenizer Split has an unknown pattern"),
+    "a catastrophic split": (
+        {"pre_tokenizer": {**SPLIT, "pattern": EVIL}},
+        "pre_tokenizer Split has an unknown pattern",
+    ),
     "the same in a sequence": (
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": EVIL}, BYTE_LEVEL]}},
         "pre_tokenizer Split has an unknown pattern",
     ),
     "a replacement": ({"normalizer": {"type": "Replace", "pattern": EVIL, "content": ""}}, "normalizer is 'Replace'"),
-    "a long chain": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9}}, "normalizer is not a sequence"),
+    "a long chain": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9}},
+        "normalizer is not a sequence",
+    ),
     "a chain of chains": (
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}},
         "normalizer is 'Sequence'",

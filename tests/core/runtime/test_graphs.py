@@ -15,7 +15,7 @@ from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.model import kv_cache
 from nextstep_core.request.layout import Caption
-from nextstep_core.runtime.graphs import StepGraphs
+from nextstep_core.runtime.graphs import CaptureState, Replayed, StepGraphs
 
 
 @pytest.fixture
@@ -77,6 +77,23 @@ def test_known_tokens_are_replayed_too(pipeline, small_buckets) -> None:
         *_, progress = pipe.engine.decode(job, CPU, torch.float32)
         tokens.append(progress.tokens)
     assert (tokens[0] - tokens[1]).abs().max() <= FLOAT_NOISE
+
+
+def test_a_step_that_gives_nothing_but_zeros_is_replayed_too() -> None:
+    """A difference from zeros has no share of them."""
+
+    class Zeros:
+        reads = ()
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 0
+
+    state = CaptureState()
+    step = Replayed(Zeros(), TapeRecorder(CPU), state)
+    before = TapeRecorder.recordings
+    for _ in range(2):
+        assert torch.equal(step(torch.ones(3)), torch.zeros(3))
+    assert not state.off and TapeRecorder.recordings == before + 1
 
 
 class Refuses(Recorder):

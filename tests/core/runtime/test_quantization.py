@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoint_files import edit_json, make_wide
 from safetensors import safe_open
+from simulated_mps import MPS, SimulatedMPS
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.loading.build import make_ready, plan_model
@@ -90,6 +91,15 @@ def test_quantizing_while_loading_and_afterwards_agree(pipeline: NextStepPipelin
         quantize_model(later.engine.model, recipe, CPU)
         make_ready(later.engine.model, CPU, torch.float32)
         assert torch.equal(draw(loaded), draw(later))
+
+
+@torch.inference_mode()
+def test_weights_that_are_quantized_on_a_device_stay_where_they_lay() -> None:
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(64, 32)])})
+    with SimulatedMPS():
+        quantize_model(model, "int8", MPS)
+    (tensors,) = ([layer.weight, layer.weight_scale, layer.bias] for _, layer in quantized_linears(model))
+    assert [tensor.device for tensor in tensors] == [CPU] * 3
 
 
 @pytest.fixture(scope="module")
