@@ -91,7 +91,7 @@ def find_model(name: str) -> Path | None:
     NextStepError says what would do instead and how to get it if it is not there.
     """
     there, text = models(), name if isinstance(name, str) else ""
-    fitting = offers.would_do(text, (label for label in there if label != EMBEDDED_LABEL))
+    fitting = offers.substitutes(text, (label for label in there if label != EMBEDDED_LABEL))
     return _find(name, there, MODEL, offers.nearest(text), fitting)
 
 

@@ -185,7 +185,7 @@ class NextStepEngine:
             while start < job.pictures:
                 start, shortage = yield from self._decode_pieces(job, tokens, start, piece, check)
                 if shortage is not None:
-                    piece = self._less(piece, job, at, shortage, make_room)
+                    piece = self._reduced(piece, job, at, shortage, make_room)
 
     def _decode_pieces(
         self, job: Job, tokens: Tensor, start: int, piece: Piece, check: Check
@@ -213,7 +213,7 @@ class NextStepEngine:
                 return start, reason_of(error)
         return start, None
 
-    def _less(self, piece: Piece, job: Job, at: torch.device, shortage: str, make_room: Callable[[], bool]) -> Piece:
+    def _reduced(self, piece: Piece, job: Job, at: torch.device, shortage: str, make_room: Callable[[], bool]) -> Piece:
         """What to do at once after memory ran out. MemoryError where it cannot be less, and nothing else can go."""
         self.release()
         if at.type == "cpu" and self.caches.prefilled is not None:

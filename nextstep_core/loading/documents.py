@@ -146,11 +146,11 @@ def _fraction(digits: str) -> float:
     return value
 
 
-def _no_number(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     together = dict(pairs)
     if len(together) < len(pairs):
         seen: set[str] = set()
@@ -160,7 +160,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(
-    parse_int=_whole_number, parse_float=_fraction, parse_constant=_no_number, object_pairs_hook=_each_once
+    parse_int=_whole_number, parse_float=_fraction, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
 )
 
 

@@ -139,16 +139,16 @@ def folder_name(repo_id: str) -> str:
     return repo_id.split("/")[-1] if repo_id in PUBLISHED_CHECKPOINTS.values() else repo_id.replace("/", "--")
 
 
-def _patiently(ask: Callable[[], T], check: Check) -> T:
+def _while_checking(ask: Callable[[], T], check: Check) -> T:
     """What `ask` returns; `check` is called until it does, and may raise to wait no longer."""
-    with_thread = ThreadPoolExecutor(1)
+    executor = ThreadPoolExecutor(1)
     try:
-        answer = with_thread.submit(ask)
+        answer = executor.submit(ask)
         while not wait([answer], POLL_SECONDS).done:
             check()
         return answer.result()
     finally:
-        with_thread.shutdown(wait=False)
+        executor.shutdown(wait=False)
 
 
 def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: Check = go_on) -> Download:
@@ -168,7 +168,7 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     def ask() -> ModelInfo:
         return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
 
-    info = _patiently(lambda: reach(repo_id, ask, folder), check)
+    info = _while_checking(lambda: reach(repo_id, ask, folder), check)
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
