@@ -52,7 +52,7 @@ def not_written(path: Path, error: OSError, size: int | None = None) -> NextStep
             "disk."
         )
     if error.errno in NOT_ALLOWED:
-        return NextStepError(f"{path} cannot be written ({error.strerror}). Choose a folder that you may write to.")
+        return NextStepError(f"{path} cannot be written ({error.strerror}). Choose a folder that you can write to.")
     return NextStepError(f"{path} could not be written ({error.strerror or error}). Check the disk and the name.")
 
 
@@ -81,14 +81,14 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_text(name: str, value: object) -> str:
-    """The value; NextStepError when it is no text, or one that no file could hold."""
+    """The value; NextStepError when it is not text, or text that no file could hold."""
     if not isinstance(value, str):
-        raise NextStepError(f"{name} is {shown(value)}; it must be a text.")
+        raise NextStepError(f"{name} is {shown(value)}; it must be text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise NextStepError(
-            f"{name} holds half a character ({value[error.start]!r} at place {error.start + 1:,}). Type it again."
+            f"{name} holds half of a character ({value[error.start]!r} at position {error.start + 1:,}). Type it again."
         ) from None
     return value
 

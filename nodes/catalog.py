@@ -91,7 +91,7 @@ def find_model(name: str) -> Path | None:
     NextStepError says what would do instead and how to get it if it is not there.
     """
     there, text = models(), name if isinstance(name, str) else ""
-    fitting = offers.would_do(text, (label for label in there if label != EMBEDDED_LABEL))
+    fitting = offers.substitutes(text, (label for label in there if label != EMBEDDED_LABEL))
     return _find(name, there, MODEL, offers.nearest(text), fitting)
 
 
@@ -110,11 +110,11 @@ def _find(name: str, there: dict[str, Path], kind: Kind, wanted: str, fitting: l
     what = "" if name == NOTHING_FOUND else f" {shown(name)}"
     said = [f"There is no NextStep {kind.word}{what}."]
     if fitting:
-        said.append(f"Of what you have, {' or '.join(fitting[:MOST_NAMED])} would do: choose it in the node.")
+        said.append(f"Of those you have, {' or '.join(fitting[:MOST_NAMED])} will do: choose one in the node.")
     if offers.find(wanted, there) is None:
         forbids = hub.forbidden()
         allow = f"unset {forbids}, which forbids downloads, and " if forbids else ""
         said.append(f"To get {wanted}: {allow}choose {offers.offer(wanted)} in the node and press Run.")
         said.append(hub.by_hand(PUBLISHED_CHECKPOINTS[wanted], host.model_roots()[0] / wanted))
-    said.append(f"A single file ({kind.file}) does too. Then press R to refresh the node.")
+    said.append(f"A single file ({kind.file}) works too. Then press R to refresh the node.")
     raise NextStepError(" ".join(said))

@@ -38,7 +38,7 @@ def values_of(name: str, text: str) -> list[Any]:
             values.append(None)
         if values[-1] is None:
             what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-            raise NextStepError(f"{name} lists {shown(word)}; write {what} with commas between them.")
+            raise NextStepError(f"{name} lists {shown(word)}; write {what}, separated by commas.")
     return values
 
 
@@ -74,7 +74,7 @@ class NextStepCompare(io.ComfyNode):
             node_id="NextStepCompare",
             display_name="NextStep Compare",
             category=CATEGORY,
-            description="Settings to compare: several values with commas between them, in one widget or in several. "
+            description="Settings to compare: several values, separated by commas, in one widget or in several. "
             "The sampler draws a picture of every combination; NextStep Labelled Grid puts them side by side.",
             search_aliases=["nextstep", "compare", "xy plot", "grid", "sweep"],
             inputs=[
@@ -87,7 +87,7 @@ class NextStepCompare(io.ComfyNode):
                 io.String.Input(
                     "quantization",
                     default=DEFAULTS["quantization"],
-                    tooltip="Formats of the weights, such as: int8, int4. Every one is loaded, and all of them are "
+                    tooltip="Weight formats, such as: int8, int4. Every one is loaded, and all of them are "
                     "kept in memory.",
                 ),
             ],
@@ -102,7 +102,7 @@ class NextStepCompare(io.ComfyNode):
                     "each_quantization",
                     display_name="quantization",
                     is_output_list=True,
-                    tooltip="For Load NextStep Model; may be left open where there is only one.",
+                    tooltip="For Load NextStep Model; may stay unconnected if there is only one.",
                 ),
                 io.String.Output("labels", display_name="labels", is_output_list=True, tooltip="What differs."),
                 io.Int.Output("columns", display_name="columns", tooltip="Pictures in a row of the grid."),
@@ -136,17 +136,20 @@ class NextStepLabelledGrid(io.ComfyNode):
             node_id="NextStepLabelledGrid",
             display_name="NextStep Labelled Grid",
             category=CATEGORY,
-            description="Puts all pictures of a list or a batch into one, in rows, each with its label under it.",
+            description="Puts all pictures of a list or a batch into one grid, each with its label below.",
             search_aliases=["nextstep", "grid", "contact sheet", "compare", "label"],
             is_input_list=True,
             inputs=[
                 io.Image.Input("image", tooltip="The pictures: a list, a batch, or both."),
                 io.Int.Input("columns", default=2, **ends(COLUMNS), tooltip="Pictures in a row."),
                 io.String.Input(
-                    "labels", force_input=True, optional=True, tooltip="One for each picture of the list, in its order."
+                    "labels",
+                    force_input=True,
+                    optional=True,
+                    tooltip="One for each picture of the list, in the same order.",
                 ),
             ],
-            outputs=[io.Image.Output("grid", display_name="image", tooltip="All pictures in one.")],
+            outputs=[io.Image.Output("grid", display_name="image", tooltip="The grid, as one picture.")],
         )
 
     @classmethod

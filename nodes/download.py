@@ -44,15 +44,17 @@ class NextStepDownload(io.ComfyNode):
             node_id="NextStepDownload",
             display_name="Download NextStep Model",
             category=CATEGORY,
-            description="Fetches a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. "
-            "Run it again to resume an interrupted download. Only the files that are needed are fetched, and no code.",
+            description="Downloads a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. "
+            "Run it again to resume an interrupted download. Only the files that are needed are downloaded, and "
+            "no code.",
             search_aliases=["nextstep", "download", "hugging face"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=list(PUBLISHED_CHECKPOINTS),
-                    tooltip="NextStep-1.1 gives the best pictures; NextStep-1-Large-Edit edits; the tokenizer is a VAE",
+                    tooltip="NextStep-1.1 gives the best pictures; NextStep-1-Large-Edit edits; "
+                    "the tokenizer is a VAE.",
                 ),
                 io.String.Input(
                     "revision",

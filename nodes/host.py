@@ -85,7 +85,7 @@ def last_saved_latent(filename_prefix: str) -> Path | None:
         files = list(Path(folder).glob(f"{escape(name)}_*_.latent"))
     except Exception:  # the host has no kind of its own for a name outside its folder
         raise NextStepError(
-            f"filename_prefix {shown(filename_prefix)} is no name inside ComfyUI's output folder."
+            f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
         ) from None
     return max(files, key=lambda file: file.name, default=None)
 
@@ -97,7 +97,7 @@ def offer_pictures(folder: Path) -> None:
         try:
             file = target.open("xb")
         except OSError as error:  # there already, or a folder that one can only read
-            log.debug("%s was not made: %s", target, error)
+            log.debug("%s was not written: %s", target, error)
             continue
         with file:
             file.write(picture.read_bytes())
@@ -322,7 +322,7 @@ def _in_tiles(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                log.warning("The VAE goes on in smaller tiles: there was no memory (%s)", reason_of(error))
+                log.warning("The VAE continues in smaller tiles: out of memory (%s)", reason_of(error))
             mm.soft_empty_cache()
         return whole(x) if tiled is None else tiled(x, tile_x=sides[-1], tile_y=sides[-1], overlap=sides[-1] // 4)
 

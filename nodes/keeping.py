@@ -43,7 +43,7 @@ class Keeper:
             return cls(plan, plan, dtype, checkpoint, shelves, None, KEEP_OFF)
         found = kept.find(plan, dtype, shelves)
         if found is not None:
-            log.info("NextStep: reading the weights that were quantized before, %s", found)
+            log.info("NextStep: reading the weights that were quantized earlier, %s", found)
             return cls(plan_model(found, None, host.compute_device()), plan, dtype, checkpoint, shelves, None, wish)
         return cls(plan, plan, dtype, checkpoint, shelves, kept.place(plan, dtype, shelves), wish)
 
@@ -66,7 +66,7 @@ class Keeper:
             return []
         files = kept.source_files(self.original)
         where = self._original_place() if self.checkpoint.is_dir() else ", ".join(map(str, files))
-        remark = f"{found.name} stands for the original: you may delete {where}, {_size(files)}"
+        remark = f"{found.name} replaces the original: you may delete {where}, {_size(files)}"
         log.info("NextStep: %s", remark)
         return [remark]
 

@@ -85,7 +85,7 @@ class NextStepAspectRatio(io.ComfyNode):
                     "base",
                     options=[str(base) for base in BASES],
                     default="512",
-                    tooltip="Side of the square with the same area, in pixels: 512 is recommended, 1024 never trained.",
+                    tooltip="Side of the square with the same area, in pixels: 512 is recommended, 1024 not trained.",
                 ),
             ],
             outputs=[

@@ -114,8 +114,8 @@ def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
         return left.get((room is not None and fitting_recipe(plan, storage, compute, room)) or UNQUANTIZED, smallest)
     if options.quantization not in left:
         raise NextStepError(
-            f"{path} has no weights any more; what was kept of them is {' and '.join(left)}. Choose that or auto as "
-            "quantization, or get the checkpoint again with Download NextStep Model."
+            f"{path} no longer has its weights; they are kept only as {' and '.join(left)}. Choose one of these or "
+            "auto as quantization, or get the checkpoint again with Download NextStep Model."
         )
     return left[options.quantization]
 
@@ -160,8 +160,8 @@ class NextStepModelLoader(io.ComfyNode):
                     "model_name",
                     options=catalog.model_options(),
                     tooltip="A checkpoint folder in models/nextstep, or a single NextStep file in models/nextstep or "
-                    "models/diffusion_models. An entry that says it downloads is fetched from Hugging Face into "
-                    "models/nextstep when the node runs, and is there from then on.",
+                    "models/diffusion_models. An entry that says it downloads is downloaded from Hugging Face "
+                    "into models/nextstep when the node first runs.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -183,7 +183,7 @@ class NextStepModelLoader(io.ComfyNode):
                     "cuda_graphs",
                     default=True,
                     optional=True,
-                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn off if your "
+                    tooltip="On an NVIDIA card, capture the work of a token once and replay it. Turn it off if your "
                     "driver has problems with it; the pictures are the same.",
                 ),
                 io.Combo.Input(
@@ -191,9 +191,10 @@ class NextStepModelLoader(io.ComfyNode):
                     options=list(KEEPING),
                     default=KEEP_AUTO,
                     optional=True,
-                    tooltip="What was quantized while loading is kept in models/nextstep/.quantized and read from "
-                    "there the next time. auto: where the disk has room. keep originals: the same, and the node says "
-                    "which files you may delete then; none is deleted for you. off: quantize anew each time.",
+                    tooltip="Weights that are quantized while loading are kept in models/nextstep/.quantized and "
+                    "read from there the next time. auto: if the disk has room. keep originals: the same, and the "
+                    "node says which files you may then delete; none is deleted for you. off: quantize again each "
+                    "time.",
                 ),
             ],
             outputs=[
@@ -245,7 +246,7 @@ class NextStepVAELoader(io.ComfyNode):
                     options=catalog.vae_options(),
                     tooltip="A single NextStep VAE file in models/vae or models/nextstep, a folder with config.json "
                     "and checkpoint.pt in models/nextstep, or a file in models/vae with its config.json beside it. An "
-                    "entry that says it downloads is fetched when the node runs.",
+                    "entry that says it downloads is downloaded when the node first runs.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="vae", tooltip="A native VAE; core VAE nodes accept it too.")],

@@ -90,7 +90,7 @@ class NextStepPreparePicture(io.ComfyNode):
             display_name="NextStep Prepare Picture",
             category=CATEGORY,
             description="Brings a photograph of any size, and its mask, to a size that the model draws well. NextStep "
-            "Paste Back puts the result into the photograph again.",
+            "Paste Back puts the result back into the photograph.",
             search_aliases=["nextstep", "resize", "crop", "pad", "photo", "inpaint crop"],
             inputs=[
                 io.Image.Input("image", tooltip="A picture of any size, or several of one size."),
@@ -98,7 +98,7 @@ class NextStepPreparePicture(io.ComfyNode):
                     "mode",
                     options=[CROP, PAD, RESIZE, KEEP_SIZE],
                     default=CROP,
-                    tooltip="Where the proportions differ. crop: cut what goes over, evenly. pad: leave gray room, "
+                    tooltip="Where the proportions differ. crop: cut evenly on both sides. pad: add gray borders, "
                     "masked to be drawn. resize: stretch. keep: leave the picture as it is, cut to multiples of 16.",
                 ),
                 io.Combo.Input(
@@ -106,16 +106,16 @@ class NextStepPreparePicture(io.ComfyNode):
                     options=[NEAREST, FIT, *RATIOS],
                     default=NEAREST,
                     tooltip="nearest aspect ratio: the closest of the 17 trained ratios. width and height: exactly "
-                    "those. Or a ratio by name. Of no meaning with keep.",
+                    "those. Or a ratio by name. Ignored with keep.",
                 ),
                 io.Combo.Input(
                     "base",
                     options=[str(base) for base in BASES],
                     default="512",
-                    tooltip="Of a ratio: side of the square with the same area, in pixels. 512 is recommended.",
+                    tooltip="For a ratio: side of the square with the same area, in pixels. 512 is recommended.",
                 ),
                 *side_inputs(),
-                io.Mask.Input("mask", optional=True, tooltip="What to draw anew. It follows the picture."),
+                io.Mask.Input("mask", optional=True, tooltip="What to redraw. It is resized along with the picture."),
                 io.Combo.Input(
                     "area",
                     options=[WHOLE, AROUND_MASK],
@@ -139,9 +139,9 @@ class NextStepPreparePicture(io.ComfyNode):
                 io.Image.Output("picture", display_name="image", tooltip="Goes to an encode node."),
                 io.Mask.Output("fitted_mask", display_name="mask", tooltip="The mask on that picture."),
                 OriginalSocket.Output("original", display_name="original", tooltip="Goes to NextStep Paste Back."),
-                io.Int.Output("new_width", display_name="width", tooltip="Of the picture that is drawn, in pixels."),
-                io.Int.Output("new_height", display_name="height", tooltip="Of the picture that is drawn, in pixels."),
-                io.String.Output("report", display_name="report", tooltip="What was done, in a line."),
+                io.Int.Output("new_width", display_name="width", tooltip="Of the prepared picture, in pixels."),
+                io.Int.Output("new_height", display_name="height", tooltip="Of the prepared picture, in pixels."),
+                io.String.Output("report", display_name="report", tooltip="What was done, in one line."),
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
@@ -193,20 +193,21 @@ class NextStepPasteBack(io.ComfyNode):
             node_id="NextStepPasteBack",
             display_name="NextStep Paste Back",
             category=CATEGORY,
-            description="Puts a result into the picture that NextStep Prepare Picture took it from, at its own size.",
+            description="Puts a result back into the photograph that NextStep Prepare Picture took it from, at its "
+            "original size.",
             search_aliases=["nextstep", "paste", "composite", "stitch", "uncrop"],
             inputs=[
-                io.Image.Input("image", tooltip="What was drawn. It may have been enlarged since."),
+                io.Image.Input("image", tooltip="The drawn picture. You may enlarge it first."),
                 OriginalSocket.Input("original", tooltip="From NextStep Prepare Picture."),
                 io.Int.Input(
                     "feather",
                     default=16,
                     **ends(FEATHER),
-                    tooltip="Over so many pixels of the drawn picture the original comes through again around what was "
-                    "masked, or at sides that were cut. 0 is a hard edge.",
+                    tooltip="Width of the blend into the original, in pixels of the drawn picture, around the mask and "
+                    "at sides that were cut. 0 is a hard edge.",
                 ),
             ],
-            outputs=[io.Image.Output("pasted", display_name="image", tooltip="The picture in its own size.")],
+            outputs=[io.Image.Output("pasted", display_name="image", tooltip="The picture at its original size.")],
         )
 
     @classmethod
@@ -216,7 +217,7 @@ class NextStepPasteBack(io.ComfyNode):
         drawn, pictures, mask = to_rgb(image), original.pictures, original.mask
         if len(drawn) % len(pictures):
             raise NextStepError(
-                f"{len(drawn)} pictures do not belong to {len(pictures)} originals. Connect all pictures that were "
+                f"{len(drawn)} pictures do not match {len(pictures)} originals. Connect all pictures that were "
                 "drawn from them."
             )
         each = len(drawn) // len(pictures)

@@ -137,7 +137,7 @@ class NextStepPromptBatch(io.ComfyNode):
             search_aliases=["nextstep", "prompt", "batch"],
             inputs=[
                 PromptSocket.Input("first", tooltip="One prompt, or a batch of them."),
-                PromptSocket.Input("second", tooltip="What follows it in the batch."),
+                PromptSocket.Input("second", tooltip="What comes after it in the batch."),
             ],
             outputs=[PromptSocket.Output("batch", display_name="prompt", tooltip="Goes to positive.")],
         )

@@ -43,16 +43,16 @@ class NextStepResume(io.ComfyNode):
             node_id="NextStepResume",
             display_name="NextStep Resume",
             category=CATEGORY,
-            description="Goes on with an interrupted picture: the last latent that Save Latent wrote under this name, "
-            "if it is unfinished and of the canvas's size. Otherwise the picture begins anew on the canvas. Set "
+            description="Resumes an interrupted picture from the last latent that Save Latent wrote under this name, "
+            "if it is unfinished and has the size of the canvas. Otherwise starts a new picture on the canvas. Set "
             "on_interrupt to keep in NextStep Sampler, and its seed to fixed.",
             search_aliases=["nextstep", "resume", "continue", "interrupted", "load latent"],
             inputs=[
-                io.Latent.Input("latent", tooltip="The canvas: what the run was begun with."),
+                io.Latent.Input("latent", tooltip="The canvas that the run started with."),
                 io.String.Input(
                     "filename_prefix",
                     default="NextStep/unfinished",
-                    tooltip="As in the Save Latent node behind the sampler.",
+                    tooltip="As in the Save Latent node after the sampler.",
                 ),
             ],
             outputs=[io.Latent.Output("canvas", display_name="latent", tooltip="Goes to NextStep Sampler.")],
@@ -68,10 +68,10 @@ class NextStepResume(io.ComfyNode):
         check_sockets(latent=latent)
         found = unfinished(filename_prefix)
         if found is None or found[1].shape != latent["samples"].shape:
-            host.show_text("nothing unfinished of this size: begins anew")
+            host.show_text("nothing unfinished of this size: starts a new picture")
             return io.NodeOutput(latent)
         _, samples, undrawn = found
-        host.show_text(f"goes on: {int((~undrawn).sum()):,} of {undrawn.numel():,} tokens are there")
+        host.show_text(f"resumes: {int((~undrawn).sum()):,} of {undrawn.numel():,} tokens are done")
         rest = undrawn.float()[None, None]
         before = latent.get("noise_mask")
         return io.NodeOutput({**latent, "samples": samples, "noise_mask": rest, PARTIAL: before})

@@ -110,13 +110,13 @@ def setting_inputs(steps: int, shift: float) -> list[io.Input]:
             "sampler",
             options=[AUTO, *SAMPLERS],
             default=AUTO,
-            tooltip="How a token is drawn from noise. auto takes what the checkpoint was published with.",
+            tooltip="How a token is sampled from noise. auto takes what the checkpoint was published with.",
         ),
         io.Combo.Input(
             "use_norm",
             options=list(USE_NORM),
             default=AUTO,
-            tooltip="Normalize every token once drawn. auto takes what the checkpoint was published with.",
+            tooltip="Normalize every token after sampling. auto takes what the checkpoint was published with.",
         ),
     ]
 

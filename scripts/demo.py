@@ -90,14 +90,14 @@ def link_pack(comfyui: Path) -> str:
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(ROOT, target_is_directory=True)
     elif link.resolve() != ROOT:
-        print(f"{link} is there already and is what will run, not {ROOT}.")
+        print(f"{link} already exists and will run instead of {ROOT}.")
     return PACK_NAME
 
 
 def serve(comfyui: Path, port: int) -> int:
     """Run ComfyUI until it ends or is stopped, and say where its first workflow is; its exit status."""
     if taken(port):
-        sys.exit(f"Port {port} is in use already, perhaps by another ComfyUI. Stop that, or choose another --port.")
+        sys.exit(f"Port {port} is already in use, perhaps by another ComfyUI. Stop it, or choose another --port.")
     import torch
 
     from scripts.workflows import FIRST_RUN

@@ -7,13 +7,13 @@
 #   it needs, link this pack into it, start it, and print the address that opens the first workflow.
 set -euo pipefail
 if [ "${1:-}" = --comfyui ]; then
-    [ -n "${2:-}" ] || { echo "Say where ComfyUI is or shall be: bash scripts/demo.sh --comfyui DIR" >&2; exit 2; }
+    [ -n "${2:-}" ] || { echo "Give the folder where ComfyUI is, or where to put it: bash scripts/demo.sh --comfyui DIR" >&2; exit 2; }
     if [ ! -f "$2/comfy/model_management.py" ]; then
         if [ -n "$(ls -A "$2" 2>/dev/null)" ]; then
-            echo "$2 is neither empty nor a ComfyUI. Name an empty folder, or the folder with ComfyUI's main.py." >&2
+            echo "$2 is neither empty nor a ComfyUI. Give an empty folder, or the folder with ComfyUI's main.py." >&2
             exit 2
         fi
-        echo "Fetching ComfyUI into $2 ..."
+        echo "Downloading ComfyUI into $2 ..."
         git clone --depth 1 "${COMFYUI_SOURCE:-https://github.com/Comfy-Org/ComfyUI.git}" "$2"
     fi
     COMFYUI_PATH=$(cd "$2" && pwd)

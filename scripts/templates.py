@@ -292,7 +292,7 @@ CLIFF = (
 )
 MAIN, EDITING, EMBEDDED = "NextStep-1.1", "NextStep-1-Large-Edit", "tiny (embedded)"
 FETCHES = (
-    "**The first Run downloads {0} (29 GB)** into `models/nextstep`. An interrupted download goes on where it stopped. "
+    "**The first Run downloads {0} (29 GB)** into `models/nextstep`. An interrupted download resumes where it stopped. "
     "If you have a NextStep checkpoint already, choose it in the loader."
 )
 # What the notes say, below their heading and above and below the line about the download.
@@ -321,7 +321,7 @@ Load a picture of any size, say what to change, and press **Run**.
 much changes, lower it if too little does.
 """,
     "Inpaint": """
-Draws anew what is masked, and leaves the rest of the picture as it is.
+Redraws what is masked, and leaves the rest of the picture as it is.
 
 {fetches}
 
@@ -369,8 +369,8 @@ card.
 Too slow? **Interrupt** keeps what is drawn. **cfg** 1 halves the work but follows the prompt less.
 """,
     "Compare": """
-Write several values with commas between them in **Values to compare**. A picture of every combination is drawn, with
-the same seed, and all are put into one, with labels.
+Write several values, separated by commas, in **Values to compare**. A picture of every combination is drawn, with
+the same seed, and all are put into one grid, with labels.
 
 {fetches}
 
@@ -378,12 +378,12 @@ Samplers by name, such as `auto, flow-ode`. Several formats in **quantization** 
 takes 21 GB.
 """,
     "Resume": """
-Press **Run**, and **Interrupt** whenever you need the computer. What is drawn is kept. **Run** again goes on from
+Press **Run**, and **Interrupt** whenever you need the computer. What is drawn is kept. **Run** again resumes from
 there and finishes the same picture, also after a restart.
 
 {fetches}
 
-The seed stays fixed for it. Another name in **NextStep Resume** and **Save Latent** begins another picture.
+The seed stays fixed for it. Another name in **NextStep Resume** and **Save Latent** starts another picture.
 """,
 }
 

@@ -178,14 +178,14 @@ class NextStepEngine:
         at = torch.empty(0, device=device).device
         width, height = self.latents.size(job.grid)
         needed = self.working_bytes(job.part(0, 1), dtype)
-        with told(f"A picture of {width}x{height} pixels, beside the weights,", at, needed):
+        with told(f"A picture of {width}x{height} pixels, on top of the weights,", at, needed):
             start, wanted = 0, min(at_once or job.pictures, job.pictures)
             piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
             tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
             while start < job.pictures:
                 start, shortage = yield from self._decode_pieces(job, tokens, start, piece, check)
                 if shortage is not None:
-                    piece = self._less(piece, job, at, shortage, make_room)
+                    piece = self._reduced(piece, job, at, shortage, make_room)
 
     def _decode_pieces(
         self, job: Job, tokens: Tensor, start: int, piece: Piece, check: Check
@@ -213,7 +213,7 @@ class NextStepEngine:
                 return start, reason_of(error)
         return start, None
 
-    def _less(self, piece: Piece, job: Job, at: torch.device, shortage: str, make_room: Callable[[], bool]) -> Piece:
+    def _reduced(self, piece: Piece, job: Job, at: torch.device, shortage: str, make_room: Callable[[], bool]) -> Piece:
         """What to do at once after memory ran out. MemoryError where it cannot be less, and nothing else can go."""
         self.release()
         if at.type == "cpu" and self.caches.prefilled is not None:
@@ -222,7 +222,7 @@ class NextStepEngine:
         if smaller is None and not make_room():
             raise MemoryError(shortage)
         left = "with more weights on the host" if smaller is None else f"with {smaller} at a time"
-        log.warning("Out of memory on %s (%s). It goes on %s.", at, shortage, left)
+        log.warning("Out of memory on %s (%s). Continuing %s.", at, shortage, left)
         return smaller or piece
 
     def _at_once(self, job: Job, device: torch.device, dtype: torch.dtype, wanted: int) -> int:

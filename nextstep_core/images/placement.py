@@ -71,7 +71,7 @@ class Placement:
         other = abs(width * self.canvas[1] - height * self.canvas[0]) > max(*self.canvas, width, height)
         if other or not all(_cut(drawn.movedim(-1, 1), area).shape[-2:]):
             raise NextStepError(
-                f"The drawn picture is {width}x{height}, but {self.canvas[0]}x{self.canvas[1]} went out to be drawn. "
+                f"The drawn picture is {width}x{height}, but {self.canvas[0]}x{self.canvas[1]} was prepared. "
                 "Connect the picture that was drawn from the prepared one."
             )
         left, top, right, bottom = self.box

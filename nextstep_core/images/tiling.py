@@ -62,7 +62,7 @@ def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int) 
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("The VAE goes on in smaller pieces: %s pixels did not fit (%s)", side, reason_of(error))
+            log.warning("The VAE continues in smaller pieces: %s pixels did not fit (%s)", side, reason_of(error))
         # The next attempt begins without the error: its traceback holds on to what this one had allocated.
     return in_tiles(network, x, pixels_in, pixels_out, *last)
 

@@ -163,7 +163,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
         held = find_recipe(documents.quantization, torch.device(device))
         if recipe not in (None, held):
             raise NextStepError(
-                f"{path} is quantized to {held.name} already. Choose no quantization, or quantize the original."
+                f"{path} is already quantized to {held.name}. Choose no quantization, or quantize the original."
             )
         recipe = held
     stored = documents.quantization is not None

@@ -54,7 +54,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
             continue
         left -= len(seen)
         if left < 0:
-            log.warning("NextStep: %s holds more than %d files; the rest is not looked at", root, MAX_ENTRIES)
+            log.warning("NextStep: %s holds more than %d files; the rest is ignored", root, MAX_ENTRIES)
             return
         seen = [(name, is_folder) for name, is_folder in seen if _can_be_shown(name)]
         yield folder, [name for name, _ in seen]

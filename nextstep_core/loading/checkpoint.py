@@ -166,7 +166,9 @@ def find_model_files(path: Path) -> TensorFiles:
         raise NextStepError(f"{index} has no `weight_map` from tensor to file. Download the file again.")
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
-        raise NextStepError(f"{index} names {len(names):,} files; at most {MAX_SHARDS:,} are read. Download it again.")
+        raise NextStepError(
+            f"{index} names {len(names):,} files; at most {MAX_SHARDS:,} are allowed. Download it again."
+        )
     for name in names:
         if Path(name).name != name or not name.isprintable() or len(name) > MAX_FILE_NAME:
             raise NextStepError(f"{index} points outside its folder ({shown(name)}). Do not use this checkpoint.")

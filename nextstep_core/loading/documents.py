@@ -120,7 +120,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     values = sum(map(text.count, ",[{"))
     if values > MAX_VALUES:
         raise NextStepError(
-            f"{where} holds {values:,} values; at most {MAX_VALUES:,} are read. Download the file again."
+            f"{where} holds {values:,} values; at most {MAX_VALUES:,} are allowed. Download the file again."
         )
     try:
         data = _DECODER.decode(text)
@@ -142,25 +142,25 @@ def _whole_number(digits: str) -> int:
 def _fraction(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{shown(digits)} is larger than any number")
+        raise ValueError(f"{shown(digits)} is too large for a number")
     return value
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     together = dict(pairs)
     if len(together) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} is there twice")
+        raise ValueError(f"{shown(twice)} appears twice")
     return together
 
 
 _DECODER = json.JSONDecoder(
-    parse_int=_whole_number, parse_float=_fraction, parse_constant=_no_number, object_pairs_hook=_each_once
+    parse_int=_whole_number, parse_float=_fraction, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
 )
 
 
@@ -194,7 +194,7 @@ def check_header(path: Path) -> None:
     """NextStepError when the header of a safetensors file is longer than any that is needed; OSError without a file."""
     length = int.from_bytes(read_head(path, 8), "little")
     if length > MAX_HEADER:
-        raise damaged(path, f"a header of {length:,} bytes, where at most {MAX_HEADER:,} are read")
+        raise damaged(path, f"a header of {length:,} bytes, where at most {MAX_HEADER:,} are allowed")
     tensors = read_head(path, 8 + length).count(b'"data_offsets"')
     if tensors > MAX_TENSORS:
-        raise damaged(path, f"{tensors:,} tensors, where at most {MAX_TENSORS:,} are read")
+        raise damaged(path, f"{tensors:,} tensors, where at most {MAX_TENSORS:,} are allowed")

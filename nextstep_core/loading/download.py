@@ -139,16 +139,16 @@ def folder_name(repo_id: str) -> str:
     return repo_id.split("/")[-1] if repo_id in PUBLISHED_CHECKPOINTS.values() else repo_id.replace("/", "--")
 
 
-def _patiently(ask: Callable[[], T], check: Check) -> T:
+def _while_checking(ask: Callable[[], T], check: Check) -> T:
     """What `ask` returns; `check` is called until it does, and may raise to wait no longer."""
-    with_thread = ThreadPoolExecutor(1)
+    executor = ThreadPoolExecutor(1)
     try:
-        answer = with_thread.submit(ask)
+        answer = executor.submit(ask)
         while not wait([answer], POLL_SECONDS).done:
             check()
         return answer.result()
     finally:
-        with_thread.shutdown(wait=False)
+        executor.shutdown(wait=False)
 
 
 def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: Check = go_on) -> Download:
@@ -168,7 +168,7 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     def ask() -> ModelInfo:
         return HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=HUB_SECONDS)
 
-    info = _patiently(lambda: reach(repo_id, ask, folder), check)
+    info = _while_checking(lambda: reach(repo_id, ask, folder), check)
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
@@ -209,7 +209,7 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
     def wait_for_the_other() -> None:
         nonlocal told
         if not told:
-            log.warning("Another run is fetching %s. Waiting for it.", plan.folder)
+            log.warning("Another run is downloading %s. Waiting for it.", plan.folder)
             told = True
         on_progress(plan.fetched, plan.size)
 
@@ -250,7 +250,7 @@ def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
     if process.returncode != 0:
         known = reason.startswith(plan.repo_id)  # the child's own sentence, not the end of a traceback
         error = NextStepError(reason) if known else refusal(plan.repo_id, reason.rstrip("."), plan.folder)
-        raise NextStepError(f"{error} What is there is kept, and the next run resumes it.")
+        raise NextStepError(f"{error} What has arrived is kept, and the next run resumes the download.")
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}")
     parser.add_argument("--to", type=Path, default=Path("models/nextstep"), help="folder that holds your models")
     parser.add_argument("--revision", default="main", help="branch, tag or commit")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and stop")
     parser.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.fetch:

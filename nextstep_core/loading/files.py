@@ -25,7 +25,7 @@ def is_folder(path: Path) -> bool:
 def check_regular(path: Path) -> None:
     """NextStepError for what is there but no regular file. OSError where nothing is there."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise NextStepError(f"{path} is no regular file (a pipe, a device or a folder). Replace it by a real one.")
+        raise NextStepError(f"{path} is not a regular file (but a pipe, a device or a folder). Replace it with one.")
 
 
 def read_head(path: Path, count: int) -> bytes:
@@ -35,7 +35,7 @@ def read_head(path: Path, count: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NextStepError(f"{path} is no regular file. Replace it by a real one.")
+            raise NextStepError(f"{path} is not a regular file. Replace it with one.")
         return file.read(count) or b""  # None where a read would have waited
 
 

@@ -64,26 +64,26 @@ class _Parser:
 
     def header(self, blocks: Mapping[int, tuple[int, int]]) -> Header:
         if self._data[:4] != MAGIC:
-            raise ValueError("it does not begin as a GGUF file")
+            raise ValueError("it does not start like a GGUF file")
         self._at = 4
         version, tensors, entries = self._number("<I"), self._number("<Q"), self._number("<Q")
         if version not in VERSIONS:
-            raise ValueError(f"version {version} of the format")
+            raise ValueError(f"the unknown format version {version}")
         _bound("tensors", tensors, MAX_TENSORS)
-        _bound("entries of metadata", entries, MAX_ENTRIES)
+        _bound("metadata entries", entries, MAX_ENTRIES)
         told: dict[str, int | str] = {}
         for _ in range(entries):
             self._entry(told)
         found = [self._tensor() for _ in range(tensors)]
         alignment, architecture = told.get(ALIGNMENT, 32), told.get(ARCHITECTURE)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise ValueError("an alignment that is none")
+            raise ValueError("an invalid alignment")
         data_start = -(-self._at // alignment) * alignment
         placed = {name: self._place(shape, kind, data_start + offset, blocks) for name, shape, kind, offset in found}
         if len(placed) < len(found):
-            raise ValueError("two tensors of one name")
+            raise ValueError("two tensors with the same name")
         if sum(entry.stop - entry.start for entry in placed.values()) > len(self._data):
-            raise ValueError("tensors that lie in each other")
+            raise ValueError("overlapping tensors")
         return Header(placed, architecture if isinstance(architecture, str) else None)
 
     def _entry(self, told: dict[str, int | str]) -> None:
@@ -97,7 +97,7 @@ class _Parser:
             kind, count = self._number("<I"), self._number("<Q")
             _bound("values in a list", count, MAX_VALUES)
             if kind == LIST:
-                raise ValueError("a list of lists")
+                raise ValueError("a list of lists, which is not allowed")
             self._skip(kind, count)
         else:
             self._skip(kind, 1)
@@ -117,7 +117,7 @@ class _Parser:
             raise ValueError(f"a tensor of the shape {shape}, which is not whole blocks")
         stop = start + math.prod(shape) // numbers * size
         if stop > len(self._data):
-            raise ValueError("a tensor that ends behind the file")
+            raise ValueError("a tensor that ends past the end of the file")
         return Entry(shape, kind, start, stop)
 
     def _number(self, form: str) -> int:
@@ -130,7 +130,7 @@ class _Parser:
         _bound("bytes in a text", length, MAX_TEXT)
         self._at += length
         if self._at > len(self._data):
-            raise ValueError("a text that ends behind the file")
+            raise ValueError("a text that ends past the end of the file")
         return self._data[self._at - length : self._at].decode("utf-8")
 
     def _skip(self, kind: int, count: int) -> None:
@@ -147,4 +147,4 @@ class _Parser:
 
 def _bound(what: str, count: int, most: int) -> None:
     if count > most:
-        raise ValueError(f"{count:,} {what}, where at most {most:,} are read")
+        raise ValueError(f"{count:,} {what}, where at most {most:,} are allowed")

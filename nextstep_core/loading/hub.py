@@ -48,14 +48,14 @@ def reach(repo_id: str, call: Callable[[], Answer], folder: Path | None = None) 
 
 
 def refusal(repo_id: str, reason: str, folder: Path | None = None) -> NextStepError:
-    """The error for a repository that was not fetched: the reason, then how it can be had all the same."""
-    return NextStepError(f"{repo_id} was not fetched: {reason}. {by_hand(repo_id, folder)}")
+    """The error for a repository that was not downloaded: the reason, then how to get it without this program."""
+    return NextStepError(f"{repo_id} was not downloaded: {reason}. {by_hand(repo_id, folder)}")
 
 
 def by_hand(repo_id: str, folder: Path | None = None) -> str:
     """How to get a repository without this program."""
-    where = f"into {folder}" if folder is not None else "into a folder of the same name, and name that folder"
-    mirror = "" if endpoint() != PUBLIC else "; a mirror can be named by the environment variable HF_ENDPOINT"
+    where = f"into {folder}" if folder is not None else "into a folder of the same name, and give that folder's path"
+    mirror = "" if endpoint() != PUBLIC else "; the environment variable HF_ENDPOINT can name a mirror"
     return f"By hand: put the files of {endpoint()}/{repo_id} {where}{mirror}."
 
 
@@ -69,17 +69,17 @@ def explain(error: BaseException) -> str:
     if "GatedRepoError" in names or status == 403:
         return f"{at} refused access; accept the terms on its page there and set HF_TOKEN to a token of your account"
     if "RevisionNotFoundError" in names:
-        return f"{at} has no such branch, tag or commit of it"
+        return f"{at} has no such branch, tag or commit"
     if "RepositoryNotFoundError" in names or status == 404:
-        return f"{at} has no such repository, or it is private and HF_TOKEN names nobody who may read it"
+        return f"{at} has no such repository, or it is private and HF_TOKEN does not give access to it"
     if status == 401:
         return f"{at} refused access; check HF_TOKEN, or unset it"
     if status is not None:
         return f"{at} answered with HTTP status {status}; try again later"
     if getattr(error, "errno", None) == errno.ENOSPC:
-        return "the disk is full; make room and start it again to go on"
+        return "the disk is full; make room and run it again to resume"
     if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
-        return f"the folder cannot be written ({error})"
+        return f"the folder cannot be written to ({error})"
     if any(sign in name for name in names for sign in UNREACHABLE):
         return f"{at} could not be reached; check the network, a proxy (HTTPS_PROXY) or the mirror (HF_ENDPOINT)"
     lines = str(error).strip().splitlines()

@@ -109,7 +109,7 @@ def place(plan: ModelPlan, dtype: torch.dtype, folders: Iterable[Path]) -> Path 
             folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free >= size + SPARE:
                 return folder
-            reason = f"{size / 1e9:.1f} GB and {SPARE / 1e9:.0f} GB to spare do not fit"
+            reason = f"there is no room for {size / 1e9:.1f} GB and {SPARE / 1e9:.0f} GB to spare"
         except OSError as error:
             reason = str(error)
         log.info("NextStep: the quantized weights are not kept in %s: %s", folder, reason)

@@ -83,7 +83,7 @@ def nearest(name: str) -> str:
     return max((own for own in CHECKPOINTS if own.lower() in name.lower()), key=len, default=CHECKPOINTS[0])
 
 
-def would_do(name: str, there: Iterable[str]) -> list[str]:
+def substitutes(name: str, there: Iterable[str]) -> list[str]:
     """Labels of what is there and does what the checkpoint called `name` is for; the nearest in name first."""
     wanted = nearest(name).lower()
     fitting = [label for label in there if is_for_editing(label) == is_for_editing(name) and EMBEDDED not in label]

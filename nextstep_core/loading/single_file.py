@@ -124,7 +124,7 @@ def save_model(
     another run is writing it.
     """
     if plan.stored:
-        raise NextStepError(f"{plan.files.where} is a single file of this kind already. Copy it.")
+        raise NextStepError(f"{plan.files.where} is already a single file of this kind. Copy it instead.")
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
     tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
     return _save(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
@@ -155,7 +155,7 @@ def _save(
     check: Check = go_on,
 ) -> int:
     file = StreamedFile(path, like, metadata)
-    taken = f"Another run is writing {path}. Wait until it has ended, or choose another name."
+    taken = f"Another run is writing {path}. Wait until it has finished, or choose another name."
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")

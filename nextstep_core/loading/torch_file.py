@@ -51,21 +51,21 @@ def _check_archive(path: Path) -> None:
     """Members are stored as they are and within the file, and the pickle names nothing but tensors."""
     size = path.stat().st_size
     if _directory_bytes(path) > MAX_DIRECTORY:
-        raise damaged(path, f"a directory of more than {MAX_DIRECTORY:,} bytes")
+        raise damaged(path, f"a table of contents of more than {MAX_DIRECTORY:,} bytes")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
             raise damaged(path, "compressed members, which PyTorch never writes")
         if sum(member.file_size for member in members) > size:
-            raise damaged(path, "members that lie in each other")
+            raise damaged(path, "overlapping members")
         (pickle,) = (m for m in members if m.filename.endswith("/data.pkl")) if members else (None,)
         if pickle is None or pickle.file_size > MAX_PICKLE:
-            raise damaged(path, f"no list of tensors of at most {MAX_PICKLE:,} bytes")
+            raise damaged(path, f"its list of tensors is missing, or larger than {MAX_PICKLE:,} bytes")
         text = archive.read(pickle)
     for code, argument, _ in pickletools.genops(text):
         named = code.name == "GLOBAL" and argument in STORAGES | CALLED
         if "GLOBAL" in code.name and not named or code.name in ("INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            raise damaged(path, f"{shown(argument or code.name)} in it, which is no tensor")
+            raise damaged(path, f"it contains {shown(argument or code.name)}, which is not a tensor")
 
 
 def _directory_bytes(path: Path) -> int:
@@ -75,7 +75,7 @@ def _directory_bytes(path: Path) -> int:
         tail = file.read()
     end, end_64 = tail.rfind(END), tail.rfind(END_64)
     if end < 0:
-        raise zipfile.BadZipFile("it does not end as an archive")
+        raise zipfile.BadZipFile("it does not end like an archive")
     length: int = struct.unpack_from("<I", tail, end + 12)[0]
     if end_64 >= 0:
         length = max(struct.unpack_from("<Q", tail, end_64 + 40)[0], 0 if length == 0xFFFFFFFF else length)
@@ -85,11 +85,11 @@ def _directory_bytes(path: Path) -> int:
 def _check_tensors(path: Path, state: dict[str, Tensor]) -> None:
     """Dense tensors under names, with memory of their own in the file."""
     if len(state) > MAX_TENSORS or not all(isinstance(name, str) for name in state):
-        raise damaged(path, "names that are none, or too many")
+        raise damaged(path, "too many tensors, or names that are not text")
     needed = 0
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-            raise damaged(path, f"{shown(name)} is no plain tensor")
+            raise damaged(path, f"{shown(name)} is not a plain tensor")
         needed += tensor.numel() * tensor.element_size()
     if needed > os.stat(path).st_size:
         raise damaged(path, f"tensors of {needed:,} bytes in a file of {os.stat(path).st_size:,}")

@@ -153,8 +153,8 @@ def _check_texts(
     texts += [tokenizer.check_length("The positive prompt", positive_prompt)] * len(captions)
     if (size := sum(map(len, texts))) > LONGEST:
         raise NextStepError(
-            f"The {len(captions)} prompts are {size:,} characters long in all; in one call they may be {LONGEST:,}. "
-            "Draw them in several."
+            f"The {len(captions)} prompts are {size:,} characters long together; one call takes at most {LONGEST:,}. "
+            "Split them into several calls."
         )
 
 

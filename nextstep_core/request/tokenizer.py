@@ -95,8 +95,8 @@ class NextStepTokenizer:
             size = len(text.encode())
         if size > limit:
             raise NextStepError(
-                f"{name} is {size:,} bytes long; for this model, which can hold {self._context:,} tokens, it may be "
-                f"{limit:,}. Shorten it."
+                f"{name} is {size:,} bytes long; for this model, which can hold {self._context:,} tokens, the "
+                f"limit is {limit:,}. Shorten it."
             )
         return cast(str, text)
 

@@ -66,7 +66,7 @@ def checked(data: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("type") == "Sequence":
             steps = part.get(SEQUENCES.get(name, ""))
         if not isinstance(steps, list) or len(steps) > PARTS:
-            raise NextStepError(f"{where}: its {name} is no sequence of at most {PARTS} steps. {_ADVICE}")
+            raise NextStepError(f"{where}: its {name} is not a sequence of at most {PARTS} steps. {_ADVICE}")
         for step in steps:
             _check_step(name, step, kinds, where)
     model, added = _checked_model(data.get("model"), where), data.get("added_tokens") or []
@@ -92,7 +92,7 @@ def _check_step(name: str, step: Any, kinds: dict[str, Check], where: str) -> No
             f"{where}: its {name} is {shown(kind)}; only {', '.join(kinds)} can be used here. {_ADVICE}"
         )
     if not check(step):
-        raise NextStepError(f"{where}: its {name} {kind} has a pattern or a template that is not known. {_ADVICE}")
+        raise NextStepError(f"{where}: its {name} {kind} has an unknown pattern or template. {_ADVICE}")
 
 
 def _checked_model(model: Any, where: str) -> dict[str, Any]:
@@ -105,7 +105,9 @@ def _checked_model(model: Any, where: str) -> dict[str, Any]:
     _count(VOCABULARY, vocabulary, where)
     _count(MERGES, merges, where)
     if model.get("dropout"):
-        raise NextStepError(f"{where}: its model drops merges at random, so no prompt would be read twice alike.")
+        raise NextStepError(
+            f"{where}: its model drops merges at random, so the same prompt would be read differently each time."
+        )
     for token in vocabulary:
         check_token(token, where)
     return model

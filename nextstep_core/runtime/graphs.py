@@ -53,7 +53,7 @@ class CaptureState:
         """Capture nothing from here on, or for this run where there was no memory for it."""
         self.short_of_memory = isinstance(reason, RuntimeError) and is_out_of_memory(reason)
         self.broken = not self.short_of_memory
-        span = "in this run, for want of memory" if self.short_of_memory else "for this model"
+        span = "in this run, for lack of memory" if self.short_of_memory else "for this model"
         said = str(reason).splitlines() or [type(reason).__name__]
         log.warning("CUDA graphs are off %s, which makes it slower: %s", span, said[0])
 

@@ -71,7 +71,7 @@ def test_the_demo_clones_comfyui_and_opens_the_first_workflow_which_runs(source:
             demo.terminate()
             demo.communicate(timeout=30)
     said = "".join(output)
-    for waiting in ("Fetching ComfyUI", "Installing what is missing", "Starting ComfyUI"):
+    for waiting in ("Downloading ComfyUI", "Installing what is missing", "Starting ComfyUI"):
         assert waiting in said
     assert "Traceback" not in said, said
     assert demo.returncode == 0
@@ -85,4 +85,4 @@ def test_a_port_in_use_is_one_sentence() -> None:
         command = [sys.executable, "-m", "scripts.demo", "--serve", "--port", str(port)]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert refused.stderr.startswith(f"Port {port} is in use already") and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith(f"Port {port} is already in use") and refused.stderr.count("\n") == 1

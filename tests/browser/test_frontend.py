@@ -1,6 +1,6 @@
 """The shipped templates in the real frontend, as a user meets them.
 
-Set NEXTSTEP_SCREENSHOTS to a folder to keep the pictures that the README shows.
+Set NEXTSTEP_SCREENSHOTS to a folder to keep the pictures that the README and the help pages show.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageChops
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
 
-from scripts.comfy_server import PACK_NAME, ComfyServer
+from scripts.comfy_server import PACK_NAME, ROOT, ComfyServer
 from scripts.workflows import ALL, FIRST_RUN, read_workflow, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
@@ -78,6 +78,34 @@ def screenshot(page, name: str, fit: bool = True) -> None:
         page.wait_for_timeout(1000)
         clip = {"x": 0, "y": 0, "width": 1760, "height": 920} if fit else None
         page.screenshot(path=Path(folder) / f"{name}.png", clip=clip)
+
+
+NODE_WIDTH, MARGIN, BADGE = 340, 12, 10  # pixels of a node in its help page, and around it; the badge stands above
+ADD_NODE = """([type, width]) => {
+    app.graph.clear();
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    node.setSize([width, node.computeSize()[1]]);
+    const [left, top] = [400, 100], title = LiteGraph.NODE_TITLE_HEIGHT;
+    Object.assign(app.canvas.ds, {scale: 1, offset: [left, top + title]});
+    node.pos = [0, 0];
+    app.canvas.setDirty(true, true);
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    return {title: node.title, x: canvas.x + left, y: canvas.y + top, height: node.size[1] + title};
+}"""
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "web" / "docs").glob("*.md"))])
+def test_a_node_is_added_as_its_help_page_shows_it(page, name: str) -> None:
+    page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
+    node = page.evaluate(ADD_NODE, [name, NODE_WIDTH])
+    help_page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert help_page.startswith(f"# {node['title']}\n")
+    if folder := os.environ.get("NEXTSTEP_SCREENSHOTS"):
+        page.wait_for_timeout(500)
+        clip = {"x": node["x"] - MARGIN, "y": node["y"] - MARGIN - BADGE, "width": NODE_WIDTH + 2 * MARGIN}
+        page.screenshot(path=Path(folder) / f"{name}.png", clip=clip | {"height": node["height"] + 2 * MARGIN + BADGE})
+    page.evaluate("app.graph.clear()")
 
 
 def test_the_template_browser_shows_every_thumbnail(page) -> None:

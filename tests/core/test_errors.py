@@ -16,6 +16,9 @@ def test_a_choice_is_named_with_all_others() -> None:
     check_choice("size", "b", {"a": 1, "b": 2})
     with pytest.raises(NextStepError, match=r"^size is 'c'; choose one of a, b\.$"):
         check_choice("size", "c", (name for name in "ab"))
+    for number in (0, 1, 1.0):  # equal to a choice, and not one
+        with pytest.raises(NextStepError, match=r"choose one of True, False"):
+            check_choice("cuda_graphs", number, (True, False))
 
 
 def test_a_damaged_file_is_named_with_the_reason() -> None:

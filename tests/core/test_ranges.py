@@ -49,7 +49,7 @@ def test_values_are_shown_short() -> None:
 
 def test_half_a_character_is_told_with_its_place() -> None:
     assert check_text("A prompt", "é 火 😀") == "é 火 😀"
-    with pytest.raises(NextStepError, match=r"A prompt holds half a character \('.ud800' at place 3\)"):
+    with pytest.raises(NextStepError, match=r"A prompt holds half of a character \('.ud800' at position 3\)"):
         check_text("A prompt", "a \ud800")
-    with pytest.raises(NextStepError, match="A prompt is a list; it must be a text"):
+    with pytest.raises(NextStepError, match="A prompt is a list; it must be text"):
         check_text("A prompt", ["a"])

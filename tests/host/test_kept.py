@@ -62,7 +62,7 @@ def test_the_user_is_told_what_may_be_deleted_and_then_draws_without_it(
     assert torch.equal(drawn(graph, "auto"), first), "without the folder, its VAE included"
     assert torch.equal(drawn(graph, "auto", "auto"), first)
     assert "NextStep-1.1 (kept quantized)" in graph.pack("nodes.catalog").models()
-    with pytest.raises(AssertionError, match="kept of them is int4"):
+    with pytest.raises(AssertionError, match="kept only as int4"):
         drawn(graph, "auto", "int8")
 
 

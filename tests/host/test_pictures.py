@@ -102,7 +102,7 @@ def test_what_no_model_could_draw_is_refused_before_anything_is_encoded(graph: C
         "feather is -1": lambda: pictures.NextStepPasteBack.execute(
             photo, prepare.execute(photo, **PREPARE).result[2], -1
         ),
-        "3 pictures do not belong to 2 originals": lambda: pictures.NextStepPasteBack.execute(
+        "3 pictures do not match 2 originals": lambda: pictures.NextStepPasteBack.execute(
             torch.zeros(3, 16, 16, 3), pictures.Original(torch.zeros(2, 16, 16, 3), None, None), 0
         ),
     }

@@ -138,7 +138,7 @@ def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -
         ({"steps": 0}, "steps is 0"),
         (
             {"model_name": "gone"},
-            "There is no NextStep model 'gone'. Of what you have, tiny-a would do",
+            "There is no NextStep model 'gone'. Of those you have, tiny-a will do",
         ),
     ],
 )

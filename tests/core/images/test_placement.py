@@ -91,5 +91,5 @@ def test_a_result_that_was_enlarged_fits_and_one_of_other_proportions_does_not()
     drawn = torch.zeros(1, 64, 128, 3)
     drawn[:, :, 32:96] = 1
     assert (placed.put_back(torch.zeros(1, 100, 100, 3), drawn, None, 0) > 1 - 1e-5).all(), "without the room around"
-    with pytest.raises(NextStepError, match="64x64, but 64x32 went out"):
+    with pytest.raises(NextStepError, match="64x64, but 64x32 was prepared"):
         placed.put_back(torch.zeros(1, 100, 100, 3), torch.zeros(1, 64, 64, 3), None, 0)

@@ -81,6 +81,8 @@ def test_the_smallest_tile_and_whole_positions_are_allowed() -> None:
     for tile in (120, 132):
         with pytest.raises(NextStepError):
             check_tile(tile, 8)
+        with pytest.raises(NextStepError, match=f"{tile}.*use"):
+            run_in_tiles(lambda x: x, torch.zeros(1, 3, 64, 64), *ENCODER, tile=tile)
 
 
 def test_tiles_of_a_batch_keep_its_dtype_and_order() -> None:

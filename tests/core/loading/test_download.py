@@ -167,7 +167,7 @@ except NextStepError as error: print(error)
     assert process.stdout is not None and process.stdout.readline() == "planned\n"
     hub.refusal = 403, "GatedRepo"
     said, _ = process.communicate("\n", timeout=60)
-    assert f"{REPO} was not fetched" in said and "accept the terms" in said and "resumes it" in said
+    assert f"{REPO} was not downloaded" in said and "accept the terms" in said and "resumes the download" in said
 
 
 def test_without_a_network_nothing_is_fetched_and_the_mirror_is_named(

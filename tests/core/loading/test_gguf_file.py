@@ -107,7 +107,7 @@ MANY = 2**60
 HOSTILE = {
     "no header": (b"GGUF", "unpack"),
     "nothing": (b"", "empty"),
-    "another format": (b"GGML" + b"\0" * 40, "begin"),
+    "another format": (b"GGML" + b"\0" * 40, "like a GGUF file"),
     "another version": (header(version=99), "version 99"),
     "tensors without end": (header(counts=(MANY, 0)) + b"\0" * 999, "tensors"),
     "entries without end": (header(counts=(0, MANY)) + b"\0" * 999, "entries"),
@@ -120,12 +120,15 @@ HOSTILE = {
     "a text without end": (header(struct.pack("<Q", 2**40)), "in a text"),
     "an unknown kind": (header(text("a") + struct.pack("<I", 77)), "kind 77"),
     "axes without end": (header(tensors=(text("a") + struct.pack("<I", 2**31),)), "axes"),
-    "a huge tensor": (header(tensors=(tensor("a", (2**40, 2**40)),)), "behind the file"),
+    "a huge tensor": (header(tensors=(tensor("a", (2**40, 2**40)),)), "past the end of the file"),
     "an unknown format": (header(tensors=(tensor("a", (32,), kind=999),)), "format 999"),
     "half a block": (header(tensors=(tensor("a", (31,), kind=8),)), "whole blocks"),
     "no alignment": (header(text("general.alignment") + struct.pack("<II", 4, 0)), "alignment"),
     "two of a name": (header(tensors=(tensor("a", (1,)), tensor("a", (1,)))) + b"\0" * 99, "two tensors"),
-    "in each other": (header(tensors=tuple(tensor(f"a{n}", (64,)) for n in range(9))) + b"\0" * 300, "in each other"),
+    "in each other": (
+        header(tensors=tuple(tensor(f"a{n}", (64,)) for n in range(9))) + b"\0" * 300,
+        "overlapping tensors",
+    ),
     "numbers that are no floats": (header(tensors=(tensor("a", (1,), kind=26),)) + b"\0" * 99, "format 26"),
 }
 

@@ -55,7 +55,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x{kind}"
     for target in ("/dev/zero", str(tmp_path)):
         path.symlink_to(target)
-        with pytest.raises(NextStepError, match="no regular file"):
+        with pytest.raises(NextStepError, match="not a regular file"):
             find_tensors(path)
         path.unlink()
 

@@ -26,7 +26,7 @@ def test_a_variable_closes_the_door(variable: str, monkeypatch: pytest.MonkeyPat
     assert hub.reach("a/b", lambda: 1) == 1
     monkeypatch.setenv(variable, "true")
     with pytest.raises(
-        NextStepError, match=f"^a/b was not fetched: {variable} is set.*huggingface.co/a/b into {tmp_path}"
+        NextStepError, match=f"^a/b was not downloaded: {variable} is set.*huggingface.co/a/b into {tmp_path}"
     ):
         hub.reach("a/b", lambda: 1, tmp_path)
 

@@ -87,6 +87,6 @@ def test_the_published_checkpoint_that_comes_closest(name: str, published: str) 
 
 def test_what_would_do_is_for_the_same_purpose_and_the_nearest_first() -> None:
     there = ["NextStep-1-Large", "NextStep-1.1", "NextStep-1-Large-Edit", "tiny (embedded)"]
-    assert offers.would_do("nextstep-1.1-int8.safetensors", there) == ["NextStep-1.1", "NextStep-1-Large"]
-    assert offers.would_do("nextstep-1-large-edit-int8.safetensors", there) == ["NextStep-1-Large-Edit"]
-    assert offers.would_do("nextstep-1-large-edit-int8.safetensors", there[:2]) == []
+    assert offers.substitutes("nextstep-1.1-int8.safetensors", there) == ["NextStep-1.1", "NextStep-1-Large"]
+    assert offers.substitutes("nextstep-1-large-edit-int8.safetensors", there) == ["NextStep-1-Large-Edit"]
+    assert offers.substitutes("nextstep-1-large-edit-int8.safetensors", there[:2]) == []

@@ -73,7 +73,7 @@ def test_what_the_hub_does_not_have_is_one_sentence(monkeypatch: pytest.MonkeyPa
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(NextStepError, match="^someone/else was not fetched: no route\\. By hand"):
+    with pytest.raises(NextStepError, match="^someone/else was not downloaded: no route\\. By hand"):
         resolve_source("someone/else")
 
 

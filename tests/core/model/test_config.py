@@ -113,6 +113,14 @@ def test_published_sizes_may_grow_eightfold() -> None:
     assert VAEConfig.from_dict(VAE | {"ch": 1024, "ch_mult": [1, 2, 4, 8], "z_channels": 128}).ch == 1024
 
 
+def test_position_codes_alone_limit_the_hidden_size() -> None:
+    """Without them a size that they could not have is as good as any."""
+    for change in ({"hidden_size": 98}, {"hidden_size": 65_536, "base_image_grid_size": 65}):
+        assert (
+            NextStepConfig.from_dict(MODEL | change | {"use_gen_pos_embed": False}).hidden_size == change["hidden_size"]
+        )
+
+
 def test_every_missing_key_is_named() -> None:
     optional = {"use_gen_pos_embed", "base_image_grid_size", "max_position_embeddings", "vae_name_or_path", "mlp_bias"}
     optional |= {"num_key_value_heads", "head_dim", "o_attention_bias", "rope_factor"}

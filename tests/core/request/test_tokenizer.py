@@ -180,19 +180,25 @@ def test_the_published_patterns_are_taken(checkpoint: Path, pipeline, pattern: s
 
 
 HOSTILE_PARTS = {
-    "a catastrophic split": ({"pre_tokenizer": {**SPLIT, "pattern": EVIL}}, "pre_tokenizer Split has a pattern"),
+    "a catastrophic split": (
+        {"pre_tokenizer": {**SPLIT, "pattern": EVIL}},
+        "pre_tokenizer Split has an unknown pattern",
+    ),
     "the same in a sequence": (
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": EVIL}, BYTE_LEVEL]}},
-        "pre_tokenizer Split has a pattern",
+        "pre_tokenizer Split has an unknown pattern",
     ),
     "a replacement": ({"normalizer": {"type": "Replace", "pattern": EVIL, "content": ""}}, "normalizer is 'Replace'"),
-    "a long chain": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9}}, "normalizer is no"),
+    "a long chain": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9}},
+        "normalizer is not a sequence",
+    ),
     "a chain of chains": (
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}},
         "normalizer is 'Sequence'",
     ),
     "another decoder": ({"decoder": {"type": "Replace", "pattern": EVIL, "content": ""}}, "decoder is 'Replace'"),
-    "decoders in a row": ({"decoder": {"type": "Sequence", "decoders": []}}, "decoder is no sequence"),
+    "decoders in a row": ({"decoder": {"type": "Sequence", "decoders": []}}, "decoder is not a sequence"),
     "a text for a part": ({"post_processor": "x" * 5000}, "post_processor is 'xxx"),
     "a number for a step": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [None]}}, "pre_tokenizer is None"),
     "a list for a kind": ({"decoder": {"type": []}}, "decoder is a list"),

@@ -8,11 +8,13 @@ import torch
 from nextstep_core.errors import NextStepError
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.store import ASSETS
-from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, quantized_linears
-from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_128, INT8, Format, Int4
+from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, formats, quantized_linears
+from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_128, INT8, Format, Int4, quantize_in_pieces
 from nextstep_core.runtime.quantization.products import candidates, choose
 
-FORMATS = [INT8, INT4, INT4_128, FP8]
+FORMATS = list({f.name: f for recipe in RECIPES.values() for f in (recipe.transformer, recipe.head)}.values())
+# Root mean square error of a stored normal matrix, relative to the matrix: what the number of steps allows.
+STORED_ERROR = {"int8": 0.01, "int4": 0.1, "int4-g128": 0.11, "fp8": 0.03}
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -48,6 +50,40 @@ def test_integers_are_fitted_in_float32_whatever_the_matrix_is_in(format: Format
     assert all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_a_stored_matrix_is_the_matrix_but_for_its_steps(format: Format, monkeypatch) -> None:
+    matrix = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 64)[:, None]
+    weight, scale = format.quantize(matrix)
+    stored = format.dequantize(weight, scale, torch.float32)
+    errors = (stored - matrix).norm(dim=1) / matrix.norm(dim=1)
+    assert errors.max() <= 1.5 * STORED_ERROR[format.name], "every row has scales of its own"
+    again, scale_again = format.quantize(stored)
+    assert relative(format.dequantize(again, scale_again, torch.float32), stored) <= STORED_ERROR[format.name] / 10
+    empty_weight, empty_scale = format.empty(64, 256, "meta")
+    for made, announced in ((weight, empty_weight), (scale, empty_scale)):
+        assert (made.shape, made.dtype) == (announced.shape, announced.dtype)
+    monkeypatch.setattr(formats, "PIECE", 24)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_in_pieces(format, matrix), (weight, scale)))
+    assert format.dequantize(*format.quantize(torch.zeros(16, 256)), torch.float32).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
+def test_every_kernel_multiplies_by_the_stored_matrix(format: Format, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, scale = format.quantize(torch.randn(64, 256))
+    stored = format.dequantize(weight, scale, torch.float32)
+    for kernel in [*candidates(format, "cpu"), choose(format, weight, scale, dtype)]:
+        packed = kernel.packed(weight)
+        for rows in (1, 2, 40):
+            x = torch.randn(rows, 256).to(dtype)
+            assert relative(kernel.run(x, packed, scale), x.float() @ stored.T) <= 0.01, kernel.name
+
+
 def test_which_shapes_fit() -> None:
     assert [INT4.fits(*shape) for shape in ((16, 64), (32, 128), (16, 96), (8, 64), (24, 64))] == [1, 1, 0, 0, 0]
     assert not INT4_128.fits(16, 64) and INT4_128.fits(16, 128)
@@ -72,7 +108,7 @@ def test_a_packed_product_comes_first_and_the_plain_one_last(device: str) -> Non
         names = [kernel.name for kernel in candidates(format, device)]
         assert names[-1] == "product with dequantized weights"
         too_slow = device == "cuda" and format is INT8
-        assert ("packed" in names[0]) == (format is not FP8 and not too_slow)
+        assert ("packed" in names[0]) == (format in (INT8, INT4, INT4_128) and not too_slow)
         assert ("compiled row sums" in names) == (device == "cuda" and format in (INT8, FP8))
 
 

@@ -15,7 +15,7 @@ from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.model import kv_cache
 from nextstep_core.request.layout import Caption
-from nextstep_core.runtime.graphs import StepGraphs
+from nextstep_core.runtime.graphs import CaptureState, Replayed, StepGraphs
 
 
 @pytest.fixture
@@ -79,6 +79,23 @@ def test_known_tokens_are_replayed_too(pipeline, small_buckets) -> None:
     assert (tokens[0] - tokens[1]).abs().max() <= FLOAT_NOISE
 
 
+def test_a_step_that_gives_nothing_but_zeros_is_replayed_too() -> None:
+    """A difference from zeros has no share of them."""
+
+    class Zeros:
+        reads = ()
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 0
+
+    state = CaptureState()
+    step = Replayed(Zeros(), TapeRecorder(CPU), state)
+    before = TapeRecorder.recordings
+    for _ in range(2):
+        assert torch.equal(step(torch.ones(3)), torch.zeros(3))
+    assert not state.off and TapeRecorder.recordings == before + 1
+
+
 class Refuses(Recorder):
     reason: Exception = RuntimeError("operation not permitted when stream is capturing")
 
@@ -126,7 +143,7 @@ def test_a_capture_without_memory_is_tried_again_in_the_next_run(pipeline, caplo
         assert (fast.generate("A red apple.", **size, **FAST).tokens - plain).abs().max() <= FLOAT_NOISE
         assert TapeRecorder.recordings - before == recordings
     (record,) = caplog.records
-    assert "off in this run, for want of memory" in record.getMessage()
+    assert "off in this run, for lack of memory" in record.getMessage()
 
 
 @pytest.mark.slow

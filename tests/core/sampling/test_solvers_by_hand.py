@@ -39,53 +39,85 @@ def test_constants_are_the_published_ones() -> None:
     assert (ETA, LAST_STEP) == (0.8, 0.04)
 
 
-def test_flow_sde_by_hand(times: list[float]) -> None:
+def flow_ode(times: list[float], eta: float) -> float:
+    x = NOISE[0]
+    for t, t_next in zip(times, times[1:]):
+        x += (t_next - t) * velocity(x, t)
+    return x
+
+
+def flow_sde(times: list[float], eta: float) -> float:
     """Mean toward the data with its correction, noise eta sqrt(sigma / (1 - sigma)) sqrt(dt); sigma 1 counts as the
     second-last grid time."""
-    x, eta = NOISE[0], 0.5
+    x = NOISE[0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         v, sigma, dt = velocity(x, t), 1 - t, t_next - t
         scale = eta * math.sqrt(sigma / (1 - (times[-2] if i == 0 else sigma)))
         x0, x1 = x - t * v, x + (1 - t) * v
         x = x0 * (1 - t_next) + x1 * t_next - scale**2 * dt / (2 * sigma) * x0 + scale * math.sqrt(dt) * NOISE[i + 1]
-    assert run("flow-sde", times, eta) == pytest.approx(x)
-    assert run("flow-sde", times, 0.0) == pytest.approx(run("flow-ode", times)), "without noise it is the flow"
+    return x
 
 
-def test_flow_cps_by_hand(times: list[float]) -> None:
-    x, eta = NOISE[0], 0.5
+def flow_cps(times: list[float], eta: float) -> float:
+    x = NOISE[0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         v, left = velocity(x, t), 1 - t_next
         fresh = left * math.sin(eta * math.pi / 2)
         x = (x - t * v) * math.sqrt(left**2 - fresh**2) + (x + (1 - t) * v) * t_next + fresh * NOISE[i + 1]
-    assert run("flow-cps", times, eta) == pytest.approx(x)
+    return x
 
 
-@pytest.mark.parametrize("name", ["score-sde-1.1", "score-sde-1.0"])
-def test_score_sde_by_hand(name: str) -> None:
-    times = SAMPLERS[name].grid(4, SHIFT)
+def score_sde(times: list[float], eta: float) -> float:
     x = NOISE[0]
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t), t_next - t
         drift = v + (t * v - x)  # (1 - t) score
         x += drift * dt + math.sqrt(2 * (1 - t) * dt) * NOISE[i + 1]
-    if name == "score-sde-1.0":
-        x += 0.04 * velocity(x, times[-1])
-    assert run(name, times) == pytest.approx(x)
+    return x
 
 
-def test_flow_multistep_and_heun_by_hand(times: list[float]) -> None:
+def score_sde_held_out(times: list[float], eta: float) -> float:
+    x = score_sde(times, eta)
+    return x + 0.04 * velocity(x, times[-1])
+
+
+def flow_heun(times: list[float], eta: float) -> float:
+    x = NOISE[0]
+    for t, t_next in zip(times, times[1:]):
+        v, dt = velocity(x, t), t_next - t
+        x += dt * (v if t_next == 1 else (v + velocity(x + dt * v, t_next)) / 2)
+    return x
+
+
+def flow_multistep(times: list[float], eta: float) -> float:
     x, v_before, dt_before = NOISE[0], 0.0, 0.0
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         v, dt = velocity(x, t), t_next - t
         x += dt * (v if i == 0 else v + (v - v_before) / dt_before * dt / 2)
         v_before, dt_before = v, dt
-    assert run("flow-multistep", times) == pytest.approx(x)
-    x = NOISE[0]
-    for t, t_next in zip(times, times[1:]):
-        v, dt = velocity(x, t), t_next - t
-        x += dt * (v if t_next == 1 else (v + velocity(x + dt * v, t_next)) / 2)
-    assert run("flow-heun", times) == pytest.approx(x)
+    return x
+
+
+FORMULAS = {
+    "score-sde-1.0": score_sde_held_out,
+    "score-sde-1.1": score_sde,
+    "flow-ode": flow_ode,
+    "flow-cps": flow_cps,
+    "flow-sde": flow_sde,
+    "flow-heun": flow_heun,
+    "flow-multistep": flow_multistep,
+}
+
+
+@pytest.mark.parametrize("eta", [ETA, 0.5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_by_hand(name: str, eta: float) -> None:
+    times = SAMPLERS[name].grid(4, SHIFT)
+    assert run(name, times, eta) == pytest.approx(FORMULAS[name](times, eta))
+
+
+def test_flow_sde_without_noise_is_the_flow(times: list[float]) -> None:
+    assert run("flow-sde", times, 0.0) == pytest.approx(run("flow-ode", times))
 
 
 def test_guidance_is_computed_in_float32() -> None:
