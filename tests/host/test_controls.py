@@ -272,6 +272,13 @@ def test_several_slots_make_one_picture_of_a_batch(kit) -> None:
     assert len(each.captions) == 2 and latent["samples"].shape[0] == 2
 
 
+def test_a_size_that_is_half_linked_is_told_without_a_number_that_nobody_wrote(kit) -> None:
+    validate = kit.latents.NextStepEmptyLatent.validate_inputs
+    assert validate(width=72) == "width is 72; use a multiple of 16, such as 64."
+    assert validate(width=72, height=96) == str(pytest.raises(kit.error, kit.latents.empty_latent, 72, 96, 1).value)
+    assert validate(height=96) is True and validate() is True
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("text", ["make it red", "<Image>make it red", "<IMAGE>make it red"])
 def test_a_picture_that_is_not_placed_stands_in_front(kit, text: str) -> None:
