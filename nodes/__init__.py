@@ -16,6 +16,7 @@ from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .resume import NextStepResume
 from .sampler import NextStepSampler
+from .saving import NextStepSaveImage
 
 NODES: list[type[io.ComfyNode]] = [
     NextStepModelLoader,
@@ -35,6 +36,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepCompare,
     NextStepLabelledGrid,
     NextStepResume,
+    NextStepSaveImage,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

@@ -12,6 +12,7 @@ from . import host
 from .latents import decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
+from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, size_inputs
 
@@ -27,17 +28,20 @@ def draw(
     seed: int,
     settings: dict[str, Any],
 ) -> io.NodeOutput:
-    """Sample and decode; (image, latent)."""
+    """Sample and decode; (image, latent, info)."""
     chosen = settings_for(model, positive.editing, **settings)
     with torch.inference_mode(), host.memory_told("Drawing"):
-        samples = sample(model, positive, encode_prompt(model, negative_prompt), latent, seed, chosen)
-    return io.NodeOutput(decode_latent(vae, samples), samples)
+        negative = encode_prompt(model, negative_prompt)
+        samples = sample(model, positive, negative, latent, seed, chosen)
+        info = info_of(model, positive, negative, chosen, seed, samples)
+    return io.NodeOutput(decode_latent(vae, samples), samples, info)
 
 
 def _outputs() -> list[io.Output]:
     return [
         io.Image.Output("picture", display_name="image", tooltip="The picture."),
         io.Latent.Output("samples", display_name="latent", tooltip="The picture before the VAE decoded it."),
+        INFO_OUTPUT,
     ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,37 @@ def last_saved_latent(filename_prefix: str) -> Path | None:
             f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
         ) from None
     return max(files, key=lambda file: file.name, default=None)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A new file in the host's output folder, and how its frontend is told of it."""
+
+    path: Path
+    shown: dict[str, str]
+
+
+def next_file(filename_prefix: str, width: int, height: int, number: int, suffix: str) -> OutputFile:
+    """The next free name under a prefix, as the host's Save Image counts; NextStepError for one outside its folder."""
+    root = folder_paths.get_output_directory()
+    try:
+        place = folder_paths.get_save_image_path(filename_prefix, root, width, height)
+    except Exception:  # the host has no kind of its own for a name outside its folder
+        raise NextStepError(
+            f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
+        ) from None
+    folder, name, count, subfolder, _ = place
+    file = f"{name.replace('%batch_num%', str(number))}_{count:05}_{suffix}"
+    return OutputFile(Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"})
+
+
+def notes_for_picture(node: type[io.ComfyNode]) -> dict[str, str] | None:
+    """Prompt and workflow, as JSON under the names that the host reads them by; None where it is told to save none."""
+    if args.disable_metadata:
+        return None
+    hidden = getattr(node, "hidden", None)
+    notes = {"prompt": getattr(hidden, "prompt", None), **(getattr(hidden, "extra_pnginfo", None) or {})}
+    return {name: json.dumps(value) for name, value in notes.items() if value is not None}
 
 
 def offer_pictures(folder: Path) -> None:

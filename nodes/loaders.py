@@ -102,7 +102,8 @@ def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
     host.show_text("\n".join([f"weights stored as {stored}", *keeper.remarks()]))
-    return HostModel(engine, patcher, compute, vae, {"model": plan.documents.name, "weights": stored})
+    facts = {"model": plan.documents.name, "weights": stored, "hash": kept.weights_hash(keeper.original)}
+    return HostModel(engine, patcher, compute, vae, facts)
 
 
 def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:

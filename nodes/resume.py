@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..nextstep_core.errors import check_text, damaged
+from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.request.masks import undrawn_tokens
 from . import host
 from .sampler import PARTIAL
@@ -61,7 +62,7 @@ class NextStepResume(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, filename_prefix: str, **_: Any) -> str:
         found = unfinished(filename_prefix)
-        return "" if found is None else f"{found[0]} {found[0].stat().st_mtime_ns}"
+        return "" if found is None else fingerprint(found[0])
 
     @classmethod
     def execute(cls, latent: dict[str, Any], filename_prefix: str) -> io.NodeOutput:

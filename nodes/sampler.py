@@ -22,6 +22,7 @@ from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host, unfinished
+from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
@@ -235,7 +236,10 @@ class NextStepSampler(DrawingNode):
                     "settings to complete the same picture, or sample the kept latent.",
                 ),
             ],
-            outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
+            outputs=[
+                io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node."),
+                INFO_OUTPUT,
+            ],
             hidden=[io.Hidden.extra_pnginfo],
         )
 
@@ -263,13 +267,13 @@ class NextStepSampler(DrawingNode):
         with torch.inference_mode(), host.memory_told("Drawing"):
             samples = sample(model, positive, negative, left or latent, seed, chosen, on_interrupt)
         unfinished.forget(left)
-        facts = model.facts
+        part = {}
         if PARTIAL in samples:
             unfinished.keep(samples, *asked)
             rest = samples["noise_mask"]
-            facts = facts | {"unfinished": f"{int((rest == 0).sum())} of {rest.numel()} tokens"}
-        host.note_in_picture(cls, facts)
-        return io.NodeOutput(samples)
+            part = {"unfinished": f"{int((rest == 0).sum())} of {rest.numel()} tokens"}
+        host.note_in_picture(cls, model.facts | part)
+        return io.NodeOutput(samples, info_of(model, positive, negative, chosen, seed, samples, **part))
 
 
 def _widgets(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CATEGORY = "NextStep"
 
 ModelSocket = io.Custom("NEXTSTEP_MODEL")
 PromptSocket = io.Custom("NEXTSTEP_PROMPT")
+InfoSocket = io.Custom("NEXTSTEP_INFO")
 OriginalSocket = io.Custom("NEXTSTEP_ORIGINAL")
 
 
@@ -66,6 +67,13 @@ class Original:
     pictures: Tensor
     placement: Placement
     mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What each picture of a batch was made with, as text; see `request.parameters`."""
+
+    texts: tuple[str, ...]
 
 
 def check_sockets(**inputs: Any) -> None:
@@ -117,6 +125,7 @@ SOCKETS: dict[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(("positive", "negative", "first", "second"), _carries(PromptValue, "a NextStep Encode node")),
     **dict.fromkeys(("latent", "samples"), _check_latent),
     "vae": _check_vae,
+    "info": _carries(Info, "NextStep Sampler"),
     "original": _carries(Original, "NextStep Prepare Picture"),
     "mask": lambda _, value: _check_mask(value),
 }

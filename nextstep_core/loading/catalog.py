@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -201,12 +202,16 @@ def vae_of(checkpoint: Path, others: Collection[Path]) -> Path | None:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when the files of a checkpoint or a VAE change; reads no file, and raises nothing."""
+    """Changes when the files of a checkpoint or a VAE change; reads no file, and raises nothing.
+
+    A hash, since the host writes it into pictures, which people share: it names no folder of theirs.
+    """
     try:
         files = sorted(path.iterdir()) if is_folder(path) else [path, path.parent / CONFIG]
     except OSError:
         files = []
-    return json.dumps([str(path), [found for file in files if (found := _stat(file)) is not None]])
+    found = json.dumps([str(path), [found for file in files if (found := _stat(file)) is not None]])
+    return hashlib.sha256(found.encode(errors="surrogatepass")).hexdigest()
 
 
 def _stat(file: Path) -> tuple[str, int, int] | None:

@@ -32,6 +32,7 @@ FOLDER = ".quantized"  # of the first model folder that takes it
 SOURCE = "nextstep.source"  # in a file's metadata: `fingerprint` of what it was made from
 SUFFIX = ".safetensors"
 SPARE = 5 * 10**9  # bytes that a disk must have left beside what is kept on it
+HASHED = 10**6  # bytes at either end of a file
 SLASH = "--"  # in the name of a folder, for the slash of a checkpoint in a folder
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,22 @@ def fingerprint(plan: ModelPlan) -> str:
 def source_files(plan: ModelPlan) -> list[Path]:
     """The weights files that are not needed any more for a plan that is kept."""
     return sorted({file for places in plan.files.locations.values() for file, _ in places})
+
+
+def weights_hash(plan: ModelPlan) -> str:
+    """Ten hex digits that tell weights apart, from the sizes of their files and the first and last MB of each.
+
+    The checksum of whole files would be another minute of reading.
+    """
+    digest = hashlib.sha256()
+    for path in source_files(plan):
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(HASHED))
+            file.seek(max(0, size - HASHED))
+            digest.update(file.read(HASHED))
+    return digest.hexdigest()[:10]
 
 
 def place(plan: ModelPlan, dtype: torch.dtype, folders: Iterable[Path]) -> Path | None:

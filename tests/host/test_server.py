@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sd_parsers import ParserManager
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
 
 from scripts.comfy_server import PACK_NAME, ComfyServer
@@ -120,6 +121,44 @@ def test_the_next_run_completes_a_kept_one_and_is_cached_then(server, workflow, 
 def part_of(server, run) -> dict:
     """What a saved picture tells of its run."""
     return json.loads(Image.open(server.images(run)[0]).text["nextstep"])
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_saved_pictures_tell_other_programs_what_made_them(server, workflow, object_info, format: str) -> None:
+    prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": 18})
+    save, sampler = node_of(prompt, "SaveImage"), node_of(prompt, "NextStepSampler")
+    inputs = {"image": prompt[save]["inputs"]["images"], "filename_prefix": "told/%width%", "info": [sampler, 1]}
+    prompt[save] = {"class_type": "NextStepSaveImage", "inputs": {**inputs, "format": format, "quality": 90}}
+    run = server.run(prompt, workflow)
+    assert run.ended == "execution_success", run.events[-1]
+    (path,) = server.images(run)
+    assert path.parent.name == "told" and path.name.startswith("96_0000")
+    read = ParserManager().parse(path)
+    asked = [node["inputs"]["prompt"] for node in prompt.values() if node["class_type"] == "NextStepTextEncode"]
+    assert {read.prompts[0].value, read.negative_prompts[0].value} == set(asked)
+    assert read.samplers[0].model.name == "tiny-a" and len(read.samplers[0].model.hash) == 10
+    assert read.metadata["Size"] == "96x64" and read.samplers[0].parameters["seed"] == "18"
+    if format == "png":
+        text = Image.open(path).text
+        assert json.loads(text["workflow"]) == workflow
+        assert json.loads(text["prompt"])[sampler]["inputs"]["seed"] == 18
+        assert str(server.base) not in str(text), "no folder of the user's is told to those who get the picture"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"filename_prefix": "../out"}, "'../out' is not a name inside ComfyUI's output folder"),
+        ({"info": 3}, "info is 3; connect the output of NextStep Sampler"),
+    ],
+)
+def test_a_picture_that_cannot_be_saved_is_one_sentence(server, workflow, object_info, inputs, sentence: str) -> None:
+    prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": 18})
+    save = node_of(prompt, "SaveImage")
+    plain = {"image": prompt[save]["inputs"]["images"], "filename_prefix": "x", "format": "png", "quality": 90}
+    prompt[save] = {"class_type": "NextStepSaveImage", "inputs": plain | inputs}
+    run = server.run(prompt)
+    assert run.ended == "execution_error" and sentence in run.events[-1][1]["exception_message"]
 
 
 def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -> None:

@@ -98,7 +98,7 @@ def test_a_quantized_file_in_another_format_is_one_sentence_and_the_queue_lives_
 ) -> None:
     name = "nextstep-int8.safetensors"
     shutil.copy(files / name, folders / "diffusion_models")
-    with pytest.raises(AssertionError, match=f"{name} is quantized to int8 already. Choose no quantization, or"):
+    with pytest.raises(AssertionError, match=f"{name} is already quantized to int8. Choose no quantization, or"):
         graph.run(drawing(name, quantization="int4"))
     graph.run(drawing(name, quantization="int8"))
 
