@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, not_finite
 from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
-from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
+from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, grid_of_ratio, ratio_size
 from . import host
 from .types import CATEGORY, check_sockets
 from .widgets import base_of, canvas_inputs
@@ -84,7 +84,13 @@ class NextStepAspectRatio(io.ComfyNode):
             description="Width and height for one of the 17 ratios that NextStep-1 was trained at.",
             search_aliases=["nextstep", "aspect ratio", "resolution", "size"],
             inputs=[
-                io.Combo.Input("ratio", options=list(RATIOS), default="16:16 square", tooltip="Width to height."),
+                io.Combo.Input(
+                    "ratio",
+                    options=list(RATIO_NAMES),
+                    default="16:16 square",
+                    tooltip="Width to height: a trained ratio in tokens, or one as people say it, for which the "
+                    "nearest trained one is taken. The node shows the size that comes out.",
+                ),
                 io.Combo.Input(
                     "base",
                     options=[str(base) for base in BASES],
@@ -100,7 +106,10 @@ class NextStepAspectRatio(io.ComfyNode):
 
     @classmethod
     def execute(cls, ratio: str, base: str) -> io.NodeOutput:
-        return io.NodeOutput(*ratio_size(ratio, base_of(base)))
+        width, height = ratio_size(ratio, base_of(base))
+        columns, rows = grid_of_ratio(ratio)
+        host.show_text(f"{width}x{height} ({columns}:{rows})")
+        return io.NodeOutput(width, height)
 
 
 class NextStepVAEDecode(io.ComfyNode):

@@ -13,7 +13,7 @@ from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, Size, around, size_of
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
-from ..nextstep_core.request.sizes import BASES, RATIOS, check_encodable, nearest_ratio, ratio_size
+from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, check_encodable, nearest_ratio, ratio_size
 from . import host
 from .types import CATEGORY, Original, OriginalSocket, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
@@ -103,7 +103,7 @@ class NextStepPreparePicture(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "size",
-                    options=[NEAREST, FIT, *RATIOS],
+                    options=[NEAREST, FIT, *RATIO_NAMES],
                     default=NEAREST,
                     tooltip="nearest aspect ratio: the closest of the 17 trained ratios. width and height: exactly "
                     "those. Or a ratio by name. Ignored with keep.",
@@ -165,7 +165,7 @@ class NextStepPreparePicture(io.ComfyNode):
         vae: Any = None,
     ) -> io.NodeOutput:
         check_choice("mode", mode, (CROP, PAD, RESIZE, KEEP_SIZE))
-        check_choice("size", size, (NEAREST, FIT, *RATIOS))
+        check_choice("size", size, (NEAREST, FIT, *RATIO_NAMES))
         check_choice("area", area, (WHOLE, AROUND_MASK))
         check_sockets(mask=mask)
         margin = MARGIN.check(margin)

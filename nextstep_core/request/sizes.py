@@ -25,13 +25,24 @@ def ratio_name(grid: tuple[int, int]) -> str:
 
 
 RATIOS = {ratio_name(grid): grid for grid in GRIDS}
+# As people say them, for the trained ratio that is nearest to each.
+COMMON = ("1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "21:9", "4:5", "3:4", "2:3", "9:16", "1:2", "9:21")
+RATIO_NAMES = (*RATIOS, *COMMON)
+
+
+def grid_of_ratio(name: str) -> tuple[int, int]:
+    """(columns, rows) of tokens at base 256 for one of RATIO_NAMES."""
+    check_choice("ratio", name, RATIO_NAMES)
+    if name in COMMON:
+        width, height = name.split(":")
+        name = nearest_ratio(int(width), int(height))
+    return RATIOS[name]
 
 
 def ratio_size(ratio: str, base: int) -> tuple[int, int]:
     """(width, height) in pixels of a named ratio at a base; both are whole tokens of the published checkpoints."""
-    check_choice("ratio", ratio, RATIOS)
+    columns, rows = grid_of_ratio(ratio)
     check_choice("base", base, BASES)
-    columns, rows = RATIOS[ratio]
     return PUBLISHED_LATENTS.size((rows * base // BASES[0], columns * base // BASES[0]))
 
 

@@ -7,6 +7,7 @@ import pytest
 from nextstep_core import NextStepError
 from nextstep_core.request.sizes import (
     BASES,
+    COMMON,
     GRIDS,
     RATIOS,
     check_encodable,
@@ -61,6 +62,29 @@ def test_the_nearest_ratio(size: tuple[int, int], name: str) -> None:
     assert nearest_ratio(*size) == name
 
 
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        ("1:1", (512, 512)),
+        ("16:9", (672, 384)),
+        ("9:16", (384, 672)),
+        ("3:2", (608, 416)),
+        ("4:3", (576, 448)),
+        ("2:1", (736, 352)),
+        ("21:9", (800, 320)),
+    ],
+)
+def test_a_ratio_as_people_say_it_is_the_nearest_trained_one(said: str, size: tuple[int, int]) -> None:
+    assert ratio_size(said, 512) == size
+
+
+def test_every_ratio_as_people_say_it_has_its_upright_form() -> None:
+    for said in COMMON:
+        width, height = said.split(":")
+        turned = f"{height}:{width}"
+        assert turned in COMMON and ratio_size(turned, 512) == ratio_size(said, 512)[::-1]
+
+
 def test_upright_and_lying_pictures_are_treated_alike() -> None:
     """The distance is one of proportions: what is nearest lying is nearest upright."""
     for width in range(1000, 4100, 37):
@@ -75,8 +99,8 @@ def test_every_ratio_is_its_own_nearest() -> None:
 
 
 def test_what_is_no_choice_names_the_choices() -> None:
-    with pytest.raises(NextStepError, match="ratio is '1:1'; choose one of 32:8 landscape"):
-        ratio_size("1:1", 512)
+    with pytest.raises(NextStepError, match="ratio is '7:1'; choose one of 32:8 landscape"):
+        ratio_size("7:1", 512)
     with pytest.raises(NextStepError, match="base is 500; choose one of 256, 512"):
         ratio_size("16:16 square", 500)
 
