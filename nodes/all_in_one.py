@@ -8,8 +8,6 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import check_text
-from ..nextstep_core.request.layout import IMAGE_SLOT
 from . import host
 from .latents import decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt
@@ -131,8 +129,5 @@ class NextStepImageEdit(DrawingNode):
     ) -> io.NodeOutput:
         check_sockets(model=model, vae=vae)
         host.note_in_picture(cls, model.facts)
-        check_text("instruction", instruction)
-        if IMAGE_SLOT not in instruction:
-            instruction = IMAGE_SLOT + instruction
         positive, latent = encode_edit(model, vae, image, instruction, size, width, height)
         return draw(model, vae, positive, negative_prompt, latent, seed, settings)

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, not_finite
-from ..nextstep_core.images.latents import PUBLISHED_LATENTS
+from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.request.sizes import BASES, RATIOS, ratio_size
 from . import host
 from .types import CATEGORY, check_sockets
@@ -58,7 +58,11 @@ class NextStepEmptyLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
         try:
-            PUBLISHED_LATENTS.grid(*(PUBLISHED_LATENTS.unit if side is None else side for side in (height, width)))
+            if width is not None and height is not None:
+                PUBLISHED_LATENTS.grid(height, width)
+            for side, value in ((WIDTH, width), (HEIGHT, height)):  # one is None where it is linked
+                if value is not None:
+                    PUBLISHED_LATENTS.check_side(side, value)
         except NextStepError as error:
             return str(error)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,7 +12,7 @@ from ..nextstep_core.errors import NextStepError, check_choice, check_text, not_
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
-from ..nextstep_core.request.sizes import BASES, check_encodable, nearest_ratio, ratio_size
+from ..nextstep_core.request.sizes import check_encodable, nearest_ratio, ratio_size_of_area
 from . import host
 from .latents import empty_latent
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
@@ -36,9 +37,13 @@ def target_size(images: Tensor, size: str, width: int, height: int, latents: Lat
     latents.grid(height, width)
     if size == FIT:
         return width, height
-    # The base whose area is nearest to the one asked for.
-    base = min(BASES, key=lambda b: abs(b * b - width * height))
-    return ratio_size(nearest_ratio(old_width, old_height), base)
+    return ratio_size_of_area(nearest_ratio(old_width, old_height), width * height)
+
+
+def with_slot(instruction: str) -> str:
+    """An instruction with the picture in front unless it says where the picture belongs, in whatever case."""
+    instruction = re.sub(IMAGE_SLOT, IMAGE_SLOT, check_text("instruction", instruction), flags=re.IGNORECASE)
+    return instruction if IMAGE_SLOT in instruction else IMAGE_SLOT + instruction
 
 
 def encode_edit(
@@ -52,16 +57,16 @@ def encode_edit(
 ) -> tuple[PromptValue, dict[str, Any]]:
     """(prompt, empty latent of the edited picture's size) for a batch of pictures and an instruction.
 
-    One `<image>` slot: every picture of the batch is edited by itself. As many slots as pictures: they fill the slots
-    in order, and one picture is made from all of them. NextStepError for anything else.
+    One `<image>` slot, or none, which is one in front: every picture of the batch is edited by itself. As many slots
+    as pictures: they fill the slots in order, and one picture is made from all. NextStepError for anything else.
     """
     pixels = to_rgb(image)
-    check_text("instruction", instruction)
+    instruction = with_slot(instruction)
     slots, count = instruction.count(IMAGE_SLOT), len(pixels)
     if slots not in (1, count):
         raise NextStepError(
             f"The instruction has {slots} {IMAGE_SLOT} slots for {count} input image(s). Write {IMAGE_SLOT} once, "
-            "where the picture belongs in the text (at its beginning, usually), or once for each picture of the batch."
+            "where the picture belongs in the text, or once for each picture of the batch."
         )
     new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
     check_encodable(new_width, new_height)
@@ -103,6 +108,7 @@ class NextStepTextEncode(io.ComfyNode):
                 ),
                 io.String.Input(
                     "positive_suffix",
+                    display_name="suffix",
                     default="",
                     optional=True,
                     tooltip="Added after the prompt with a space, such as: masterpiece, film grained, best quality.",
@@ -161,8 +167,8 @@ class NextStepEditEncode(io.ComfyNode):
                     "instruction",
                     multiline=True,
                     default=f"{IMAGE_SLOT}Make it snow.",
-                    tooltip="What to change. <image> stands where the picture belongs; several <image> take the "
-                    "pictures of the batch in order and make one picture from them.",
+                    tooltip="What to change. <image> stands where the picture belongs, in front if it is left out. "
+                    "Several take the pictures of the batch in order and make one picture from them.",
                 ),
                 *size_inputs(),
             ],

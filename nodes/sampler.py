@@ -16,12 +16,12 @@ from ..nextstep_core.decoding.job import Job, KnownTokens
 from ..nextstep_core.decoding.progress import Progress
 from ..nextstep_core.errors import NextStepError, check_choice, not_finite
 from ..nextstep_core.images.latents import Grid
-from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
+from ..nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb, side_by_side
 from ..nextstep_core.request.masks import kept_tokens
 from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
-from . import host
+from . import host, unfinished
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DISCARD, KEEP_PARTIAL = "discard", "keep"
 PREVIEW_SECONDS = 0.2
+PREVIEW_SIDE = 1024  # pixels, the most for the pictures of a batch side by side
 # In a LATENT: it is an interrupted run's and its mask covers what is still to be drawn; this is the mask it had before.
 PARTIAL = "nextstep_partial"
 
@@ -123,29 +124,32 @@ def sample(
     device = host.bring_to_device(model.patcher, plan)
     make_room = partial(host.send_away, model.patcher)
     reporter = host.ProgressReporter(job.total)
-    progress = None
+    progress, began = None, time.monotonic()
     try:
         drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
         with closing(drawing) as run:
             for progress in run:
                 reporter.update(progress.done, *preview.update(progress), rate_text(progress))
     except host.Interrupted:
+        if progress is not None:
+            host.show_text(f"stopped at {progress.done:,} of {progress.total:,} tokens")
         if on_interrupt == DISCARD or progress is None:
             raise
-        mask = unfinished(job, progress).reshape(1, 1, *job.grid)
+        mask = undrawn_mask(job, progress).reshape(1, 1, *job.grid)
         if not mask.any():
             raise
         if not progress.tokens.isfinite().all():
             raise not_finite("What was drawn until the interrupt") from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
+    host.show_text(finished_text(job, time.monotonic() - began))
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
     if PARTIAL in finished:
         finished["noise_mask"] = finished.pop(PARTIAL)
     return {name: value for name, value in finished.items() if name != "noise_mask" or value is not None}
 
 
-def unfinished(job: Job, progress: Progress) -> Tensor:
+def undrawn_mask(job: Job, progress: Progress) -> Tensor:
     """(rows * columns,) float, 1 where a token of some picture is still to be drawn."""
     done = progress.step.done if progress.stop - progress.start == job.pictures else 0
     rest = torch.arange(progress.total) >= done
@@ -158,13 +162,19 @@ def rate_text(progress: Progress) -> str:
     return f"{progress.tokens_per_second:.1f} tokens/s, {minutes}:{seconds:02d} left"
 
 
+def finished_text(job: Job, seconds: float) -> str:
+    """What stays on the node after a run."""
+    pictures = f"{job.pictures} pictures of " if job.pictures > 1 else ""
+    return f"{pictures}{job.total:,} tokens in {seconds:.1f} s"
+
+
 def to_latents(model: HostModel, job: Job, tokens: Tensor) -> Tensor:
     """Tokens (B, N, token_dim) to what the VAE decoder takes, (B, 16, h, w) float32."""
     return model.engine.latents.to_latents(tokens.float(), job.grid).to(host.intermediate_device())
 
 
 class Preview:
-    """The finished rows in flat colors, at most every PREVIEW_SECONDS."""
+    """The finished rows of every picture in flat colors, at most every PREVIEW_SECONDS."""
 
     def __init__(self, model: HostModel, job: Job) -> None:
         self.model, self.job, self.shown_at, self.shown = model, job, 0.0, (0, 0)
@@ -172,20 +182,22 @@ class Preview:
             model.rgb_map = fit_latent_to_rgb(model.vae.encode)
 
     def update(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
-        """(first picture of those under way, or None where nothing new is due; size in pixels as width and height)."""
+        """(the pictures side by side, or None where nothing new is due; size in pixels as width and height)."""
         _, columns = self.job.grid
         finished = progress.start, progress.step.done // columns
-        size = self.model.engine.latents.size(self.job.grid)
         now = time.monotonic()
         last = progress.step.done == progress.total
         due = finished[1] and finished != self.shown and (last or now - self.shown_at >= PREVIEW_SECONDS)
         if self.model.rgb_map is None or not due:
-            return None, size
+            return None, (0, 0)
         self.shown_at, self.shown = now, finished
-        latents = to_latents(self.model, self.job, progress.tokens[progress.start : progress.start + 1])
-        return latents_to_rgb(
-            latents, self.model.rgb_map, finished[1] * self.model.engine.config.latent_patch_size
-        ), size
+        rows = finished[1] * self.model.engine.config.latent_patch_size
+        latents = to_latents(self.model, self.job, progress.tokens)
+        counts = [latents.shape[-2]] * progress.start + [rows] * (progress.stop - progress.start)
+        shown = side_by_side(latents_to_rgb(latents, self.model.rgb_map, counts + [0] * (len(latents) - len(counts))))
+        width, height = (side * self.model.engine.latents.downscale for side in (shown.shape[1], shown.shape[0]))
+        reduction = min(1.0, PREVIEW_SIDE / max(width, height)) if len(latents) > 1 else 1.0
+        return shown, (round(width * reduction), round(height * reduction))
 
 
 class NextStepSampler(DrawingNode):
@@ -219,13 +231,17 @@ class NextStepSampler(DrawingNode):
                     options=[DISCARD, KEEP_PARTIAL],
                     default=DISCARD,
                     optional=True,
-                    tooltip="What Interrupt returns: nothing, or the finished part. Sample the kept latent again with "
-                    "the same seed and settings to complete the same picture.",
+                    tooltip="What Interrupt returns: nothing, or the finished part. Run again with the same seed and "
+                    "settings to complete the same picture, or sample the kept latent.",
                 ),
             ],
             outputs=[io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node.")],
             hidden=[io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> int:
+        return unfinished.times_interrupted(_widgets(inputs))
 
     @classmethod
     def execute(
@@ -242,6 +258,20 @@ class NextStepSampler(DrawingNode):
         if negative is not None:
             check_sockets(negative=negative)
         chosen = settings_for(model, positive.editing, **settings)
-        host.note_in_picture(cls, model.facts)
+        asked = model, (positive, negative), latent, _widgets({"seed": seed, "on_interrupt": on_interrupt, **settings})
+        left = unfinished.find(*asked)
         with torch.inference_mode(), host.memory_told("Drawing"):
-            return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen, on_interrupt))
+            samples = sample(model, positive, negative, left or latent, seed, chosen, on_interrupt)
+        unfinished.forget(left)
+        facts = model.facts
+        if PARTIAL in samples:
+            unfinished.keep(samples, *asked)
+            rest = samples["noise_mask"]
+            facts = facts | {"unfinished": f"{int((rest == 0).sum())} of {rest.numel()} tokens"}
+        host.note_in_picture(cls, facts)
+        return io.NodeOutput(samples)
+
+
+def _widgets(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of a node's inputs those that are no sockets, as a workflow holds them."""
+    return {name: value for name, value in inputs.items() if value is None or isinstance(value, (str, int, float))}

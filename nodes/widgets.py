@@ -110,7 +110,8 @@ def setting_inputs(steps: int, shift: float) -> list[io.Input]:
             "sampler",
             options=[AUTO, *SAMPLERS],
             default=AUTO,
-            tooltip="How a token is sampled from noise. auto takes what the checkpoint was published with.",
+            tooltip="How a token is sampled from noise. auto takes what the checkpoint was published with. "
+            + " ".join(f"{name}: {sampler.about}." for name, sampler in SAMPLERS.items()),
         ),
         io.Combo.Input(
             "use_norm",

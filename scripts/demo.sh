@@ -23,4 +23,6 @@ if [ "${1:-}" = --comfyui ]; then
 fi
 source "$(dirname "$0")/environment.sh"
 make_environment requirements.txt requirements-dev.txt
+found=$(find_comfyui)
+if [ -n "$found" ]; then export COMFYUI_PATH=$found; fi
 exec "$VENV/bin/python" -m scripts.demo "$@"

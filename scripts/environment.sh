@@ -13,7 +13,8 @@ HOSTS=${COMFYUI_HOSTS:-$HOME/comfyui-hosts}
 
 find_comfyui() {
     local candidate
-    for candidate in ${COMFYUI_PATH:+"$COMFYUI_PATH"} ../.. "$HOME/ComfyUI"; do
+    # the parent by its name, not "..": the pack may be a link in custom_nodes
+    for candidate in ${COMFYUI_PATH:+"$COMFYUI_PATH"} "${PWD%/*/*}" "$HOME/ComfyUI"; do
         if [ -f "$candidate/comfy/model_management.py" ]; then (cd "$candidate" && pwd); return; fi
         if [ -n "${COMFYUI_PATH:-}" ]; then return; fi
     done

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,15 @@ def test_faults_of_text_by_hand(tmp_path: Path) -> None:
     for text, found in (("a\nb\n", 0), ("", 0), ("a \nb\n", 1), ("a", 1), ("a\n\n", 1), ("a\t\n\n", 2)):
         path.write_text(text)
         assert len(faults(path)) == found, text
+
+
+def test_a_pack_that_is_a_link_finds_the_comfyui_around_it(tmp_path: Path) -> None:
+    comfyui = tmp_path / "ComfyUI"
+    for folder in ("comfy", "custom_nodes"):
+        (comfyui / folder).mkdir(parents=True)
+    (comfyui / "comfy" / "model_management.py").touch()
+    (comfyui / "custom_nodes" / "pack").symlink_to(ROOT, target_is_directory=True)
+    script = f"source {comfyui}/custom_nodes/pack/scripts/environment.sh && find_comfyui"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home")}
+    found = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(comfyui), found.stderr

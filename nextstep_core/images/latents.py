@@ -57,6 +57,14 @@ class LatentSpace:
         """Side of the square of pixels that one token covers."""
         return self.downscale * self.patch
 
+    def check_side(self, side: Range[int], value: int) -> int:
+        """Width or height in pixels; NextStepError offers the nearest where it is not whole tokens."""
+        value = side.check(value)
+        if value % self.unit:
+            near = max(self.unit, round(value / self.unit) * self.unit)
+            raise NextStepError(f"{side.name} is {value}; use a multiple of {self.unit}, such as {near}.")
+        return value
+
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of a picture in pixels; NextStepError offers the nearest size where a side does not fit."""
         unit, width, height = self.unit, WIDTH.check(width), HEIGHT.check(height)

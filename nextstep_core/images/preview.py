@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 MOSAIC_SIDE = 128
@@ -28,12 +31,21 @@ def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor:
     return rgb_map
 
 
-def latents_to_rgb(latents: Tensor, rgb_map: Tensor, finished_rows: int) -> Tensor:
-    """Colors (h, w, 3) uint8 of the first of latents (B, C, h, w); rows from `finished_rows` on are plain gray."""
-    height, width = latents.shape[-2:]
-    colors = (_with_constant(latents[:1].float().cpu()) @ rgb_map).reshape(height, width, 3).clamp(0, 1)
-    colors[finished_rows:] = BACKGROUND
+def latents_to_rgb(latents: Tensor, rgb_map: Tensor, finished_rows: Sequence[int]) -> Tensor:
+    """Colors (B, h, w, 3) uint8 of latents (B, C, h, w); rows from a picture's `finished_rows` on are gray."""
+    batch, _, height, width = latents.shape
+    colors = (_with_constant(latents.float().cpu()) @ rgb_map).reshape(batch, height, width, 3).clamp(0, 1)
+    for picture, rows in zip(colors, finished_rows, strict=True):
+        picture[rows:] = BACKGROUND
     return (colors * 255).round().to(torch.uint8)
+
+
+def side_by_side(pictures: Tensor) -> Tensor:
+    """Pictures (B, h, w, 3) uint8 in rows of equal length, about as many as columns, as one (H, W, 3)."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    empty = -len(pictures) % columns
+    filled = F.pad(pictures, (0, 0) * 3 + (0, empty), value=round(BACKGROUND * 255))
+    return rearrange(filled, "(r c) h w d -> (r h) (c w) d", c=columns)
 
 
 def _with_constant(latents: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ def ratio_size(ratio: str, base: int) -> tuple[int, int]:
     return PUBLISHED_LATENTS.size((rows * base // BASES[0], columns * base // BASES[0]))
 
 
+def ratio_size_of_area(ratio: str, area: int) -> tuple[int, int]:
+    """(width, height) of a named ratio with about so many pixels; as `ratio_size` where a base has just as many."""
+    check_choice("ratio", ratio, RATIOS)
+    columns, rows = (max(1, round(side * area**0.5 / BASES[0])) for side in RATIOS[ratio])
+    return PUBLISHED_LATENTS.size((rows, columns))
+
+
 def check_encodable(width: int, height: int) -> None:
     """NextStepError for a picture of so many pixels that encoding it would take hours or more memory than there is."""
     columns, rows = width // PUBLISHED_LATENTS.unit, height // PUBLISHED_LATENTS.unit

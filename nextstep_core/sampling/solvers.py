@@ -119,8 +119,12 @@ def flow_multistep(velocity: Velocity, times: list[float], noise: Tensor, eta: f
 
 @dataclass(frozen=True)
 class Sampler:
-    """A named solver with its grid, its noise tensors and network calls per token, and the fewest steps it can take."""
+    """A named solver with its grid, its noise tensors and network calls per token, and the fewest steps it can take.
 
+    `about` is what a user reads where it is chosen, in a few words.
+    """
+
+    about: str
     integrate: Callable[[Velocity, list[float], Tensor, float], Tensor]
     grid: Callable[[int, float], list[float]]
     noise_count: Callable[[int], int]
@@ -129,13 +133,29 @@ class Sampler:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "score-sde-1.0": Sampler(score_sde_held_out, held_out_grid, lambda steps: steps, min_steps=2),
-    "score-sde-1.1": Sampler(score_sde, unit_grid, lambda steps: steps + 1),
-    "flow-ode": Sampler(flow_ode, unit_grid, lambda steps: 1),
-    "flow-cps": Sampler(flow_cps, unit_grid, lambda steps: steps + 1),
-    "flow-sde": Sampler(flow_sde, unit_grid, lambda steps: steps + 1),
-    "flow-heun": Sampler(flow_heun, unit_grid, lambda steps: 1, calls=lambda steps: 2 * steps - 1),
-    "flow-multistep": Sampler(flow_multistep, unit_grid, lambda steps: 1),
+    "score-sde-1.0": Sampler(
+        "published for NextStep-1, random at every step",
+        score_sde_held_out,
+        held_out_grid,
+        lambda steps: steps,
+        min_steps=2,
+    ),
+    "score-sde-1.1": Sampler(
+        "published for NextStep-1.1, random at every step", score_sde, unit_grid, lambda steps: steps + 1
+    ),
+    "flow-ode": Sampler("only the first noise is random, good with few steps", flow_ode, unit_grid, lambda steps: 1),
+    "flow-cps": Sampler(
+        "a little noise at every step, good with few steps", flow_cps, unit_grid, lambda steps: steps + 1
+    ),
+    "flow-sde": Sampler("noise at every step", flow_sde, unit_grid, lambda steps: steps + 1),
+    "flow-heun": Sampler(
+        "as flow-ode, more exact, two network calls a step",
+        flow_heun,
+        unit_grid,
+        lambda steps: 1,
+        calls=lambda steps: 2 * steps - 1,
+    ),
+    "flow-multistep": Sampler("as flow-ode, more exact from about 6 steps", flow_multistep, unit_grid, lambda steps: 1),
 }
 
 

@@ -107,9 +107,8 @@ def test_what_is_drawn_under_a_mask_fits_what_is_kept(kit) -> None:
     assert reading.background == "blue"
 
 
-@torch.inference_mode()
-def interrupted_at(kit, monkeypatch, token: int, **options) -> dict:
-    """A run that the user stops after `token` tokens."""
+def stopping(kit, patch, token: int) -> None:
+    """The user stops the run after `token` tokens."""
     update = kit.host.ProgressReporter.update
 
     def stop(self, done, *rest):
@@ -117,8 +116,14 @@ def interrupted_at(kit, monkeypatch, token: int, **options) -> dict:
         if done == token:
             raise kit.host.Interrupted
 
+    patch.setattr(kit.host.ProgressReporter, "update", stop)
+
+
+@torch.inference_mode()
+def interrupted_at(kit, monkeypatch, token: int, **options) -> dict:
+    """A run that the user stops after `token` tokens."""
     with monkeypatch.context() as patch:
-        patch.setattr(kit.host.ProgressReporter, "update", stop)
+        stopping(kit, patch, token)
         return draw(kit, kit.prompts.encode_prompt(kit.model, "a small green star on a white background"), **options)
 
 
@@ -146,6 +151,35 @@ def test_a_kept_inpainting_gets_its_mask_back(kit, monkeypatch) -> None:
         resumed = draw(kit, positive, again, seed=5)
     assert torch.equal(resumed["noise_mask"], latent["noise_mask"]) and set(resumed) == set(whole)
     assert (resumed["samples"] - whole["samples"]).abs().max() <= 1e-3
+
+
+def test_the_node_goes_on_with_what_it_kept_of_just_this_run(kit, monkeypatch) -> None:
+    positive = kit.prompts.encode_prompt(kit.model, "a small green star on a white background")
+    empty, sample, canvases = kit.latents.empty_latent(64, 64, 1), kit.sampler.sample, []
+    widgets = {"steps": 4, "cfg": 3.0, "shift": 1.0, "cfg_schedule": "constant", "sampler": "auto", "use_norm": "auto"}
+
+    def execute(**changed) -> dict:
+        arguments = {"model": kit.model, "positive": positive, "latent": empty, "seed": 5, "on_interrupt": "keep"}
+        return kit.sampler.NextStepSampler.execute(**{**arguments, **widgets, **changed}).result[0]
+
+    def recording(model, positive, negative, latent, *rest) -> dict:
+        canvases.append(latent)
+        return sample(model, positive, negative, latent, *rest)
+
+    whole = execute(on_interrupt="discard")
+    before = kit.sampler.NextStepSampler.fingerprint_inputs(seed=5, **widgets, on_interrupt="keep", model=None)
+    monkeypatch.setattr(kit.sampler, "sample", recording)
+    with monkeypatch.context() as patch:
+        stopping(kit, patch, 6)
+        part = execute()
+    after = kit.sampler.NextStepSampler.fingerprint_inputs(seed=None, **widgets, on_interrupt="keep", model=None)
+    assert after == before + 1, "so that the host does not take the part for the whole"
+    other = execute(seed=6), execute(cfg=2.0), execute(latent=kit.latents.empty_latent(64, 64, 1))
+    assert not any(kit.sampler.PARTIAL in canvas for canvas in canvases), "none of these was interrupted"
+    assert torch.equal(execute()["samples"], whole["samples"]) and canvases[-1] is part
+    assert torch.equal(other[2]["samples"], whole["samples"])
+    execute()
+    assert canvases[-1] is empty, "what is finished begins anew"
 
 
 def test_an_interrupted_run_is_discarded_unless_asked(kit, monkeypatch) -> None:
@@ -219,6 +253,7 @@ def test_pictures_of_any_kind_are_brought_to_size(kit) -> None:
     assert size_of(torch.rand(1, 70, 90, 3), kit.prompts.KEEP_SIZE) == (8, 10)
     assert size_of(torch.rand(1, 70, 90, 1), kit.prompts.FIT, 96, 64) == (8, 12)
     assert size_of(torch.rand(1, 30, 60, 4), kit.prompts.NEAREST, 256, 256) == (22, 46)
+    assert size_of(torch.rand(1, 64, 64, 3), kit.prompts.NEAREST, 64, 64) == (8, 8), "about as large as asked"
     from nextstep_core.images.rgb import cover, to_rgb
 
     clear = torch.zeros(1, 8, 8, 4)
@@ -237,8 +272,21 @@ def test_several_slots_make_one_picture_of_a_batch(kit) -> None:
     assert len(each.captions) == 2 and latent["samples"].shape[0] == 2
 
 
+def test_a_size_that_is_half_linked_is_told_without_a_number_that_nobody_wrote(kit) -> None:
+    validate = kit.latents.NextStepEmptyLatent.validate_inputs
+    assert validate(width=72) == "width is 72; use a multiple of 16, such as 64."
+    assert validate(width=72, height=96) == str(pytest.raises(kit.error, kit.latents.empty_latent, 72, 96, 1).value)
+    assert validate(height=96) is True and validate() is True
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", ["make it red", "<Image>make it red", "<IMAGE>make it red"])
+def test_a_picture_that_is_not_placed_stands_in_front(kit, text: str) -> None:
+    encoded, _ = kit.prompts.encode_edit(kit.model, kit.vae, square_picture(), text, kit.prompts.KEEP_SIZE)
+    assert [caption.text for caption in encoded.captions] == ["<image>make it red"]
+
+
 BAD_EDITS = {
-    "no slot": ({"instruction": "make it red"}, "has 0 <image> slots for 1 input image"),
     "too many slots": ({"instruction": "<image><image>x"}, "has 2 <image> slots for 1 input image"),
     "empty picture": ({"image": torch.zeros(0, 64, 64, 3)}, "expected (batch, height, width, 3)"),
     "NaN": ({"image": torch.full((1, 64, 64, 3), float("nan"))}, "NaN"),

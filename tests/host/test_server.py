@@ -73,7 +73,9 @@ def test_preview_shows_finished_rows_in_the_pictures_size(server, workflow, obje
     run = server.run(to_prompt(workflow, object_info, **widgets))
     assert run.ended == "execution_success"
     assert len(run.previews) > 1
-    assert all(re.fullmatch(r"\d+\.\d tokens/s, \d+:\d\d left", text) for text in run.texts) and run.texts
+    *under_way, finished = run.texts
+    assert all(re.fullmatch(r"\d+\.\d tokens/s, \d+:\d\d left", text) for text in under_way) and under_way
+    assert re.fullmatch(r"384 tokens in \d+\.\d s", finished)
     first, last = (
         np.asarray(Image.open(io.BytesIO(data)), dtype=np.float32) for data in (run.previews[0], run.previews[-1])
     )
@@ -97,6 +99,27 @@ def test_a_kept_run_goes_down_the_graph(server, workflow, object_info) -> None:
     assert run.ended == "execution_success"
     picture = np.asarray(Image.open(server.images(run)[0]), dtype=np.float32)
     assert picture[-64:].std(axis=(0, 1)).max() < picture[:16].std(axis=(0, 1)).min(), "drawn above, plain below"
+    assert re.fullmatch(r"stopped at \d+ of 1,024 tokens", run.texts[-1])
+
+
+def test_the_next_run_completes_a_kept_one_and_is_cached_then(server, workflow, object_info) -> None:
+    """A part is never handed out for the whole: not by the host's cache either."""
+    widgets = {**LONG, "width": 256, "height": 256}
+    whole = to_prompt(workflow, object_info, **{**widgets, "seed": 17})
+    wanted = np.asarray(Image.open(server.images(server.run(whole))[0]))
+    kept = to_prompt(workflow, object_info, **{**widgets, "seed": 17, "on_interrupt": "keep"})
+    part = server.run(kept, workflow, interrupt_at=20)
+    assert part.ended == "execution_success" and "unfinished" in part_of(server, part)
+    completed = server.run(kept, workflow)
+    assert "unfinished" not in part_of(server, completed)
+    assert np.array_equal(np.asarray(Image.open(server.images(completed)[0])), wanted)
+    again = server.run(kept, workflow)
+    assert node_of(kept, "NextStepSampler") in again.events_of("execution_cached")[0]["nodes"]
+
+
+def part_of(server, run) -> dict:
+    """What a saved picture tells of its run."""
+    return json.loads(Image.open(server.images(run)[0]).text["nextstep"])
 
 
 def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -> None:

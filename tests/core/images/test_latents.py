@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.images.latents import PUBLISHED_LATENTS, LatentSpace
+from nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, LatentSpace
 from nextstep_core.model.config import NextStepConfig, VAEConfig
 
 LATENTS = torch.arange(16 * 4 * 6.0).view(1, 16, 4, 6)
@@ -46,6 +46,13 @@ def test_latents_of_another_kind_are_named_with_what_is_asked_for(shape: tuple[i
 def test_a_size_between_tokens_offers_the_nearest(side: int, near: str) -> None:
     with pytest.raises(NextStepError, match=f"A picture of {side}x64 pixels is not possible.*{near}"):
         PUBLISHED_LATENTS.grid(64, side)
+
+
+@pytest.mark.parametrize(("value", "near"), [(72, 64), (8, "from 16 to 4096"), (780, 784)])
+def test_a_single_side_is_told_by_itself(value: int, near: object) -> None:
+    with pytest.raises(NextStepError, match=f"^height is {value}; use .*{near}"):
+        PUBLISHED_LATENTS.check_side(HEIGHT, value)
+    assert PUBLISHED_LATENTS.check_side(HEIGHT, 784) == 784
 
 
 def test_a_vae_of_another_kind_is_one_sentence(pipeline) -> None:

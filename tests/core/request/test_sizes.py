@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from nextstep_core import NextStepError
-from nextstep_core.request.sizes import BASES, GRIDS, RATIOS, check_encodable, nearest_ratio, ratio_size
+from nextstep_core.request.sizes import (
+    BASES,
+    GRIDS,
+    RATIOS,
+    check_encodable,
+    nearest_ratio,
+    ratio_size,
+    ratio_size_of_area,
+)
 
 
 def test_trained_sizes() -> None:
@@ -13,6 +21,16 @@ def test_trained_sizes() -> None:
     assert ratio_size("16:16 square", 256) == (256, 256)
     assert ratio_size("8:32 portrait", 768) == (384, 1536)
     assert BASES == (256, 512, 768, 1024)
+
+
+def test_a_ratio_has_about_the_area_that_is_asked_for() -> None:
+    for name in RATIOS:
+        for base in BASES:
+            assert ratio_size_of_area(name, base * base) == ratio_size(name, base)
+    assert ratio_size_of_area("16:16 square", 64 * 64) == (64, 64)
+    assert ratio_size_of_area("21:12 landscape", 64 * 64) == (80, 48)  # 5.25 and 3 tokens
+    assert ratio_size_of_area("16:16 square", 640 * 640) == (640, 640)
+    assert ratio_size_of_area("8:32 portrait", 16 * 16) == (16, 32), "at least one token each way"
 
 
 def test_names_say_what_they_are() -> None:

@@ -69,7 +69,7 @@ def vae(pipe: NextStepPipeline, tile: int | None = None) -> list[Tensor]:
 
     latents = encode(WIDE[None])
     # The colors that a preview shows, not the map to them: of a VAE with random weights it is hardly determined.
-    colors = latents_to_rgb(latents, fit_latent_to_rgb(encode), latents.shape[-2])
+    colors = latents_to_rgb(latents, fit_latent_to_rgb(encode), [latents.shape[-2]] * len(latents))
     return [pipe.vae.decode(latents, run).cpu(), colors.float() / 255]
 
 
