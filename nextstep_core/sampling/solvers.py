@@ -149,13 +149,15 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "flow-sde": Sampler("noise at every step", flow_sde, unit_grid, lambda steps: steps + 1),
     "flow-heun": Sampler(
-        "as flow-ode, more exact, two network calls a step",
+        "like flow-ode but more accurate, with two network calls per step",
         flow_heun,
         unit_grid,
         lambda steps: 1,
         calls=lambda steps: 2 * steps - 1,
     ),
-    "flow-multistep": Sampler("as flow-ode, more exact from about 6 steps", flow_multistep, unit_grid, lambda steps: 1),
+    "flow-multistep": Sampler(
+        "like flow-ode but more accurate, from about 6 steps", flow_multistep, unit_grid, lambda steps: 1
+    ),
 }
 
 

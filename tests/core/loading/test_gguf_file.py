@@ -13,6 +13,7 @@ import torch
 from nextstep_core import NextStepError
 from nextstep_core.loading.checkpoint import find_model_files, find_tensors, read_tensors
 from nextstep_core.loading.gguf_file import nearest_recipe, our_name
+from nextstep_core.loading.gguf_header import read_header
 
 gguf = pytest.importorskip("gguf")
 
@@ -101,6 +102,17 @@ def header(
 
 def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset)
+
+
+def test_metadata_of_every_kind_is_skipped(tmp_path: Path) -> None:
+    """Alone and in a list: what is asked for comes after it."""
+    numbers = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    entries = [text("a") + struct.pack(f"<I{letter}", kind, 1) for kind, letter in numbers.items()]
+    entries += [text("b") + struct.pack(f"<IIQ3{letter}", 9, kind, 3, 1, 1, 1) for kind, letter in numbers.items()]
+    entries += [text("c") + struct.pack("<I", 8) + text("x"), text("d") + struct.pack("<IIQ", 9, 8, 1) + text("x")]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(*entries, text("general.architecture") + struct.pack("<I", 8) + text("qwen2")))
+    assert read_header(path, {}).architecture == "qwen2"
 
 
 MANY = 2**60

@@ -14,7 +14,7 @@ from nextstep_core import NextStepError
 from nextstep_core.loading.documents import Documents
 from nextstep_core.request.layout import Caption
 from nextstep_core.request.tokenizer import NextStepTokenizer
-from nextstep_core.request.tokenizer_file import PATTERNS
+from nextstep_core.request.tokenizer_file import PATTERNS, check_token
 
 BOS = 606
 
@@ -165,6 +165,10 @@ def token(content: Any, number: Any = 606) -> dict[str, Any]:
     return {"id": number, "content": content, "special": True} | dict.fromkeys(
         ("single_word", "lstrip", "rstrip", "normalized"), False
     )
+
+
+def test_the_longest_token_that_may_be() -> None:
+    assert check_token("x" * 256, "there") == "x" * 256
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -7,7 +7,7 @@ import torch
 
 from nextstep_core import NextStepError
 from nextstep_core.runtime.quantization.formats import INT4
-from nextstep_core.runtime.quantization.layouts import LAYOUTS, RowBlocks, cpu_layout, find_layout
+from nextstep_core.runtime.quantization.layouts import LAYOUTS, PROBE, RowBlocks, cpu_layout, find_layout
 
 
 def test_two_rows_share_a_byte_column_after_column() -> None:
@@ -43,3 +43,12 @@ def test_this_machines_layout_is_that_of_pytorch() -> None:
 def test_a_layout_of_another_name_is_refused() -> None:
     with pytest.raises(NextStepError, match="cpu-128"):
         find_layout("cpu-128")
+
+
+def test_a_files_layout_stays_what_its_name_says() -> None:
+    """Kept files name the layout that they lie in; the matrix that PyTorch is asked with tells all of them apart."""
+    meant = {"cpu-64": (64, False), "cpu-32": (32, False), "cpu-32-pairs": (32, True)}
+    assert {name: (layout.rows, layout.neighbours) for name, layout in LAYOUTS.items()} == meant
+    shape, generator = (PROBE[0], PROBE[1] // 2), torch.Generator().manual_seed(0)
+    weight = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    assert len({layout.pack(weight).numpy().tobytes() for layout in LAYOUTS.values()}) == len(LAYOUTS)
