@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from ..nextstep_core.errors import check_text
 from ..nextstep_core.request.layout import IMAGE_SLOT
+from ..nextstep_core.sampling.settings import SEED, GenerationSettings
 from . import host
-from .latents import decode_latent, empty_latent
+from .latents import check_channels, decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue, check_sockets
@@ -20,20 +22,31 @@ from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, 
 EDIT_NEGATIVE = "Copy original image."
 
 
-def draw(
-    model: HostModel,
-    vae: Any,
-    positive: PromptValue,
-    negative_prompt: str,
-    latent: dict[str, Any],
-    seed: int,
-    settings: dict[str, Any],
-) -> io.NodeOutput:
-    """Sample and decode; (image, latent)."""
-    chosen = settings_for(model, positive.editing, **settings)
-    with torch.inference_mode(), host.memory_told("Drawing"):
-        samples = sample(model, positive, encode_prompt(model, negative_prompt), latent, seed, chosen)
-    return io.NodeOutput(decode_latent(vae, samples), samples)
+@dataclass(frozen=True)
+class Drawing:
+    """What such a box needs beside the prompt, checked before any picture is encoded or drawn."""
+
+    model: HostModel
+    vae: Any
+    negative: PromptValue
+    seed: int
+    settings: GenerationSettings
+
+    @classmethod
+    def checked(
+        cls, model: HostModel, vae: Any, negative_prompt: str, seed: int, editing: bool, settings: dict[str, Any]
+    ) -> Drawing:
+        """NextStepError for the first of a box's inputs that is none."""
+        check_sockets(model=model, vae=vae)
+        check_channels(vae, model.engine.latents)
+        negative, chosen = encode_prompt(model, negative_prompt), settings_for(model, editing, **settings)
+        return cls(model, vae, negative, SEED.check(seed), chosen)
+
+    def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
+        """Sample and decode; (image, latent)."""
+        with torch.inference_mode(), host.memory_told("Drawing"):
+            samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
+        return io.NodeOutput(decode_latent(self.vae, samples), samples)
 
 
 def _outputs() -> list[io.Output]:
@@ -79,10 +92,9 @@ class NextStepTextToImage(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
-        check_sockets(model=model, vae=vae)
+        drawing = Drawing.checked(model, vae, negative_prompt, seed, False, settings)
         host.note_in_picture(cls, model.facts)
-        latent = empty_latent(width, height, batch_size)
-        return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
+        return drawing.draw(encode_prompt(model, prompt), empty_latent(width, height, batch_size))
 
 
 class NextStepImageEdit(DrawingNode):
@@ -129,10 +141,9 @@ class NextStepImageEdit(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
-        check_sockets(model=model, vae=vae)
+        drawing = Drawing.checked(model, vae, negative_prompt, seed, True, settings)
         host.note_in_picture(cls, model.facts)
         check_text("instruction", instruction)
         if IMAGE_SLOT not in instruction:
             instruction = IMAGE_SLOT + instruction
-        positive, latent = encode_edit(model, vae, image, instruction, size, width, height)
-        return draw(model, vae, positive, negative_prompt, latent, seed, settings)
+        return drawing.draw(*encode_edit(model, vae, image, instruction, size, width, height))
