@@ -18,7 +18,7 @@ from .decoding.job import PICTURES
 from .decoding.progress import Progress
 from .errors import NextStepError, check_text, not_finite
 from .images.latents import Grid, LatentSpace
-from .images.rgb import ImageInput, to_pixels
+from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
@@ -152,8 +152,8 @@ class NextStepPipeline:
 
     def encode_image(self, image: ImageInput, vae_tile: int | None = None, check: Check = go_on) -> EncodedImage:
         """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
+        grid = self.engine.grid(*picture_size(image))
         pixels = to_pixels(image)
-        grid = self.engine.grid(*pixels.shape[-2:])
         with checked(leaves(self.vae), check):
             run = partial(run_in_tiles, tile=vae_tile)
             mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..nextstep_core.sampling.settings import SEED, GenerationSettings
 from . import host
-from .latents import decode_latent, empty_latent
+from .latents import check_channels, decode_latent, empty_latent
 from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
 from .saving import INFO_OUTPUT, info_of
@@ -19,22 +21,32 @@ from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, 
 EDIT_NEGATIVE = "Copy original image."
 
 
-def draw(
-    model: HostModel,
-    vae: Any,
-    positive: PromptValue,
-    negative_prompt: str,
-    latent: dict[str, Any],
-    seed: int,
-    settings: dict[str, Any],
-) -> io.NodeOutput:
-    """Sample and decode; (image, latent, info)."""
-    chosen = settings_for(model, positive.editing, **settings)
-    with torch.inference_mode(), host.memory_told("Drawing"):
-        negative = encode_prompt(model, negative_prompt)
-        samples = sample(model, positive, negative, latent, seed, chosen)
-        info = info_of(model, positive, negative, chosen, seed, samples)
-    return io.NodeOutput(decode_latent(vae, samples), samples, info)
+@dataclass(frozen=True)
+class Drawing:
+    """What such a box needs beside the prompt, checked before any picture is encoded or drawn."""
+
+    model: HostModel
+    vae: Any
+    negative: PromptValue
+    seed: int
+    settings: GenerationSettings
+
+    @classmethod
+    def checked(
+        cls, model: HostModel, vae: Any, negative_prompt: str, seed: int, editing: bool, settings: dict[str, Any]
+    ) -> Drawing:
+        """NextStepError for the first of a box's inputs that cannot be used."""
+        check_sockets(model=model, vae=vae)
+        check_channels(vae, model.engine.latents)
+        negative, chosen = encode_prompt(model, negative_prompt), settings_for(model, editing, **settings)
+        return cls(model, vae, negative, SEED.check(seed), chosen)
+
+    def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
+        """Sample and decode; (image, latent, info)."""
+        with torch.inference_mode(), host.memory_told("Drawing"):
+            samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
+        info = info_of(self.model, positive, self.negative, self.settings, self.seed, samples)
+        return io.NodeOutput(decode_latent(self.vae, samples), samples, info)
 
 
 def _outputs() -> list[io.Output]:
@@ -81,10 +93,9 @@ class NextStepTextToImage(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
-        check_sockets(model=model, vae=vae)
+        drawing = Drawing.checked(model, vae, negative_prompt, seed, False, settings)
         host.note_in_picture(cls, model.facts)
-        latent = empty_latent(width, height, batch_size)
-        return draw(model, vae, encode_prompt(model, prompt), negative_prompt, latent, seed, settings)
+        return drawing.draw(encode_prompt(model, prompt), empty_latent(width, height, batch_size))
 
 
 class NextStepImageEdit(DrawingNode):
@@ -131,7 +142,6 @@ class NextStepImageEdit(DrawingNode):
         seed: int,
         **settings: Any,
     ) -> io.NodeOutput:
-        check_sockets(model=model, vae=vae)
+        drawing = Drawing.checked(model, vae, negative_prompt, seed, True, settings)
         host.note_in_picture(cls, model.facts)
-        positive, latent = encode_edit(model, vae, image, instruction, size, width, height)
-        return draw(model, vae, positive, negative_prompt, latent, seed, settings)
+        return drawing.draw(*encode_edit(model, vae, image, instruction, size, width, height))

@@ -157,4 +157,5 @@ class NextStepLabelledGrid(io.ComfyNode):
         batches = [to_rgb(batch) for batch in image]
         texts = [check_text("A label", label)[:MOST_LETTERS] for label in labels or []] + [""] * len(batches)
         named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
-        return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))
+        with host.memory_told("The grid", advice="Choose smaller or fewer pictures, or close other programs."):
+            return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
-from ..nextstep_core.errors import NextStepError, not_finite
-from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
+from ..nextstep_core.errors import NextStepError, not_finite, shown
+from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH, LatentSpace
 from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, grid_of_ratio, ratio_size
 from . import host
 from .types import CATEGORY, check_sockets
@@ -21,6 +21,34 @@ def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
     shape = BATCH_SIZE.check(batch), *PUBLISHED_LATENTS.shape(PUBLISHED_LATENTS.grid(height, width))
     samples = torch.zeros(shape, device=host.intermediate_device())
     return {"samples": samples, "downscale_ratio_spacial": PUBLISHED_LATENTS.downscale}
+
+
+def check_channels(vae: Any, space: LatentSpace) -> None:
+    """NextStepError for a VAE whose latents have another number of channels than the model's, where it tells."""
+    channels = getattr(vae, "latent_channels", space.channels)
+    if channels != space.channels:
+        raise NextStepError(
+            f"This VAE makes latents of {shown(channels)} channels; the model needs {space.channels} channels. "
+            "Connect the vae output of Load NextStep Model."
+        )
+
+
+def encode_pictures(vae: Any, pictures: torch.Tensor, space: LatentSpace | None = None) -> torch.Tensor:
+    """Latents of pictures (B, H, W, 3) in [0, 1]; NextStepError when they hold NaN, or are not of the model's `space`
+    where that is given."""
+    if space is not None:
+        check_channels(vae, space)
+    latents = host.encode(vae, pictures)
+    wanted = None if space is None else (len(pictures), *space.shape(space.grid(*pictures.shape[1:3])))
+    if not isinstance(latents, torch.Tensor) or (wanted is not None and latents.shape != wanted):
+        given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else shown(latents)
+        raise NextStepError(
+            f"The VAE gives latents of the shape {given}, not {wanted or 'pictures'}. Connect the vae output of Load "
+            "NextStep Model."
+        )
+    if not latents.isfinite().all():
+        raise not_finite("An input image that the VAE encoded")
+    return latents
 
 
 def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
@@ -35,6 +63,12 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
     if not latents.isfinite().all():
         raise not_finite("This latent")
     pictures = host.decode(vae, latents)
+    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4:
+        given = tuple(pictures.shape) if isinstance(pictures, torch.Tensor) else shown(pictures)
+        raise NextStepError(
+            f"The VAE gives {given} and no pictures. Connect the vae output of Load NextStep Model, or the VAE of a "
+            "model for pictures."
+        )
     if not pictures.isfinite().all():
         raise not_finite("The picture that the VAE decoded")
     return pictures

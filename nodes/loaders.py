@@ -26,7 +26,7 @@ from . import catalog, host
 from .download import fetch
 from .keeping import KEEP_AUTO, KEEP_OFF, KEEPING, Keeper
 from .types import CATEGORY, HostModel, ModelSocket
-from .widgets import AUTO
+from .widgets import AUTO, known_to
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, keep_quantized: str = KEEP_AUTO, **options: Any) -> io.NodeOutput:
-        model = load_model(model_name, LoadOptions(**options), keep_quantized)
+        model = load_model(model_name, LoadOptions(**known_to(LoadOptions, options)), keep_quantized)
         missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
         return io.NodeOutput(model, model.vae or host.NoOutput(missing))
 
@@ -269,5 +269,6 @@ class NextStepVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        config, state = load_vae_state(catalog.find_vae(vae_name) or fetch(offers.bare(vae_name)))
-        return io.NodeOutput(host.native_vae(config, state))
+        path = catalog.find_vae(vae_name) or fetch(offers.bare(vae_name))
+        with host.memory_told(f"Loading {vae_name}"):
+            return io.NodeOutput(host.native_vae(*load_vae_state(path)))

@@ -15,12 +15,14 @@ from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, check_encodable, nearest_ratio, ratio_size
 from . import host
+from .latents import encode_pictures
 from .types import CATEGORY, Original, OriginalSocket, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
 MARGIN = Range("margin", 0.0, 10.0)  # shares of the masked area's longer side
 FEATHER = Range("feather", 0, 256)  # pixels of the picture that is drawn
+ADVICE = "Choose a smaller size or fewer pictures, or close other programs."
 
 
 def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
@@ -28,9 +30,11 @@ def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
 
     NextStepError for the mask of another picture.
     """
+    if mask is not None and not mask.isfinite().all():
+        raise NextStepError("The mask holds NaN or infinite values. Paint it anew.")
     if mask is None or not (mask > 0.5).any():  # Load Image makes an empty mask of any size
         return None
-    mask = mask.reshape(-1, *mask.shape[-2:]).float()
+    mask = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
     count, height, width, _ = pictures.shape
     if len(mask) not in (1, count) or mask.shape[-1] * height != mask.shape[-2] * width:
         raise NextStepError(
@@ -168,10 +172,17 @@ class NextStepPreparePicture(io.ComfyNode):
         check_choice("size", size, (NEAREST, FIT, *RATIO_NAMES))
         check_choice("area", area, (WHOLE, AROUND_MASK))
         check_sockets(mask=mask)
+        if vae is not None:
+            check_sockets(vae=vae)
         margin = MARGIN.check(margin)
         pictures = to_rgb(image)
         mask = mask_of(mask, pictures)
-        placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
+        with host.memory_told("Preparing a picture", advice=ADVICE):
+            placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
+            return cls._prepared(pictures, mask, placement, vae)
+
+    @staticmethod
+    def _prepared(pictures: Tensor, mask: Tensor | None, placement: Placement, vae: Any) -> io.NodeOutput:
         check_encodable(*placement.canvas)
         host.show_text(said := report(placement))
         drawn = pictures.new_zeros(1, *pictures.shape[1:3]) if mask is None else mask
@@ -180,7 +191,7 @@ class NextStepPreparePicture(io.ComfyNode):
         taken = placement.take(pictures)
         latent = host.NoOutput("Connect a VAE to NextStep Prepare Picture: its latent output needs one.")
         if vae is not None:
-            latent = {"samples": vae.encode(taken), "noise_mask": fitted}
+            latent = {"samples": encode_pictures(vae, taken), "noise_mask": fitted}
         return io.NodeOutput(taken, fitted, original, *placement.canvas, said, latent)
 
 
@@ -214,7 +225,12 @@ class NextStepPasteBack(io.ComfyNode):
     def execute(cls, image: Tensor, original: Original, feather: int) -> io.NodeOutput:
         check_sockets(original=original)
         feather = FEATHER.check(feather)
-        drawn, pictures, mask = to_rgb(image), original.pictures, original.mask
+        with host.memory_told("Pasting a picture back", advice=ADVICE):
+            return io.NodeOutput(cls._pasted(to_rgb(image), original, feather))
+
+    @staticmethod
+    def _pasted(drawn: Tensor, original: Original, feather: int) -> Tensor:
+        pictures, mask = original.pictures, original.mask
         if len(drawn) % len(pictures):
             raise NextStepError(
                 f"{len(drawn)} pictures do not match {len(pictures)} originals. Connect all pictures that were "
@@ -224,4 +240,4 @@ class NextStepPasteBack(io.ComfyNode):
         if mask is not None and len(mask) > 1:
             mask = mask.repeat_interleave(each, dim=0)
         pictures = pictures.repeat_interleave(each, dim=0)
-        return io.NodeOutput(original.placement.put_back(pictures, drawn, mask, FEATHER.check(feather)))
+        return original.placement.put_back(pictures, drawn, mask, feather)

@@ -8,13 +8,13 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.errors import NextStepError, check_choice, check_text, not_finite
+from ..nextstep_core.errors import NextStepError, check_choice, check_text
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
 from ..nextstep_core.request.sizes import check_encodable, nearest_ratio, ratio_size_of_area
 from . import host
-from .latents import empty_latent
+from .latents import empty_latent, encode_pictures
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, SIZES, size_inputs
 
@@ -72,18 +72,11 @@ def encode_edit(
     check_encodable(new_width, new_height)
     grid = model.engine.grid(new_height, new_width)
     model.engine.check_prompt(instruction, [grid] * slots)
-    latents = host.encode(vae, cover(pixels, new_width, new_height))
-    channels = model.engine.config.latent_channels
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise NextStepError(
-            f"The VAE gives latents of the shape {tuple(latents.shape)}; the model needs {channels} channels. Connect "
-            "the vae output of Load NextStep Model."
-        )
-    if not latents.isfinite().all():
-        raise not_finite("An input image that the VAE encoded")
+    canvas = empty_latent(new_width, new_height, 1 if slots > 1 else count)
+    latents = encode_pictures(vae, cover(pixels, new_width, new_height), model.engine.latents)
     encoded = [EncodedImage(picture, grid) for picture in model.engine.latents.to_tokens(latents.float())]
     captions = [Caption(instruction, tuple(encoded))] if slots > 1 else [Caption(instruction, (e,)) for e in encoded]
-    return PromptValue(tuple(captions)), empty_latent(new_width, new_height, len(captions))
+    return PromptValue(tuple(captions)), canvas
 
 
 class NextStepTextEncode(io.ComfyNode):

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..nextstep_core.errors import check_text, damaged
+from ..nextstep_core.images.rgb import is_plain
 from ..nextstep_core.loading.catalog import fingerprint
+from ..nextstep_core.loading.documents import check_header
+from ..nextstep_core.loading.files import check_regular
 from ..nextstep_core.request.masks import undrawn_tokens
 from . import host
 from .sampler import PARTIAL
@@ -28,9 +30,14 @@ def unfinished(filename_prefix: str) -> tuple[Path, Tensor, Tensor] | None:
     if file is None:
         return None
     try:
-        samples = load_file(file)[SAMPLES]
-    except (OSError, SafetensorError, KeyError) as error:
+        check_regular(file)
+        check_header(file)
+        with safe_open(file, framework="pt") as opened:
+            samples = opened.get_tensor(SAMPLES)
+    except (OSError, SafetensorError) as error:
         raise damaged(file, error) from None
+    if not (is_plain(samples) and samples.is_floating_point()):
+        raise damaged(file, f"{samples.dtype} values")
     undrawn = undrawn_tokens(samples)
     return (file, samples, undrawn) if undrawn.any() else None
 

@@ -24,7 +24,7 @@ from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host, unfinished
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, cfg_img_input, setting_inputs, with_widgets
+from .widgets import DrawingNode, cfg_img_input, known_to, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ PARTIAL = "nextstep_partial"
 
 def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **widgets: Any) -> GenerationSettings:
     """The node's widgets over the checkpoint's recommendation; NextStepError for a value that is none."""
+    widgets = known_to(GenerationSettings, widgets)
     for name, value in {"cfg_img": cfg_img, **widgets}.items():
         if value is None:
             raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..nextstep_core.decoding.engine import NextStepEngine
 from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.images.placement import Placement
+from ..nextstep_core.images.rgb import is_plain
 from ..nextstep_core.request.layout import Caption
 from .host import stays_cached
 
@@ -110,13 +111,12 @@ def _check_latent(name: str, value: Any) -> None:
 
 
 def _holds_pictures(samples: Tensor) -> bool:
-    plain = samples.is_floating_point() and samples.layout is torch.strided
-    return plain and samples.ndim == 4 and samples.numel() > 0
+    return is_plain(samples) and samples.is_floating_point() and samples.ndim == 4 and samples.numel() > 0
 
 
 def _check_mask(mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim >= 2 and mask.numel()):
-        what = f"of the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else shown(mask)
+    if mask is not None and not (isinstance(mask, Tensor) and is_plain(mask) and mask.ndim >= 2 and mask.numel()):
+        what = f"of the shape {tuple(mask.shape)} with {mask.dtype} values" if isinstance(mask, Tensor) else shown(mask)
         raise NextStepError(f"The mask is {what}; expected (height, width). Connect a mask that was painted.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
@@ -19,6 +20,13 @@ AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
 FIT, NEAREST, KEEP_SIZE = "width and height", "nearest aspect ratio", "keep"
 SIZES = (NEAREST, FIT, KEEP_SIZE)
+
+
+def known_to(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that a dataclass has fields for. The host checks no link to an input that a node has not, and
+    hands its value over as it does the others."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def with_widgets(

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pickle import encode_long
 from typing import Any
 
 import torch
@@ -34,6 +35,28 @@ def with_pickle(path: Path, value: object) -> None:
     pickle.Pickler(text, protocol=2).dump(value)
     torch.save({"a": torch.zeros(4)}, path)
     rewrite(path, {"data.pkl": text.getvalue()})
+
+
+def with_code(path: Path, *operations: bytes) -> None:
+    """A torch archive whose list of tensors are these operations of a pickle."""
+    torch.save({"a": torch.zeros(4)}, path)
+    rewrite(path, {"data.pkl": b"\x80\x02" + b"".join(operations) + b"."})
+
+
+def pairs(depth: int) -> bytes:
+    """A tuple of itself twice, of itself twice, ...: quickly written, and hashed in 2**depth steps."""
+    return b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(depth))
+
+
+def of_one_hash(count: int) -> bytes:
+    """So many numbers that Python's hash cannot tell apart, as keys."""
+    keys = (encode_long(n * (2**61 - 1)) for n in range(1, count))
+    return b"(" + b"".join(b"\x8a%c%bN" % (len(key), key) for key in keys) + b"u"
+
+
+def storage(key: bytes) -> bytes:
+    """What names a tensor's memory, under this key."""
+    return b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + key + b"X\x03\0\0\0cpuK\x04tQ"
 
 
 def rewrite(path: Path, changes: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> None:
@@ -75,6 +98,17 @@ PICKLES: dict[str, Callable[[Path], None]] = {
     "quantized": lambda path: torch.save({"a": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, path),
     "meta": lambda path: torch.save({"a": torch.empty(1 << 20, 1 << 20, device="meta")}, path),
     "one tensor under many names": shared,
+    "a key of pairs of pairs": lambda path: with_code(path, b"}", pairs(60), b"K\x01s"),
+    "a key deeper than the stack": lambda path: with_code(path, b"})", b"\x85" * 300_000, b"K\x01s"),
+    "keys of one hash": lambda path: with_code(path, b"}", of_one_hash(150_000)),
+    "a storage of pairs of pairs": lambda path: with_code(path, b"}X\x01\0\0\0a", storage(pairs(60)), b"s"),
+    "a dictionary made of pairs of pairs": lambda path: with_code(
+        path, b"ccollections\nOrderedDict\n", pairs(60), b"K\x01\x86\x85\x85R"
+    ),
+    "attributes made of pairs of pairs": lambda path: with_code(
+        path, b"ccollections\nOrderedDict\n)R", pairs(60), b"K\x01\x86\x85b"
+    ),
+    "what is not there": lambda path: with_code(path, b"}K\x01ss"),
     "no tensors": lambda path: torch.save({"a": 1}, path),
     "names that are none": lambda path: torch.save({1: torch.zeros(1)}, path),
     "a list": lambda path: torch.save([torch.zeros(1)], path),
@@ -98,6 +132,7 @@ def with_header(path: Path, header: bytes, data: bytes = b"", length: int | None
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
 
 
+OTHERWISE = rb'"%d":{"dtype":"F32","shape":[0],"data\u005foffsets":[0,0]}'
 HEADERS: dict[str, Callable[[Path], None]] = {
     "a header without end": lambda path: with_header(path, b"{}", length=2**63),
     "a header of 99 MB": lambda path: with_header(path, b"{" + b" " * (99 << 20) + b"}"),
@@ -114,6 +149,15 @@ HEADERS: dict[str, Callable[[Path], None]] = {
     ),
     "a size beyond numbers": lambda path: with_header(
         path, b'{"a":{"dtype":"F32","shape":[9223372036854775807,9],"data_offsets":[0,4]}}', b"\0" * 4
+    ),
+    "tensors whose parts are written in another way": lambda path: with_header(
+        path, b"{%b}" % b",".join(OTHERWISE % n for n in range(100_001))
+    ),
+    "texts about nothing": lambda path: with_header(
+        path, b'{"__metadata__":{%b}}' % b",".join(b'"%d":""' % n for n in range(400_000))
+    ),
+    "axes without end": lambda path: with_header(
+        path, b'{"a":{"dtype":"F32","shape":[%b],"data_offsets":[0,0]}}' % b",".join([b"0"] * 1_000_000)
     ),
     "no header": lambda path: path.write_bytes(b"\1\2"),
 }

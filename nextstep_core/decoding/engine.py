@@ -21,7 +21,7 @@ from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
-from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows
+from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows, check_placeholders
 from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
@@ -137,7 +137,10 @@ class NextStepEngine:
         model's context by itself."""
         words = self.tokenizer.check_length("The prompt", text).replace(IMAGE_SLOT, "")
         limit = context_of(self.config)
-        length = len(self.tokenizer.encode(words)) + sum(rows * columns for rows, columns in grids)
+        ids = self.tokenizer.encode(words)
+        if IMAGE_SLOT in text:
+            check_placeholders(self.tokenizer, self.config, ids, 0)
+        length = len(ids) + sum(rows * columns for rows, columns in grids)
         if length > limit:
             raise NextStepError(
                 f"The prompt is {length} tokens long; the limit of this model is {limit}. Shorten the prompt."

@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.memory import check_room
+
 GAP = 8
 PAPER, INK = (255, 255, 255), (24, 26, 30)
+PIXEL_BYTES = 4 + 2 * 3 * 4  # as it is drawn, and twice as fractions
+LARGEST = 256  # letters, in pixels; where pictures are so wide, nobody looks at all of them at once
 LETTER = 20  # letters of the usual width that fit beside each other on a picture, at least
 
 
@@ -17,17 +21,19 @@ def contact_sheet(pictures: Sequence[Tensor], labels: Sequence[str], columns: in
     """One picture (1, H, W, 3) of several (h, w, 3), all in [0, 1], row by row; each in the middle of its cell.
 
     Cells are as large as the largest picture and the longest label. Where all are without a label there are no lines.
+    NextStepError for a sheet that does not fit into memory: one wide picture and one tall one make it large.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     height, width = (max(picture.shape[side] for picture in pictures) for side in (0, 1))
-    letters = max(12, width // LETTER)
+    letters = min(max(12, width // LETTER), LARGEST)
     font = ImageFont.load_default(letters)
     line = round(1.6 * letters) if any(labels) else 0
     width = max([width, *(round(font.getlength(label)) for label in labels)])
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
     size = columns * (width + GAP) + GAP, rows * (height + line + GAP) + GAP
+    check_room(size[0] * size[1] * PIXEL_BYTES, f"A grid of {size[0]}x{size[1]} pixels")
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     for n, picture in enumerate(pictures):

@@ -15,8 +15,9 @@ TILE = 16
 BACKGROUND = 0.5
 
 
-def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """(C + 1, 3) float32 map from a latent position (and a constant 1) to its color in [0, 1].
+def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """(C + 1, 3) float32 map from a latent position (and a constant 1) to its color in [0, 1]; None for a VAE that
+    encodes to NaN, whose decoder may be well.
 
     `encode` takes pixels (1, H, W, 3) in [0, 1] and returns latents (1, C, H/8, W/8). It is given one mosaic of random
     flat colors, and the map is the least-squares fit from its latents back to those colors.
@@ -25,6 +26,8 @@ def fit_latent_to_rgb(encode: Callable[[Tensor], Tensor]) -> Tensor:
     colors = torch.rand(1, 3, tiles, tiles, generator=torch.Generator().manual_seed(0))
     pixels = colors.repeat_interleave(TILE, 2).repeat_interleave(TILE, 3).movedim(1, -1)
     latents = encode(pixels).float().cpu()
+    if not latents.isfinite().all():
+        return None
     scale = TILE // (MOSAIC_SIDE // latents.shape[-1])
     targets = colors.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     rgb_map: Tensor = torch.linalg.lstsq(_with_constant(latents), targets.movedim(1, -1).reshape(-1, 3)).solution

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NextStepError, shown
+from ..errors import REASON, NextStepError, is_out_of_memory, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,9 +27,9 @@ def to_rgb(images: Tensor) -> Tensor:
     """
     if not isinstance(images, Tensor):
         raise NextStepError(f"An input image is {shown(images)}, not a picture.")
-    if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
-        raise NextStepError(f"An input image has the shape {tuple(images.shape)}; expected (batch, height, width, 3).")
     _check_plain(images)
+    if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
+        raise _no_shape(images)
     images = images.float()
     if not torch.isfinite(images).all():
         raise NextStepError("An input image holds NaN or infinite values.")
@@ -65,11 +65,9 @@ def to_pixels(image: ImageInput) -> Tensor:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
-    if not isinstance(image, (np.ndarray, Tensor)) or image.ndim not in (3, 4):
-        raise NextStepError(
-            f"An input image is {shown(image)}; expected a picture, or an array of the shape (height, width, 3)."
-        )
+        image = _read(image)
+    elif not _is_array(image):
+        raise _no_picture(image)
     try:
         pixels = torch.as_tensor(image)
     except (TypeError, ValueError) as error:  # of NumPy's kinds of numbers, PyTorch knows most
@@ -78,7 +76,58 @@ def to_pixels(image: ImageInput) -> Tensor:
     return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1
 
 
+def picture_size(image: ImageInput) -> tuple[int, int]:
+    """(height, width) of what `to_pixels` takes, before any of it is read: a file of kilobytes can hold gigabytes."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if not _is_array(image):
+        raise _no_picture(image)
+    if isinstance(image, Tensor):
+        _check_plain(image)  # others may have no shape
+    height, width = image.shape[-3:-1]
+    if not height or not width:
+        raise _no_shape(image)
+    return height, width
+
+
+def _read(image: Image.Image) -> np.ndarray:
+    """A picture as fractions (H, W, 3 or 4); its file is read only now."""
+    try:
+        return np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
+    except Exception as error:  # whatever is wrong with whichever kind of file
+        if is_out_of_memory(error):
+            raise
+        raise NextStepError(f"An input image cannot be read ({str(error)[:REASON]}). Save it anew as PNG.") from None
+
+
+def _is_array(image: object) -> bool:
+    return isinstance(image, (np.ndarray, Tensor)) and image.ndim in (3, 4)
+
+
+def _no_shape(image: np.ndarray | Tensor) -> NextStepError:
+    return NextStepError(f"An input image has the shape {tuple(image.shape)}; expected (batch, height, width, 3).")
+
+
+def _no_picture(image: object) -> NextStepError:
+    return NextStepError(
+        f"An input image is {shown(image)}; expected a picture, or an array of the shape (height, width, 3)."
+    )
+
+
+def is_plain(values: Tensor) -> bool:
+    """Whether a tensor holds numbers that can be computed with: real, all of them, on a device, and of more bits than
+    those that only weights are stored in."""
+    there = values.layout is torch.strided and values.device.type != "meta" and not values.is_nested
+    return there and not (values.is_complex() or values.is_quantized) and not _is_for_storage(values.dtype)
+
+
+def _is_for_storage(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def _check_plain(images: Tensor) -> None:
-    if not images.is_floating_point() or images.layout is not torch.strided or images.device.type == "meta":
+    if not images.is_floating_point() or not is_plain(images):
         kind = images.dtype if images.layout is torch.strided else images.layout
         raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import stat
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +19,7 @@ from ..model.config import MODEL_TYPES
 from .build import VAE_WEIGHT_NAMES
 from .checkpoint import SINGLE_NAME
 from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
-from .files import is_file, is_folder
+from .files import can_be_shown, is_file, is_folder
 from .gguf_file import SUFFIX as GGUF
 from .kept import FOLDER
 from .store import vae_beside
@@ -28,7 +27,6 @@ from .store import vae_beside
 DEPTH = 3
 # Entries of one root that are looked at: a link to a whole disk must not make the host wait.
 MAX_ENTRIES = 20_000
-NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that stand for none
 MODEL_KEY, VAE_KEY = "model_type", "z_channels"  # of a config; they tell the one kind from the other
 VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
 
@@ -57,7 +55,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         if left < 0:
             log.warning("NextStep: %s holds more than %d files; the rest is ignored", root, MAX_ENTRIES)
             return
-        seen = [(name, is_folder) for name, is_folder in seen if _can_be_shown(name)]
+        seen = [(name, is_folder) for name, is_folder in seen if can_be_shown(name)]
         yield folder, [name for name, _ in seen]
         if depth < DEPTH:
             below = (folder / name for name, is_folder in seen if is_folder and name != FOLDER)
@@ -71,10 +69,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _can_be_shown(name: str) -> bool:
-    return NO_TEXT.search(name) is None
-
-
 def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """(root, folder) of every folder with a config.json, a few levels down."""
     return sorted((root, folder) for root in roots for folder, names in _walk(root) if CONFIG in names)
@@ -83,7 +77,7 @@ def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
 def _files(folder: Path, *suffixes: str) -> list[Path]:
     """Regular files of these kinds in a folder, in order."""
     try:
-        names = sorted(filter(_can_be_shown, os.listdir(folder)))
+        names = sorted(filter(can_be_shown, os.listdir(folder)))
     except OSError:
         return []
     return [folder / name for name in names if name.endswith(suffixes) and is_file(folder / name)]
@@ -141,7 +135,8 @@ def _snapshots() -> list[tuple[str, Path]]:
         folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*"), key=_changed)
     except OSError:
         return []
-    return [(f.parent.parent.name.removeprefix("models--").replace("--", "/"), f) for f in folders]
+    named = [(f.parent.parent.name.removeprefix("models--").replace("--", "/"), f) for f in folders]
+    return [(repo, folder) for repo, folder in named if can_be_shown(repo)]
 
 
 def _holds_vae(folder: Path) -> bool:

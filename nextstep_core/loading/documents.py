@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ SMALL_DOCUMENT = 1 << 20
 LIMITS = {TOKENIZER: 32 << 20, TOKENIZER_CONFIG: 4 << 20, INDEX_NAME: 4 << 20}
 # The header of a weights file: some hundred bytes for each tensor, and the documents that a single file carries.
 MAX_HEADER, MAX_TENSORS = 64 << 20, 100_000
+TEXT = re.compile(rb'"[^"]*"')  # where no text holds an escaped quotation mark
+TEXTS_OF_TENSOR, NUMBERS_OF_TENSOR = 6, 10  # its name and those of its parts; its axes and its place
 # Values in a document: a published tokenizer has half a million, and each takes some sixty bytes of memory when read.
 MAX_VALUES = 2_000_000
 MAX_DIGITS = 30  # of a whole number; the longest that means something, a seed, has twenty
@@ -37,6 +40,7 @@ MAX_DIGITS = 30  # of a whole number; the longest that means something, a seed, 
 MARK, VERSION = "nextstep", "1"
 NAME, QUANTIZATION = "nextstep.name", "nextstep.quantization"
 IN_LAYOUT = " in "  # between recipe and layout, in one word for both: who knows no layouts must not read the weights
+MAX_NAME = 255  # characters; every picture that is drawn tells the name
 HEAD_BYTES = 64  # enough to see the mark, which stands first in the files that we write
 
 
@@ -51,7 +55,7 @@ class Documents:
     @property
     def name(self) -> str:
         """The checkpoint's name, which tells its published settings: as carried, or that of its folder."""
-        if self.carried is not None and NAME in self.carried:
+        if self.carried is not None and NAME in self.carried and len(self.carried[NAME]) <= MAX_NAME:
             return self.carried[NAME]
         if self.folder.parent.name == "snapshots":  # of the Hugging Face cache, where folders are named by commit
             return self.folder.parent.parent.name.split("--")[-1]
@@ -191,10 +195,19 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def check_header(path: Path) -> None:
-    """NextStepError when the header of a safetensors file is longer than any that is needed; OSError without a file."""
+    """NextStepError when the header of a safetensors file is longer than any that is needed, or names more tensors or
+    numbers; OSError without a file."""
     length = int.from_bytes(read_head(path, 8), "little")
     if length > MAX_HEADER:
         raise damaged(path, f"a header of {length:,} bytes, where at most {MAX_HEADER:,} are allowed")
-    tensors = read_head(path, 8 + length).count(b'"data_offsets"')
-    if tensors > MAX_TENSORS:
-        raise damaged(path, f"{tensors:,} tensors, where at most {MAX_TENSORS:,} are allowed")
+    # Only what stands outside of texts counts: a text may hold a whole tokenizer, and a key be written in many ways.
+    head = read_head(path, 8 + length).replace(rb"\\", b"").replace(rb"\"", b"")
+    _bound(path, head.count(b'"') // 2, MAX_TENSORS * TEXTS_OF_TENSOR, "texts")
+    plain = TEXT.sub(b"", head)
+    _bound(path, plain.count(b"{") - 1, MAX_TENSORS, "tensors")
+    _bound(path, plain.count(b","), MAX_TENSORS * NUMBERS_OF_TENSOR, "numbers")
+
+
+def _bound(path: Path, count: int, most: int, what: str) -> None:
+    if count > most:
+        raise damaged(path, f"{count:,} {what}, where at most {most:,} are allowed")

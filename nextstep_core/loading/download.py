@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import NextStepError, check_choice, not_written
+from ..errors import NextStepError, check_choice, not_written, shown
 from ..runtime.interrupt import Check, go_on
-from .hub import reach, refusal
+from .hub import check_form, reach, refusal
 from .locks import held
 from .meter import Meter
 from .store import HUB_FILES
@@ -54,6 +54,8 @@ POLL_SECONDS = 0.25
 HUB_SECONDS = 30.0  # that the hub may take to answer a question
 HASH_BLOCK = 1 << 24
 CONFIG = "config.json"
+# Bytes; file systems take 255, and what is unfinished has a longer name. Characters of it with its folders.
+MAX_FILE_NAME, MAX_PATH = 200, 1_000
 REVISION = re.compile(r"[\w.][\w./-]{0,255}")
 
 
@@ -119,18 +121,10 @@ def _size(path: Path) -> int:
 
 def check_repo_id(name_or_repo: str) -> str:
     """The hub id behind a published checkpoint's name, or an id as it is; NextStepError for what can be neither."""
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, yet not in __all__
-
-    if "/" not in name_or_repo:
+    if not isinstance(name_or_repo, str) or "/" not in name_or_repo:
         check_choice("name", name_or_repo, PUBLISHED_CHECKPOINTS)
         return PUBLISHED_CHECKPOINTS[name_or_repo]
-    try:
-        validate_repo_id(name_or_repo)
-    except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise NextStepError(
-            f"{name_or_repo!r} cannot be the name of a repository ({reason}). Write it as on its page: owner/name."
-        ) from None
+    check_form(name_or_repo)
     return name_or_repo
 
 
@@ -161,8 +155,8 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     from huggingface_hub import HfApi
 
     repo_id = check_repo_id(name_or_repo)
-    if not REVISION.fullmatch(revision):
-        raise NextStepError(f"revision is {revision!r}; give a branch, a tag or a commit.")
+    if not isinstance(revision, str) or not REVISION.fullmatch(revision):
+        raise NextStepError(f"revision is {shown(revision)}; give a branch, a tag or a commit.")
     folder = root / folder_name(repo_id)
 
     def ask() -> ModelInfo:
@@ -173,11 +167,23 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
         raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
-    if any(".." in PurePosixPath(file.path).parts or PurePosixPath(file.path).is_absolute() for file in files):
-        raise NextStepError(f"{repo_id} names files outside its folder. Do not use it.")
+    for file in files:
+        if not _is_inside(file.path):
+            raise NextStepError(
+                f"{repo_id} names a file outside its folder, or one that no folder can hold ({shown(file.path)}). Do "
+                "not use it."
+            )
     plan = Download(repo_id, info.sha or revision, folder, files)
     check_room(plan)
     return plan
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a file of a repository lies in its folder, under a name that every system can write and no other
+    understands differently."""
+    parts = PurePosixPath(path).parts
+    names = path.isprintable() and len(path) <= MAX_PATH and not any(sign in path for sign in '\\:*?"<>|')
+    return names and not {"..", "/"} & set(parts) and all(len(part.encode()) <= MAX_FILE_NAME for part in parts)
 
 
 def _remote_file(sibling: RepoSibling) -> RemoteFile:

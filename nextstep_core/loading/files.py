@@ -6,10 +6,18 @@ A pipe would make us wait for ever, an endless device would fill the memory, and
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from ..errors import NextStepError
+
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that stand for none
+
+
+def can_be_shown(name: str) -> bool:
+    """Whether a file's name is a text that a list can show."""
+    return NO_TEXT.search(name) is None
 
 
 def is_file(path: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import NextStepError
+from ..errors import NextStepError, shown
 
 FORBIDDING = ("NEXTSTEP_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 YES = ("1", "ON", "YES", "TRUE")
@@ -29,6 +29,19 @@ def forbidden() -> str | None:
 def endpoint() -> str:
     """The address of the hub or of the mirror in its place."""
     return (os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
+
+
+def check_form(repo_id: str) -> None:
+    """NextStepError for what can be no repository's name, before it meets the network."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, yet not in __all__
+
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        reason = str(error).replace(f": '{repo_id}'", "").rstrip(".")  # the name may be anything
+        raise NextStepError(
+            f"{shown(repo_id)} cannot be the name of a repository ({reason}). Write it as on its page: owner/name."
+        ) from None
 
 
 def reach(repo_id: str, call: Callable[[], Answer], folder: Path | None = None) -> Answer:

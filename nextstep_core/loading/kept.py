@@ -24,6 +24,7 @@ from ..runtime.interrupt import Check, go_on
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, file_metadata, is_marked
+from .files import can_be_shown
 from .locks import held
 from .single_file import PART, StreamedFile, empty_like, marks_of
 from .store import vae_beside
@@ -49,7 +50,7 @@ def all_shelves(roots: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in roots:
         for folder in sorted((root / FOLDER).glob("*")):
-            if any(is_marked(path) for path in folder.glob(f"*{SUFFIX}")):
+            if can_be_shown(folder.name) and any(is_marked(path) for path in folder.glob(f"*{SUFFIX}")):
                 found.setdefault(folder.name.replace(SLASH, "/"), folder)
     return found
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, not_written
+from ..errors import NextStepError, not_written, shown
 from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
@@ -154,6 +154,7 @@ def _save(
     tensors: Iterable[tuple[str, Tensor]],
     check: Check = go_on,
 ) -> int:
+    _check_name(path)
     file = StreamedFile(path, like, metadata)
     taken = f"Another run is writing {path}. Wait until it has finished, or choose another name."
     try:
@@ -171,6 +172,15 @@ def _save(
     except OSError as error:
         raise not_written(path, error, file.size) from None
     return file.size
+
+
+def _check_name(path: Path) -> None:
+    try:
+        possible = path.name and "\0" not in str(path) and os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise NextStepError(f"{shown(str(path))} cannot be the name of a file. Choose another.")
 
 
 def empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from ..errors import NextStepError, shown
+from ..errors import SHOWN, NextStepError, shown
 from .files import is_folder
-from .hub import reach
+from .hub import check_form, reach
 
 EMBEDDED = "tiny"
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -23,19 +24,28 @@ def resolve_source(source: str | Path) -> Path:
     A hub id is looked up in the Hugging Face cache first and downloaded only where it is not there. NextStepError when
     it is nothing of all this or cannot be fetched.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path.resolve()
+    if not isinstance(source, (str, Path)):
+        raise NextStepError(f"The checkpoint is {shown(source)}. Give a folder, a .safetensors file or a hub id.")
+    with suppress(RuntimeError, OSError, ValueError):  # of a user who is not there, and of what can be no path
+        if (path := Path(source).expanduser()).exists():
+            return path.resolve()
     if str(source) == EMBEDDED and (ASSETS / EMBEDDED).is_dir():
         return ASSETS / EMBEDDED
     if not HUB_ID.fullmatch(str(source)):
-        raise NextStepError(f"{source} does not exist. Give a checkpoint folder, a .safetensors file or a hub id.")
+        raise NextStepError(
+            f"{_in_a_line(str(source))} does not exist. Give a checkpoint folder, a .safetensors file or a hub id."
+        )
     return _from_hub(str(source))
+
+
+def _in_a_line(name: str) -> str:
+    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
 def _from_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    check_form(hub_id)
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=True))
     except Exception:  # not cached (its exception type moved between versions of huggingface_hub)

@@ -1,13 +1,12 @@
 """Plain torch archives (`.pt`): a dictionary of dense tensors, and nothing else, before PyTorch unpickles anything.
 
 `weights_only` keeps code out. It does not keep out what a few bytes may ask for: compressed members, a byte array of
-any length, tensors whose strides of 0 make terabytes of one number.
+any length, tensors whose strides of 0 make terabytes of one number, keys that take years to hash.
 """
 
 from __future__ import annotations
 
 import os
-import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -18,14 +17,11 @@ from torch import Tensor
 from ..errors import NextStepError, damaged, is_out_of_memory, shown
 from .documents import MAX_TENSORS
 from .files import check_regular
+from .torch_pickle import check_pickle
 
 SUFFIX = ".pt"
 # The pickle names each tensor in some hundred bytes; the directory of the archive each of its members.
 MAX_PICKLE, MAX_DIRECTORY = 2 << 20, 32 << 20
-STORAGES = frozenset(
-    f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Char", "Byte")
-)
-CALLED = frozenset({"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"})
 END, END_64 = b"PK\x05\x06", b"PK\x06\x06"  # what the ends of an archive's directory begin with
 
 
@@ -62,10 +58,7 @@ def _check_archive(path: Path) -> None:
         if pickle is None or pickle.file_size > MAX_PICKLE:
             raise damaged(path, f"its list of tensors is missing, or larger than {MAX_PICKLE:,} bytes")
         text = archive.read(pickle)
-    for code, argument, _ in pickletools.genops(text):
-        named = code.name == "GLOBAL" and argument in STORAGES | CALLED
-        if "GLOBAL" in code.name and not named or code.name in ("INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-            raise damaged(path, f"it contains {shown(argument or code.name)}, which is not a tensor")
+    check_pickle(text)
 
 
 def _directory_bytes(path: Path) -> int:

@@ -131,6 +131,8 @@ def build_rows(
         text = lead + _fill_slots(tokenizer, config, row)
         if text not in read:
             read[text] = tokenizer.encode(text)
+        if any(caption.images for caption in captions):
+            check_placeholders(tokenizer, config, read[text], sum(i.grid[0] * i.grid[1] for i in row.images))
         ids.append(read[text])
     width = max(map(len, ids))
     _check_context(config, width + len(prefix), grid)
@@ -143,6 +145,17 @@ def build_rows(
         valid[n, width - len(row_ids) :] = True
     images = tuple(row.images for row in rows)
     return PromptRows(padded, valid, images, branches)
+
+
+def check_placeholders(tokenizer: NextStepTokenizer, config: NextStepConfig, ids: Sequence[int], wanted: int) -> None:
+    """NextStepError when a text itself spells the token that stands for a part of an input image: beside images, none
+    could tell which is which."""
+    if ids.count(config.image_placeholder_id) != wanted:
+        spelled = tokenizer.decode([config.image_placeholder_id])
+        raise NextStepError(
+            f"The prompt spells {shown(spelled)}, which stands for a part of an input image. Take it out; write "
+            f"{IMAGE_SLOT} where a picture belongs."
+        )
 
 
 def _check_texts(

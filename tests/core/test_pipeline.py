@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.images.rgb import to_pixels
@@ -125,3 +126,22 @@ def test_images_go_to_their_prompts_in_order(pipeline) -> None:
 def test_no_prompt_is_nothing_to_draw(pipeline, prompt) -> None:
     with pytest.raises(NextStepError, match="at least one prompt"):
         pipeline.generate(prompt, **SMALL)
+
+
+def test_a_picture_that_is_too_large_is_refused_before_it_is_read(pipeline, monkeypatch) -> None:
+    """A file of kilobytes may stand for gigabytes."""
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(NextStepError, match="height is 13000"):
+        pipeline.encode_image(Image.new("1", (16, 13000)))
+
+
+PLACEHOLDER = "<|image_placeholder|>"
+
+
+@pytest.mark.parametrize("texts", [{"prompt": f"<image>x{PLACEHOLDER}"}, {"negative_prompt": PLACEHOLDER}], ids=str)
+def test_a_text_that_spells_a_part_of_a_picture_is_refused_beside_pictures(pipeline, texts: dict[str, str]) -> None:
+    engine = pipeline.engine
+    assert engine.tokenizer.encode(PLACEHOLDER) == [engine.config.image_placeholder_id]
+    with pytest.raises(NextStepError, match=r"spells .*placeholder.*<image>"):
+        pipeline.generate(**{"prompt": "<image>x"} | texts, images=PICTURE, **SMALL | {"cfg": 2.0, "cfg_img": 1.5})
+    assert pipeline.generate(f"x{PLACEHOLDER}", **SMALL).images.isfinite().all(), "without pictures it is a text"

@@ -94,7 +94,8 @@ def _pictures(rng: Random) -> dict[str, Any]:
     slots = rng.choice((0, 1, 1, 1, 2, 3))
     images = [_picture(rng) for _ in range(rng.choice((slots, slots, slots, slots + 1)))]
     given: Any = rng.choice((images, images, tuple(images), images[0] if len(images) == 1 else images))
-    return {"prompt": "<image>" * slots + "x", "images": rng.choice((given, given, given, given, rng.choice(NONE)))}
+    words = rng.choice(("x", "x", "x<|image_placeholder|>", "<|image_area|>2*2"))
+    return {"prompt": "<image>" * slots + words, "images": rng.choice((given, given, given, given, rng.choice(NONE)))}
 
 
 def _picture(rng: Random) -> Any:

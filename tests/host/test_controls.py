@@ -409,3 +409,52 @@ def test_a_mode_that_does_not_exist_is_one_sentence(kit) -> None:
     for sentence, call in calls.items():
         with pytest.raises(kit.error, match=sentence):
             call()
+
+
+def test_one_box_checks_all_before_a_picture_is_encoded_or_drawn(kit, monkeypatch) -> None:
+    """Whatever it would have told after minutes of work: another model's VAE, and values that come by a link."""
+    monkeypatch.setattr(kit.host, "encode", lambda *_: pytest.fail("a picture was encoded"))
+    monkeypatch.setattr(kit.host, "bring_to_device", lambda *_: pytest.fail("a picture was drawn"))
+    settings = {"steps": 2, "cfg": 1.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
+    other = SimpleNamespace(latent_channels=4, encode=kit.vae.encode, decode=kit.vae.decode)
+    many, half = square_picture().expand(65, -1, -1, -1), "half \ud800"
+    for change, sentence in (
+        ({"vae": other}, "makes latents of 4 channels; the model needs 16"),
+        ({"seed": -1}, "seed is -1"),
+        ({"negative": half}, "half a character"),
+        ({"cfg": 0.0}, "cfg is 0"),
+        ({"image": many}, "batch_size is 65"),
+    ):
+        given = {"vae": kit.vae, "seed": 3, "negative": "", "image": square_picture()} | change
+        own = settings | {name: value for name, value in change.items() if name in settings}
+        vae, negative, seed = given["vae"], given["negative"], given["seed"]
+        with pytest.raises(kit.error) as caught:
+            kit.boxes.NextStepImageEdit.execute(
+                kit.model, vae, given["image"], "x", negative, kit.prompts.KEEP_SIZE, 64, 64, seed, **own
+            )
+        assert sentence in str(caught.value)
+        if "image" not in change:
+            with pytest.raises(kit.error) as caught:
+                kit.boxes.NextStepTextToImage.execute(kit.model, vae, "x", negative, 64, 64, 1, seed, **own)
+            assert sentence in str(caught.value)
+
+
+def test_the_vae_of_prepare_picture_goes_on_in_tiles_and_tells_nan(graph: ComfyGraph, kit) -> None:
+    prepare = graph.pack("nodes.pictures").NextStepPreparePicture.execute
+    tried: list[dict] = []
+
+    def encode(pixels: torch.Tensor, **options: int) -> torch.Tensor:
+        tried.append(options)
+        if not options:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return torch.zeros(len(pixels), 16, 8, 8)
+
+    vae = SimpleNamespace(encode=encode, encode_tiled=encode, decode=encode)
+    arguments = (square_picture(), "crop", "width and height", "512", 64, 64)
+    assert prepare(*arguments, vae=vae).result[-1]["samples"].shape == (1, 16, 8, 8)
+    assert len(tried) == 2 and tried[1]["tile_x"] > 0
+    nan = SimpleNamespace(encode=lambda pixels: torch.full((1, 16, 8, 8), float("nan")), decode=encode)
+    with pytest.raises(kit.error, match="An input image that the VAE encoded holds NaN"):
+        prepare(*arguments, vae=nan)
+    with pytest.raises(kit.error, match="connect the vae output"):
+        prepare(*arguments, vae=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from copy import deepcopy
 
@@ -192,3 +193,40 @@ def test_pictures_are_offered_once_and_never_over_what_is_there(graph: ComfyGrap
     assert others and all((target / name).read_bytes() == (source / name).read_bytes() for name in others)
     monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(tmp_path / "not there"))
     host.offer_pictures(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7.0, -5.0])
+def test_a_mask_of_other_numbers_is_refused_or_is_a_mask(graph: ComfyGraph, value: float) -> None:
+    """Half of it is painted, so that it counts; the rest would come out black."""
+    mask = torch.ones(1, 64, 64)
+    mask[:, :32] = value
+    nodes = graph.pack("nodes.pictures")
+    prepare, back = nodes.NextStepPreparePicture.execute, nodes.NextStepPasteBack.execute
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    if not abs(value) < float("inf"):
+        with pytest.raises(graph.pack("nextstep_core.errors").NextStepError, match="mask holds NaN or infinite"):
+            prepare(picture, "crop", "width and height", "512", 64, 64, mask)
+        return
+    taken, fitted, original, *_ = prepare(picture, "crop", "width and height", "512", 64, 64, mask).result
+    assert set(fitted.unique().tolist()) <= {0.0, 1.0}
+    (pasted,) = back(1 - taken, original, 16).result
+    assert pasted.min() >= 0 and pasted.max() <= 1
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_resume_names_a_file_of_other_numbers(graph: ComfyGraph, kind: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    folder = graph.base / "output" / "NextStep"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"latent_tensor": torch.zeros(1, 16, 8, 6).to(kind)}, folder / "kinds_00001_.latent")
+    with pytest.raises(graph.pack("nextstep_core.errors").NextStepError, match="kinds_00001_.latent is damaged"):
+        graph.pack("nodes.resume").NextStepResume.execute({"samples": torch.zeros(1, 16, 8, 6)}, "NextStep/kinds")
+
+
+def test_resume_waits_for_no_pipe(graph: ComfyGraph) -> None:
+    folder = graph.base / "output" / "NextStep"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(folder / "pipe_00001_.latent")
+    with pytest.raises(graph.pack("nextstep_core.errors").NextStepError, match="no regular file"):
+        graph.pack("nodes.resume").NextStepResume.execute({"samples": torch.zeros(1, 16, 8, 6)}, "NextStep/pipe")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from nextstep_core import NextStepError
 from nextstep_core.images.contact_sheet import GAP, contact_sheet
 
 SIDE = 64
@@ -37,3 +39,9 @@ def test_a_long_label_makes_its_cells_wide_enough() -> None:
     across = (sheet < 0.5).any(-1).any(0)
     middle = sheet.shape[1] // 2
     assert across[: middle - 2].any() and across[middle + 2 :].any() and not across[middle - 2 : middle + 2].any()
+
+
+def test_a_wide_and_a_tall_picture_make_no_sheet_that_does_not_fit(monkeypatch) -> None:
+    wide, tall = plain(1.0, 1, 2_000_000), plain(1.0, 2_000_000, 1)
+    with pytest.raises(NextStepError, match="grid of 4000024x2000016 pixels would take"):
+        contact_sheet([wide, tall], [], 2)

@@ -62,3 +62,7 @@ def test_a_fit_uses_many_colors(pipeline) -> None:
     assert pixels.shape == (1, 128, 128, 3)
     assert len(pixels.reshape(-1, 3).unique(dim=0)) == 64, "squares of 16"
     assert (pixels[0, :16, :16] == pixels[0, 0, 0]).all()
+
+
+def test_a_vae_that_encodes_to_nan_has_no_preview() -> None:
+    assert fit_latent_to_rgb(lambda pixels: torch.full((1, 16, 16, 16), float("nan"))) is None

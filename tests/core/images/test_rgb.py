@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from nextstep_core import NextStepError
 from nextstep_core.errors import shown
-from nextstep_core.images.rgb import cover, to_pixels, to_rgb
+from nextstep_core.images.rgb import cover, picture_size, to_pixels, to_rgb
 
 COLORS = torch.rand(1, 4, 6, 3, generator=torch.Generator().manual_seed(0))
 
@@ -134,3 +136,31 @@ def test_every_kind_of_picture_is_the_same_pixels() -> None:
     assert torch.equal(to_pixels(Image.fromarray(clear)), torch.ones(1, 3, 2, 3))
     gray = Image.fromarray(array[..., 0])
     assert (to_pixels(gray) - expected[:, :1]).abs().max() <= 1e-6
+
+
+def test_a_file_that_is_cut_off_is_one_sentence() -> None:
+    """PIL reads a file when its pixels are asked for."""
+    file = io.BytesIO()
+    Image.fromarray((COLORS[0] * 255).byte().numpy()).resize((64, 64)).save(file, "PNG")
+    cut = Image.open(io.BytesIO(file.getvalue()[:200]))
+    assert picture_size(cut) == (64, 64)
+    with pytest.raises(NextStepError, match=r"cannot be read \(.*truncated"):
+        to_pixels(cut)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.nested.nested_tensor([torch.zeros(3, 3), torch.zeros(2, 3)]),
+        COLORS.to(torch.float8_e4m3fn),
+        COLORS.to("meta"),
+        COLORS.to_sparse(),
+        None,
+        "x.png",
+    ],
+    ids=str,
+)
+def test_the_size_of_what_is_no_picture_is_one_sentence(other: object) -> None:
+    for look in (picture_size, to_pixels):
+        with pytest.raises(NextStepError, match="An input image"):
+            look(other)

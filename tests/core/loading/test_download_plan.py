@@ -18,6 +18,9 @@ from nextstep_core import NextStepError
 from nextstep_core.loading import download
 from nextstep_core.loading.download import Download, RemoteFile, check_room, plan_download, verify
 
+# On Windows a backslash goes up, and a colon to another disk.
+OUTSIDE = ("../config.json", "a/../../x.json", "/etc/x.json", "a\\..\\..\\x.json", "c:x.json", "C:\\x.json")
+IMPOSSIBLE = ("a\nb.json", "a\0b.json", "\ud800.json", "é" * 120 + ".json", "a/" * 2000 + "x.json", "\u202enosj.json")
 DIGEST = hashlib.sha256(b"12345").hexdigest()
 FILES = (RemoteFile("config.json", 3, None), RemoteFile("vae/checkpoint.pt", 5, DIGEST))
 
@@ -192,7 +195,17 @@ def test_a_folder_that_takes_nothing_is_one_sentence(plan: Download, monkeypatch
 def test_what_is_no_checkpoint_is_refused(hub: list, tmp_path: Path) -> None:
     with pytest.raises(NextStepError, match="config.json"):
         plan_download("someone/x", tmp_path)
-    for name in ("../config.json", "a/../../x.json", "/etc/x.json"):
+    for name in (*OUTSIDE, *IMPOSSIBLE):
         hub[1:] = [sibling("config.json"), sibling(name)]
         with pytest.raises(NextStepError, match="outside"):
             plan_download("someone/x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, b"a/b", {}, [], "a/b/c", "../x", "ä/ö", "a/b\n", "a/" + "x" * 5000], ids=ascii
+)
+def test_what_can_be_no_repository_or_revision_is_one_sentence(hub: list, tmp_path: Path, value: object) -> None:
+    for names in ((value, "main"), *([("someone/x", value)] if not isinstance(value, str) else [])):
+        with pytest.raises(NextStepError) as caught:
+            plan_download(names[0], tmp_path, names[1])
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

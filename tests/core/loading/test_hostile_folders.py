@@ -127,6 +127,10 @@ def test_a_broken_link_in_the_hubs_cache(good: Path, monkeypatch: pytest.MonkeyP
     snapshots.mkdir(parents=True)
     (snapshots / "gone").symlink_to("nowhere")
     (snapshots / "0").symlink_to(good / "good")
+    for name in (b"models--half--\xff", b"models--line--break\n"):
+        odd = Path(os.fsdecode(os.path.join(os.fsencode(good), name)), "snapshots")
+        odd.mkdir(parents=True)
+        (odd / "0").symlink_to(good / "good")
     assert cached_models() == {"someone/x": snapshots / "0"}
 
 

@@ -42,6 +42,17 @@ def test_a_hostile_header_is_one_sentence(tmp_path: Path, name: str) -> None:
         find_tensors(path)
 
 
+def test_a_state_as_pytorch_saves_it_is_read(tmp_path: Path) -> None:
+    """With metadata, with parameters, with one tensor under two names, and with texts that look like many tensors."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    for state in (module.state_dict(), dict(module.named_parameters()), {"a": module[0].weight, "b": module[0].weight}):
+        torch.save(state, tmp_path / "x.pt")
+        assert find_tensors(tmp_path / "x.pt").shapes == {name: tuple(t.shape) for name, t in state.items()}
+    text = '{"' + '\\", [{' * 1_000_000
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"text": text})
+    assert find_tensors(tmp_path / "x.safetensors").shapes == {"a": (1,)}
+
+
 def test_a_librarys_own_words_are_shortened(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     hostile_files.with_header(path, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":"' + b"a" * 100_000 + b'"}}')

@@ -198,7 +198,11 @@ def test_what_is_kept_stands_for_a_checkpoint_that_was_deleted(checkpoint: Path,
         shard.unlink()
     assert kept.lacks_weights(checkpoint)
     shutil.rmtree(checkpoint)
-    assert kept.all_shelves([root]) == {"tiny-a": shelf} and kept.lacks_weights(shelf)
+    for name in (b"half \xff", b"line\nbreak"):
+        odd = Path(os.fsdecode(os.path.join(os.fsencode(shelf.parent), name)))
+        odd.mkdir()
+        (odd / path.name).symlink_to(path)
+    assert kept.all_shelves([root]) == {"tiny-a": shelf} and kept.lacks_weights(shelf), "odd names are passed over"
     assert kept.by_recipe([shelf]) == {"int4": path}
     vae = vae_of(path, [])
     assert vae == shelf / "vae" and (vae / "checkpoint.pt").is_file()

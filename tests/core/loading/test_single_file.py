@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.loading import single_file
 from nextstep_core.loading.build import plan_model
-from nextstep_core.loading.documents import CARRIED, find_documents, is_marked
+from nextstep_core.loading.documents import CARRIED, NAME, Documents, find_documents, is_marked
 from nextstep_core.loading.single_file import StreamedFile, save_model, save_vae
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.runtime.quantization.products import WEIGHT_ALIGNMENT
@@ -201,3 +201,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert drawn.generate("a red circle", height=32, width=32, steps=2).images.shape == (1, 32, 32, 3)
     wrong = run("--to", tmp_path / "model.bin")
     assert wrong.returncode != 0 and "model.bin" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "\ud800.safetensors", ""], ids=ascii)
+def test_what_can_be_no_name_is_one_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NextStepError, match="cannot be the name of a file"):
+        convert(tmp_path / name if name else Path(), report=lambda *_: pytest.fail("weights were read"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_carried_name_is_short_or_none(tmp_path: Path) -> None:
+    """Every picture that is drawn tells it."""
+    for name, told in (("Mine", "Mine"), ("x" * 255, "x" * 255), ("x" * 256, tmp_path.name)):
+        assert Documents(tmp_path, {NAME: name}).name == told

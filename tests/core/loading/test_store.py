@@ -91,3 +91,15 @@ def test_a_path_comes_before_the_embedded_name(tmp_path: Path, monkeypatch: pyte
     assert resolve_source("tiny") == tmp_path / "tiny"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_source("~/tiny") == tmp_path / "tiny"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [None, 5, {}, b"x", "~nobody-at-all/x", "x" * 5000, "a/" + "b" * 500, "a\0b", "a/b\n", "../x", "ä/ö"],
+    ids=ascii,
+)
+def test_what_can_be_no_source_is_one_short_sentence_without_network(source: object, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the network was asked"))
+    with pytest.raises(NextStepError) as caught:
+        resolve_source(source)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

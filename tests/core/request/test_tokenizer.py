@@ -287,3 +287,14 @@ def test_an_id_that_the_model_does_not_know_is_one_sentence(checkpoint: Path, pi
     assert load(checkpoint, pipeline, vocab_size=known).encode("<far>") == [608]
     with pytest.raises(NextStepError, match="the id 608, but the model knows only 608"):
         load(checkpoint, pipeline, vocab_size=608).encode("<far>")
+
+
+def test_more_than_any_published_tokenizer_has_is_refused_unbuilt(checkpoint: Path, pipeline, monkeypatch) -> None:
+    """A million tokens take 700 MB until the library has them."""
+    monkeypatch.setattr("tokenizers.Tokenizer.from_str", lambda *_: pytest.fail("it was built"), raising=False)
+    model = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    many = {"vocab": model["vocab"] | {f"é{n}": 10_000 + n for n in range(200_000)}}, {"merges": ["a b"] * 300_001}
+    for change in many:
+        edit_json(checkpoint / "tokenizer.json", model=model | change)
+        with pytest.raises(NextStepError, match=r"the number of (tokens|merges) is \d+; use a whole number from"):
+            load(checkpoint, pipeline)
