@@ -61,8 +61,12 @@ GROUP_COLORS = {
     "Model": "#3f789e", "Prompt": "#88A", "Picture": "#8A8", "Settings": "#8A8", "Draw": "#a1309b", "Result": "#b58b2a",
 }  # fmt: skip
 TITLE, GAP, COLUMN_GAP, GROUP_HEAD, FRAME, LANE = 30, 24, 66, 44, 14, 13
-# Of a window of 1366x768: what is free of menus (left, top, right, bottom), and the minimap's upper left corner.
-FREE, MINIMAP, LARGEST = (75, 105, 1352, 712), (1050, 495), 0.85
+# Of the canvas in a window of 1366x768, from its own corner: what is free of menus (left, top, right, bottom), and the
+# upper left corner of the minimap. Frontends that leave the corner to their menus count from there, 64 and 78 pixels
+# further in at most; those that do not fit a template into the window themselves.
+FREE, MINIMAP, LARGEST = (60, 70, 1290, 680), (1000, 418), 0.85
+WIDE = 340  # of the first column: the longest name of a checkpoint is read in full
+FAR = 250  # a wire that rises or falls so much bends beside its node, or it would swing under the next column
 
 
 @dataclass
@@ -207,14 +211,14 @@ class Wires:
         end["inputs"][slot]["link"] = link
         kind = start["outputs"][output]["type"]
         self.links.append([link, start["id"], output, end["id"], slot, kind])
-        points = self._way(source, output, part)
+        points = self._way(source, output, part, slot)
         for n, place in enumerate(points):
             reroute = {"id": len(self.reroutes) + 1, "pos": place, "linkIds": [link]}
             self.reroutes.append(reroute | ({"parentId": len(self.reroutes)} if n else {}))
         if points:
             self.extensions.append({"id": link, "parentId": len(self.reroutes)})
 
-    def _way(self, source: str, output: int, part: str) -> list[list[int]]:
+    def _way(self, source: str, output: int, part: str, slot: int) -> list[list[int]]:
         """Nothing for the next column; between two nodes that stand in one column; above all nodes for any other."""
         start, end, steps = self.nodes[source], self.nodes[part], self.columns[part] - self.columns[source]
         if steps == 1:
@@ -225,9 +229,14 @@ class Wires:
         lane = self.lanes.setdefault((source, output), len(self.lanes))
         beside = sum(self.columns[other] == self.columns[source] for other, _ in list(self.lanes)[:lane])
         above, left = -LANE * (lane + 1), end["pos"][0] - 22 - 4 * (lane % 3)
-        way = [[self._right(self.columns[source]) + 18 + 6 * beside, above], [left, above]]
+        right, height = self._right(self.columns[source]) + 18 + 6 * beside, start["pos"][1] + 20 * output
+        way = [[right, above], [left, above]]
+        if height - above > FAR:
+            way.insert(0, [right, height - 40])
         if steps < 0:
             way.append([left, end["pos"][1] + end["size"][1] // 2])
+        elif end["pos"][1] + 20 * slot - above > FAR:
+            way.append([left, end["pos"][1] + 20 * slot - 40])
         return way
 
     def _right(self, column: int) -> int:
@@ -396,13 +405,13 @@ def loader(checkpoint: str = MAIN, **links: tuple[str, int]) -> Node:
     embedded = checkpoint == EMBEDDED
     name = checkpoint if embedded else f"{checkpoint} (downloads 29 GB)"
     title = None if embedded else "Model: first Run downloads 29 GB"
-    return Node("model", "NextStepModelLoader", (300, 200), [name, "auto", "auto", True, "auto"], links, title)
+    return Node("model", "NextStepModelLoader", (WIDE, 200), [name, "auto", "auto", True, "auto"], links, title)
 
 
 def note(name: str, height: int, checkpoint: str = MAIN) -> Node:
     said = NOTES[name].strip().replace("\n\n", "\0").replace("\n|", "\1").replace("\n", " ")
     said = said.replace("\0", "\n\n").replace("\1", "\n|").format(fetches=FETCHES.format(checkpoint))
-    return Node("note", "MarkdownNote", (300, height), [f"## NextStep: {name}\n\n{said}"], title="Read me", color=BROWN)
+    return Node("note", "MarkdownNote", (WIDE, height), [f"## NextStep: {name}\n\n{said}"], title="Read me", color=BROWN)
 
 
 def prompt(part: str, title: str, text: str, height: int = 150) -> Node:
@@ -452,7 +461,7 @@ def save(name: str, source: str = "decode", height: int = 300) -> Node:
 
 
 def load(picture: str) -> Node:
-    return Node("load", "LoadImage", (300, 328), [picture, "image"], title="Your picture")
+    return Node("load", "LoadImage", (WIDE, 328), [picture, "image"], title="Your picture")
 
 
 def change() -> Node:
@@ -561,7 +570,7 @@ def outpaint() -> Template:
 
 
 def aspect_ratios() -> Template:
-    ratio = Node("ratio", "NextStepAspectRatio", (300, 82), ["21:12 landscape", "512"])
+    ratio = Node("ratio", "NextStepAspectRatio", (WIDE, 102), ["21:12 landscape", "512"])
     return Template(
         "NextStep Aspect Ratios",
         [
@@ -626,7 +635,7 @@ def compare() -> Template:
             [note("Compare", 230), group("Model", loader(quantization=("compare", 4))), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Settings", table)],
             [group("Draw", sampler(seed=(42, "fixed"), fed=settings))],
-            [group("Result", decode(), grid, save("compare", "grid"))],
+            [group("Result", decode(), grid, save("compare", "grid", 220))],
         ],
         text_app(("compare", "cfg"), ("compare", "steps"), ("compare", "sampler")),
     )
@@ -642,7 +651,7 @@ def resume() -> Template:
             [note("Resume", 250), group("Model", loader()), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Picture", canvas)],
             [group("Draw", sampler(("resume", 0), seed=(42, "fixed"), on_interrupt="keep"))],
-            [group("Result", decode(), save("resumed"), kept)],
+            [group("Result", decode(), save("resumed", height=220), kept)],
         ],
         text_app(*SIZED),
     )
