@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +194,22 @@ def test_pictures_are_offered_once_and_never_over_what_is_there(graph: ComfyGrap
     assert others and all((target / name).read_bytes() == (source / name).read_bytes() for name in others)
     monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(tmp_path / "not there"))
     host.offer_pictures(source)
+
+
+def test_a_full_disk_leaves_no_half_a_picture_and_the_pack_loads(graph: ComfyGraph, tmp_path, monkeypatch) -> None:
+    host, source, target = graph.pack("nodes.host"), tmp_path / "from", tmp_path / "to"
+    source.mkdir()
+    target.mkdir()
+    (source / "picture.png").write_bytes(bytes(100))
+    monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(target))
+
+    def full(path: Path) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", full)
+        host.offer_pictures(source)
+    assert not list(target.iterdir())
+    host.offer_pictures(source)
+    assert (target / "picture.png").read_bytes() == bytes(100)
+    host.offer_pictures(tmp_path / "not packed")

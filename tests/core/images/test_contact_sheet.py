@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nextstep_core.images.contact_sheet import GAP, contact_sheet
+from nextstep_core.images.contact_sheet import GAP, _fitting, contact_sheet
 
 SIDE = 64
 
@@ -37,3 +37,26 @@ def test_a_long_label_makes_its_cells_wide_enough() -> None:
     across = (sheet < 0.5).any(-1).any(0)
     middle = sheet.shape[1] // 2
     assert across[: middle - 2].any() and across[middle + 2 :].any() and not across[middle - 2 : middle + 2].any()
+
+
+class Font:
+    """Knows some letters, and draws a box for any other."""
+
+    def __init__(self, known: str) -> None:
+        self.known = known
+
+    def getmask(self, letter: str) -> bytes:
+        return letter.encode() if letter in self.known else b"box"
+
+
+def test_a_label_takes_the_font_that_has_its_letters() -> None:
+    own, greek, most = fonts = Font("cfg 5"), Font("αβγ"), Font("cfg5 αβ")
+    assert _fitting(fonts, "cfg 5") is own
+    assert _fitting(fonts, "α γ") is greek
+    assert _fitting(fonts, "cfg αγ") is most, "none has all"
+    assert _fitting(fonts, "") is own
+
+
+def test_a_label_of_several_lines_is_written_in_one() -> None:
+    one, two = (contact_sheet([plain(1.0)], [label], 1) for label in ("a b", " a\n\tb"))
+    assert torch.equal(one, two)
