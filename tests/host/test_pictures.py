@@ -94,6 +94,7 @@ def test_what_no_model_could_draw_is_refused_before_anything_is_encoded(graph: C
         "The mask is 64x64, but the picture is 4000x3000": lambda: prepare.execute(
             photo, **PREPARE, mask=torch.ones(1, 64, 64)
         ),
+        "2 masks for 1 pictures": lambda: prepare.execute(photo, **PREPARE, mask=torch.ones(2, 3000, 4000)),
         "The nearest size is 64x64": lambda: prepare.execute(
             photo, **PREPARE | {"size": "width and height", "width": 72}
         ),
@@ -133,6 +134,7 @@ def test_every_combination_is_drawn_and_labelled(graph: ComfyGraph) -> None:
     ("texts", "sentence"),
     [
         ({"cfg": "5, , 7"}, "cfg lists ''; write numbers"),
+        ({"cfg": ""}, "cfg lists ''; write numbers"),
         ({"steps": "12, 7.5"}, "steps lists '7.5'; write whole numbers"),
         ({"cfg": "0.5"}, "cfg is 0.5"),
         ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
