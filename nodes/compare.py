@@ -113,7 +113,8 @@ class NextStepCompare(io.ComfyNode):
     def validate_inputs(cls, **texts: str | None) -> bool | str:
         """True, or what is wrong; a widget that is linked is not known yet."""
         try:
-            combinations({name: texts.get(name) or default for name, default in DEFAULTS.items()})
+            given = {name: text for name, text in texts.items() if text is not None}
+            combinations(DEFAULTS | given)
         except NextStepError as error:
             return str(error)
         return True

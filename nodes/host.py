@@ -124,16 +124,21 @@ def notes_for_picture(node: type[io.ComfyNode]) -> dict[str, str] | None:
 
 
 def offer_pictures(folder: Path) -> None:
-    """Put the pictures of a folder where the host's Load Image finds them. What is there already stays as it is."""
-    for picture in folder.iterdir():
+    """Put the pictures of a folder where the host's Load Image finds them. What is there already stays as it is.
+
+    A disk that fails leaves no half a picture, and none of this keeps the pack from loading.
+    """
+    for picture in folder.glob("*"):
         target = Path(folder_paths.get_input_directory()) / picture.name
+        ours = False
         try:
-            file = target.open("xb")
-        except OSError as error:  # there already, or a folder that one can only read
+            with target.open("xb") as file:
+                ours = True
+                file.write(picture.read_bytes())
+        except OSError as error:  # there already, a folder that one can only read, or a full disk
             log.debug("%s was not written: %s", target, error)
-            continue
-        with file:
-            file.write(picture.read_bytes())
+            if ours:
+                target.unlink(missing_ok=True)
 
 
 def check_interrupt() -> None:

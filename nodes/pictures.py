@@ -36,7 +36,11 @@ def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
         return None
     mask = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
     count, height, width, _ = pictures.shape
-    if len(mask) not in (1, count) or mask.shape[-1] * height != mask.shape[-2] * width:
+    if len(mask) not in (1, count):
+        raise NextStepError(
+            f"There are {len(mask)} masks for {count} pictures. Connect one mask for all, or one for each."
+        )
+    if mask.shape[-1] * height != mask.shape[-2] * width:
         raise NextStepError(
             f"The mask is {mask.shape[-1]}x{mask.shape[-2]}, but the picture is {width}x{height}. Use the mask that "
             "was painted on this picture."

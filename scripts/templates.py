@@ -61,8 +61,12 @@ GROUP_COLORS = {
     "Model": "#3f789e", "Prompt": "#88A", "Picture": "#8A8", "Settings": "#8A8", "Draw": "#a1309b", "Result": "#b58b2a",
 }  # fmt: skip
 TITLE, GAP, COLUMN_GAP, GROUP_HEAD, FRAME, LANE = 30, 24, 66, 44, 14, 13
-# Of a window of 1366x768: what is free of menus (left, top, right, bottom), and the minimap's upper left corner.
-FREE, MINIMAP, LARGEST = (75, 105, 1352, 712), (1050, 495), 0.85
+# Of the canvas in a window of 1366x768, from its own corner: what is free of menus (left, top, right, bottom), and the
+# upper left corner of the minimap. Frontends that leave the corner to their menus count from there, 64 and 78 pixels
+# further in at most; those that do not fit a template into the window themselves.
+FREE, MINIMAP, LARGEST = (60, 70, 1290, 680), (1000, 418), 0.85
+WIDE = 340  # of the first column: the longest name of a checkpoint is read in full
+FAR = 250  # a wire that rises or falls so much bends beside its node, or it would swing under the next column
 
 
 @dataclass
@@ -207,27 +211,34 @@ class Wires:
         end["inputs"][slot]["link"] = link
         kind = start["outputs"][output]["type"]
         self.links.append([link, start["id"], output, end["id"], slot, kind])
-        points = self._way(source, output, part)
+        points = self._way(source, output, part, slot)
         for n, place in enumerate(points):
             reroute = {"id": len(self.reroutes) + 1, "pos": place, "linkIds": [link]}
             self.reroutes.append(reroute | ({"parentId": len(self.reroutes)} if n else {}))
         if points:
             self.extensions.append({"id": link, "parentId": len(self.reroutes)})
 
-    def _way(self, source: str, output: int, part: str) -> list[list[int]]:
+    def _way(self, source: str, output: int, part: str, slot: int) -> list[list[int]]:
         """Nothing for the next column; between two nodes that stand in one column; above all nodes for any other."""
         start, end, steps = self.nodes[source], self.nodes[part], self.columns[part] - self.columns[source]
         if steps == 1:
             return []
         if steps == 0:
             between = end["pos"][1] - TITLE - GAP // 2
-            return [[start["pos"][0] + start["size"][0] + 10, between], [end["pos"][0] - 10, between]]
+            right, height = start["pos"][0] + start["size"][0] + 10, start["pos"][1] + 20 * output
+            beside_start = [[right, height + 40]] if between - height > FAR else []
+            return [*beside_start, [right, between], [end["pos"][0] - 10, between]]
         lane = self.lanes.setdefault((source, output), len(self.lanes))
         beside = sum(self.columns[other] == self.columns[source] for other, _ in list(self.lanes)[:lane])
         above, left = -LANE * (lane + 1), end["pos"][0] - 22 - 4 * (lane % 3)
-        way = [[self._right(self.columns[source]) + 18 + 6 * beside, above], [left, above]]
+        right, height = self._right(self.columns[source]) + 18 + 6 * beside, start["pos"][1] + 20 * output
+        way = [[right, above], [left, above]]
+        if height - above > FAR:
+            way.insert(0, [right, height - 40])
         if steps < 0:
             way.append([left, end["pos"][1] + end["size"][1] // 2])
+        elif end["pos"][1] + 20 * slot - above > FAR:
+            way.append([left, end["pos"][1] + 20 * slot - 40])
         return way
 
     def _right(self, column: int) -> int:
@@ -396,13 +407,15 @@ def loader(checkpoint: str = MAIN, **links: tuple[str, int]) -> Node:
     embedded = checkpoint == EMBEDDED
     name = checkpoint if embedded else f"{checkpoint} (downloads 29 GB)"
     title = None if embedded else "Model: first Run downloads 29 GB"
-    return Node("model", "NextStepModelLoader", (300, 200), [name, "auto", "auto", True, "auto"], links, title)
+    return Node("model", "NextStepModelLoader", (WIDE, 224), [name, "auto", "auto", True, "auto"], links, title)
 
 
 def note(name: str, height: int, checkpoint: str = MAIN) -> Node:
     said = NOTES[name].strip().replace("\n\n", "\0").replace("\n|", "\1").replace("\n", " ")
     said = said.replace("\0", "\n\n").replace("\1", "\n|").format(fetches=FETCHES.format(checkpoint))
-    return Node("note", "MarkdownNote", (300, height), [f"## NextStep: {name}\n\n{said}"], title="Read me", color=BROWN)
+    return Node(
+        "note", "MarkdownNote", (WIDE, height), [f"## NextStep: {name}\n\n{said}"], title="Read me", color=BROWN
+    )
 
 
 def prompt(part: str, title: str, text: str, height: int = 150) -> Node:
@@ -440,19 +453,19 @@ def sampler(
         "negative": ("negative", 0),
         **(fed or {}),
     }
-    return Node("sampler", "NextStepSampler", (300, 500), values, links)
+    return Node("sampler", "NextStepSampler", (300, 604), values, links)
 
 
-def decode() -> Node:
-    return Node("decode", "NextStepVAEDecode", (340, 46), [], {"samples": ("sampler", 0), "vae": ("model", 1)})
+def decode(width: int = 340) -> Node:
+    return Node("decode", "NextStepVAEDecode", (width, 46), [], {"samples": ("sampler", 0), "vae": ("model", 1)})
 
 
-def save(name: str, source: str = "decode", height: int = 300) -> Node:
-    return Node("save", "SaveImage", (340, height), [f"NextStep/{name}"], {"images": (source, 0)})
+def save(name: str, source: str = "decode", height: int = 300, width: int = 340) -> Node:
+    return Node("save", "SaveImage", (width, height), [f"NextStep/{name}"], {"images": (source, 0)})
 
 
 def load(picture: str) -> Node:
-    return Node("load", "LoadImage", (300, 328), [picture, "image"], title="Your picture")
+    return Node("load", "LoadImage", (WIDE, 328), [picture, "image"], title="Your picture")
 
 
 def change() -> Node:
@@ -475,7 +488,7 @@ def paste() -> Node:
 def prepare(source: str, area: str) -> Node:
     values = ["crop", "nearest aspect ratio", "512", 512, 512, area, 0.5]
     links = {"image": (source, 0), "mask": (source, 1), "vae": ("model", 1)}
-    return Node("prepare", "NextStepPreparePicture", (320, 324), values, links)
+    return Node("prepare", "NextStepPreparePicture", (320, 372), values, links)
 
 
 def text_app(*more: tuple[str, str]) -> list[tuple[str, str]]:
@@ -495,8 +508,8 @@ def first_run() -> Template:
                 group("Prompt", positive("a red circle on a blue background"), negative("")),
                 group("Picture", size(64, 64)),
             ],
-            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "randomize")))],
-            [group("Result", decode(), enlarged, save("first-run", "scale", 180))],
+            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "randomize")), decode(300))],
+            [group("Result", enlarged, save("first-run", "scale", 270))],
         ],
         text_app(*SIZED),
     )
@@ -520,7 +533,7 @@ def image_edit() -> Template:
         "NextStep Image Edit",
         [
             [
-                note("Image Edit", 210, EDITING),
+                note("Image Edit", 190, EDITING),
                 group("Model", loader(EDITING)),
                 group("Picture", load("nextstep_lighthouse.jpg")),
             ],
@@ -536,7 +549,7 @@ def inpaint() -> Template:
     return Template(
         "NextStep Inpaint",
         [
-            [note("Inpaint", 210), group("Model", loader()), group("Picture", load("nextstep_inpaint.png"))],
+            [note("Inpaint", 190), group("Model", loader()), group("Picture", load("nextstep_inpaint.png"))],
             [group("Prompt", positive(BOAT), negative()), group("Picture", prepare("load", "around the mask"))],
             [group("Draw", sampler(("prepare", 6)))],
             [group("Result", decode(), paste(), save("inpaint", "paste"))],
@@ -546,22 +559,22 @@ def inpaint() -> Template:
 
 
 def outpaint() -> Template:
-    pad = Node("pad", "ImagePadForOutpaint", (260, 174), [0, 0, 0, 256, 0], {"image": ("load", 0)}, "Room to draw")
+    pad = Node("pad", "ImagePadForOutpaint", (220, 174), [0, 0, 0, 256, 0], {"image": ("load", 0)}, "Room to draw")
     return Template(
         "NextStep Outpaint",
         [
-            [note("Outpaint", 210), group("Model", loader()), group("Picture", load("nextstep_lighthouse.jpg"))],
+            [note("Outpaint", 190), group("Model", loader()), group("Picture", load("nextstep_lighthouse.jpg"))],
             [group("Picture", pad)],
             [group("Prompt", positive(CLIFF), negative()), group("Picture", prepare("pad", "whole picture"))],
             [group("Draw", sampler(("prepare", 6)))],
-            [group("Result", decode(), save("outpaint"))],
+            [group("Result", decode(width=300), save("outpaint", width=300))],
         ],
         [("load", "image"), ("pad", "right"), ("pad", "bottom"), *text_app()],
     )
 
 
 def aspect_ratios() -> Template:
-    ratio = Node("ratio", "NextStepAspectRatio", (300, 82), ["21:12 landscape", "512"])
+    ratio = Node("ratio", "NextStepAspectRatio", (WIDE, 102), ["21:12 landscape", "512"])
     return Template(
         "NextStep Aspect Ratios",
         [
@@ -601,14 +614,14 @@ def low_vram() -> Template:
         [
             [note("Low VRAM", 310), group("Model", loader())],
             [group("Prompt", positive(FOX), negative()), group("Picture", size())],
-            [group("Draw", sampler(on_interrupt="keep"))],
             [
                 group(
-                    "Result",
-                    Node("decode", "VAEDecodeTiled", (340, 150), [256, 64, 64, 8], tiled),
-                    save("low-vram", height=200),
+                    "Draw",
+                    sampler(on_interrupt="keep"),
+                    Node("decode", "VAEDecodeTiled", (300, 150), [256, 64, 64, 8], tiled),
                 )
             ],
+            [group("Result", save("low-vram"))],
         ],
         text_app(*SIZED),
     )
@@ -616,7 +629,7 @@ def low_vram() -> Template:
 
 def compare() -> Template:
     values = ["5, 7.5, 10", "12, 28", "1", "auto", "auto"]
-    table = Node("compare", "NextStepCompare", (320, 276), values, title="Values to compare")
+    table = Node("compare", "NextStepCompare", (320, 300), values, title="Values to compare")
     settings = {name: ("compare", n) for n, name in enumerate(("cfg", "steps", "shift", "sampler"))}
     sheet = {"image": ("decode", 0), "labels": ("compare", 5), "columns": ("compare", 6)}
     grid = Node("grid", "NextStepLabelledGrid", (340, 98), [2], sheet)
@@ -626,7 +639,7 @@ def compare() -> Template:
             [note("Compare", 230), group("Model", loader(quantization=("compare", 4))), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Settings", table)],
             [group("Draw", sampler(seed=(42, "fixed"), fed=settings))],
-            [group("Result", decode(), grid, save("compare", "grid"))],
+            [group("Result", decode(), grid, save("compare", "grid", 270))],
         ],
         text_app(("compare", "cfg"), ("compare", "steps"), ("compare", "sampler")),
     )
@@ -634,7 +647,7 @@ def compare() -> Template:
 
 def resume() -> Template:
     name = "NextStep/unfinished"
-    canvas = Node("resume", "NextStepResume", (320, 90), [name], {"latent": ("size", 0)})
+    canvas = Node("resume", "NextStepResume", (320, 116), [name], {"latent": ("size", 0)})
     kept = Node("kept", "SaveLatent", (340, 58), [name], {"samples": ("sampler", 0)})
     return Template(
         "NextStep Resume",
@@ -642,7 +655,7 @@ def resume() -> Template:
             [note("Resume", 250), group("Model", loader()), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Picture", canvas)],
             [group("Draw", sampler(("resume", 0), seed=(42, "fixed"), on_interrupt="keep"))],
-            [group("Result", decode(), save("resumed"), kept)],
+            [group("Result", decode(), save("resumed", height=270), kept)],
         ],
         text_app(*SIZED),
     )

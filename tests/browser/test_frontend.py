@@ -33,6 +33,38 @@ DROP = """async data => {
     await app.handleFile(new File([bytes], 'shared.png', {type: 'image/png'}));
 }"""
 
+# What a person would find untidy: a node outside the canvas, under the minimap or sticking out of its group, or a wire
+# under a node. The frontend's own paths are asked; `inset` leaves a wire the edge of the nodes that it belongs to.
+UNTIDY = """() => {
+    const area = app.canvas.canvas.getBoundingClientRect(), {scale, offset} = app.canvas.ds, found = [];
+    const map = document.querySelector('.litegraph-minimap, [data-testid=minimap-container]')?.getBoundingClientRect();
+    const pen = document.createElement('canvas').getContext('2d');
+    pen.lineWidth = 3;
+    for (const node of app.graph._nodes) {
+        const [x, y, width, height] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30];
+        const left = area.left + (x + offset[0]) * scale, top = area.top + (y + offset[1]) * scale;
+        const right = left + width * scale, bottom = top + height * scale;
+        if (left < area.left || top < area.top || right > area.right || bottom > area.bottom)
+            found.push(`${node.title} is outside`);
+        if (map && right > map.left && bottom > map.top) found.push(`${node.title} is under the minimap`);
+        const around = app.graph._groups.some(({_bounding: [gx, gy, gw, gh]}) =>
+            x >= gx && y >= gy && x + width <= gx + gw && y + height <= gy + gh);
+        if (!around && node.type !== 'MarkdownNote') found.push(`${node.title} sticks out of its group`);
+        for (const link of app.canvas.renderedPaths) {
+            const ids = link.linkIds ? [...link.linkIds] : [link.id];
+            const ends = ids.flatMap(id => [app.graph.getLink(id).origin_id, app.graph.getLink(id).target_id]);
+            const inset = ends.includes(node.id) ? 14 : 4, crosses = (a, b) => pen.isPointInStroke(link.path, a, b);
+            for (let a = inset; a <= width - inset; a += 2)
+                if (crosses(x + a, y + inset) || crosses(x + a, y + height - inset))
+                    found.push(`a wire is under ${node.title}`);
+            for (let b = inset; b <= height - inset; b += 2)
+                if (crosses(x + inset, y + b) || crosses(x + width - inset, y + b))
+                    found.push(`a wire is under ${node.title}`);
+        }
+    }
+    if (scale * 14 <= 8) found.push('text is too small to be shown');
+    return [...new Set(found)];
+}"""
 OPEN = "workflow => app.loadGraphData(workflow, true, true, 'test')"
 PROMPT = """async () => Object.fromEntries(Object.entries((await app.graphToPrompt()).output).map(
     ([id, node]) => [id, [node.class_type, node.inputs]]))"""
@@ -137,9 +169,11 @@ def test_a_template_runs_as_it_is(page, host: ComfyServer, path: Path) -> None:
     window = page.viewport_size
     for width, height in SHOWN:
         page.set_viewport_size({"width": width, "height": height})
+        page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', true)")
         open_template(page, path.stem)
+        page.wait_for_timeout(1000)
         screenshot(page, f"{path.stem} {width}", fit=False)
-    page.set_viewport_size(window)
+        assert page.evaluate(UNTIDY) == []
     assert page.get_by_role("dialog").count() == 0, "nothing is missing"
     saved = {str(node["id"]): node.get("widgets_values", []) for node in read_workflow(path)["nodes"]}
     for node in page.evaluate(GRAPH):
@@ -154,6 +188,8 @@ def test_a_template_runs_as_it_is(page, host: ComfyServer, path: Path) -> None:
     assert min(Image.open(picture).size) >= 384
     assert not any(node["error"] for node in page.evaluate(GRAPH)), "no red box"
     page.wait_for_timeout(1500)
+    assert page.evaluate(UNTIDY) == [], "also with what the nodes show now"
+    page.set_viewport_size(window)
     screenshot(page, f"{path.stem} drawn")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +95,7 @@ def test_what_no_model_could_draw_is_refused_before_anything_is_encoded(graph: C
         "The mask is 64x64, but the picture is 4000x3000": lambda: prepare.execute(
             photo, **PREPARE, mask=torch.ones(1, 64, 64)
         ),
+        "2 masks for 1 pictures": lambda: prepare.execute(photo, **PREPARE, mask=torch.ones(2, 3000, 4000)),
         "The nearest size is 64x64": lambda: prepare.execute(
             photo, **PREPARE | {"size": "width and height", "width": 72}
         ),
@@ -132,6 +135,7 @@ def test_every_combination_is_drawn_and_labelled(graph: ComfyGraph) -> None:
     ("texts", "sentence"),
     [
         ({"cfg": "5, , 7"}, "cfg lists ''; write numbers"),
+        ({"cfg": ""}, "cfg lists ''; write numbers"),
         ({"steps": "12, 7.5"}, "steps lists '7.5'; write whole numbers"),
         ({"cfg": "0.5"}, "cfg is 0.5"),
         ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
@@ -228,5 +232,24 @@ def test_resume_waits_for_no_pipe(graph: ComfyGraph) -> None:
     folder = graph.base / "output" / "NextStep"
     folder.mkdir(parents=True, exist_ok=True)
     os.mkfifo(folder / "pipe_00001_.latent")
-    with pytest.raises(graph.pack("nextstep_core.errors").NextStepError, match="no regular file"):
+    with pytest.raises(graph.pack("nextstep_core.errors").NextStepError, match="not a regular file"):
         graph.pack("nodes.resume").NextStepResume.execute({"samples": torch.zeros(1, 16, 8, 6)}, "NextStep/pipe")
+
+
+def test_a_full_disk_leaves_no_half_a_picture_and_the_pack_loads(graph: ComfyGraph, tmp_path, monkeypatch) -> None:
+    host, source, target = graph.pack("nodes.host"), tmp_path / "from", tmp_path / "to"
+    source.mkdir()
+    target.mkdir()
+    (source / "picture.png").write_bytes(bytes(100))
+    monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(target))
+
+    def full(path: Path) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", full)
+        host.offer_pictures(source)
+    assert not list(target.iterdir())
+    host.offer_pictures(source)
+    assert (target / "picture.png").read_bytes() == bytes(100)
+    host.offer_pictures(tmp_path / "not packed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nextstep_core import NextStepError
-from nextstep_core.images.contact_sheet import GAP, contact_sheet
+from nextstep_core.images.contact_sheet import GAP, _fitting, contact_sheet
 
 SIDE = 64
 
@@ -45,3 +45,26 @@ def test_a_wide_and_a_tall_picture_make_no_sheet_that_does_not_fit(monkeypatch) 
     wide, tall = plain(1.0, 1, 2_000_000), plain(1.0, 2_000_000, 1)
     with pytest.raises(NextStepError, match="grid of 4000024x2000016 pixels would take"):
         contact_sheet([wide, tall], [], 2)
+
+
+class Font:
+    """Knows some letters, and draws a box for any other."""
+
+    def __init__(self, known: str) -> None:
+        self.known = known
+
+    def getmask(self, letter: str) -> bytes:
+        return letter.encode() if letter in self.known else b"box"
+
+
+def test_a_label_takes_the_font_that_has_its_letters() -> None:
+    own, greek, most = fonts = Font("cfg 5"), Font("αβγ"), Font("cfg5 αβ")
+    assert _fitting(fonts, "cfg 5") is own
+    assert _fitting(fonts, "α γ") is greek
+    assert _fitting(fonts, "cfg αγ") is most, "none has all"
+    assert _fitting(fonts, "") is own
+
+
+def test_a_label_of_several_lines_is_written_in_one() -> None:
+    one, two = (contact_sheet([plain(1.0)], [label], 1) for label in ("a b", " a\n\tb"))
+    assert torch.equal(one, two)
