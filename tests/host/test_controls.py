@@ -167,13 +167,18 @@ def test_the_node_goes_on_with_what_it_kept_of_just_this_run(kit, monkeypatch) -
         return sample(model, positive, negative, latent, *rest)
 
     whole = execute(on_interrupt="discard")
-    before = kit.sampler.NextStepSampler.fingerprint_inputs(seed=5, **widgets, on_interrupt="keep", model=None)
+
+    def fingerprints() -> list[int]:
+        """With the seed as a widget, and with one that is linked."""
+        fingerprint = kit.sampler.NextStepSampler.fingerprint_inputs
+        return [fingerprint(seed=seed, **widgets, on_interrupt="keep", model=None) for seed in (5, None)]
+
+    before = fingerprints()
     monkeypatch.setattr(kit.sampler, "sample", recording)
     with monkeypatch.context() as patch:
         stopping(kit, patch, 6)
         part = execute()
-    after = kit.sampler.NextStepSampler.fingerprint_inputs(seed=None, **widgets, on_interrupt="keep", model=None)
-    assert after == before + 1, "so that the host does not take the part for the whole"
+    assert fingerprints() == [count + 1 for count in before], "so that the host does not take the part for the whole"
     other = execute(seed=6), execute(cfg=2.0), execute(latent=kit.latents.empty_latent(64, 64, 1))
     assert not any(kit.sampler.PARTIAL in canvas for canvas in canvases), "none of these was interrupted"
     assert torch.equal(execute()["samples"], whole["samples"]) and canvases[-1] is part
@@ -210,7 +215,7 @@ def test_one_box_equals_the_separate_nodes(kit) -> None:
     settings = {
         "steps": 6, "cfg": 3.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto",
     }  # fmt: skip
-    image, latent = kit.boxes.NextStepTextToImage.execute(
+    image, latent, info = kit.boxes.NextStepTextToImage.execute(
         kit.model, kit.vae, "a red circle", "", 64, 64, 1, 3, **settings
     ).result
     separate = draw(
@@ -223,7 +228,8 @@ def test_one_box_equals_the_separate_nodes(kit) -> None:
     )
     assert torch.equal(latent["samples"], separate["samples"])
     assert torch.equal(image, kit.latents.decode_latent(kit.vae, separate))
-    edited, _ = kit.boxes.NextStepImageEdit.execute(
+    assert info.texts[0].startswith("a red circle\nSteps: 6, ")
+    edited, *_ = kit.boxes.NextStepImageEdit.execute(
         kit.model,
         kit.vae,
         square_picture(),
@@ -421,7 +427,7 @@ def test_one_box_checks_all_before_a_picture_is_encoded_or_drawn(kit, monkeypatc
     for change, sentence in (
         ({"vae": other}, "makes latents of 4 channels; the model needs 16"),
         ({"seed": -1}, "seed is -1"),
-        ({"negative": half}, "half a character"),
+        ({"negative": half}, "half of a character"),
         ({"cfg": 0.0}, "cfg is 0"),
         ({"image": many}, "batch_size is 65"),
     ):
