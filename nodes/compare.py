@@ -13,6 +13,7 @@ from ..nextstep_core.images.contact_sheet import contact_sheet
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.settings import GenerationSettings
+from ..nextstep_core.sampling.solvers import SAMPLERS
 from . import host
 from .loaders import STORED
 from .types import CATEGORY
@@ -54,6 +55,7 @@ def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
     found = [dict(zip(reversed(KINDS), row)) for row in rows]
     for settings in found:
         check_choice("quantization", settings["quantization"], STORED)
+        check_choice("sampler", settings["sampler"], (AUTO, *SAMPLERS))
         with_widgets(
             GenerationSettings(sampler="flow-ode"), **{k: v for k, v in settings.items() if k != "quantization"}
         )

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -187,8 +188,10 @@ def _is_inside(path: str) -> bool:
 
 
 def _remote_file(sibling: RepoSibling) -> RemoteFile:
-    sha256 = sibling.lfs["sha256"] if sibling.lfs else None
-    return RemoteFile(sibling.rfilename, sibling.size or 0, sha256, sibling.blob_id)
+    sha256, size = sibling.lfs["sha256"] if sibling.lfs else None, sibling.size or 0
+    if not isinstance(size, int) or size < 0:
+        raise NextStepError(f"The hub says that {shown(sibling.rfilename)} has a size of {shown(size)}. Do not use it.")
+    return RemoteFile(sibling.rfilename, size, sha256, sibling.blob_id)
 
 
 def check_room(plan: Download) -> None:
@@ -242,15 +245,17 @@ def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         )
         assert process.stdin is not None, "it is a pipe"
         try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()  # and left open: when this process dies, the child sees its end
+            with suppress(BrokenPipeError):  # it died at once, and has said why
+                process.stdin.write(request + "\n")
+                process.stdin.flush()  # and left open: when this process dies, the child sees its end
             while process.poll() is None:
                 on_progress(plan.fetched, plan.size)
                 time.sleep(POLL_SECONDS)
         finally:
             process.kill()
             process.wait()
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         said.seek(0)
         reason = (said.read().strip().splitlines() or ["it stopped"])[-1]
     if process.returncode != 0:

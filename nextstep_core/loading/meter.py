@@ -6,6 +6,7 @@ import time
 from collections import deque
 
 WINDOW_SECONDS = 15.0
+SETTLING_SECONDS = 2.0  # before, a rate tells more of how a transfer begins than of how it goes on
 
 
 class Meter:
@@ -28,7 +29,7 @@ class Meter:
         line = f"{done / unit:.1f} of {size / unit:.1f} {'GB' if unit == 1e9 else 'MB'}"
         if done >= size:
             return f"{line}, checking"
-        if now <= began or done <= before:
+        if now < began + SETTLING_SECONDS or done <= before:
             return line
         rate = (done - before) / (now - began)
         return f"{line}, {rate / 1e6:.{0 if rate >= 1e7 else 1}f} MB/s, {clock((size - done) / rate)} left"

@@ -138,7 +138,7 @@ def test_every_combination_is_drawn_and_labelled(graph: ComfyGraph) -> None:
         ({"cfg": ""}, "cfg lists ''; write numbers"),
         ({"steps": "12, 7.5"}, "steps lists '7.5'; write whole numbers"),
         ({"cfg": "0.5"}, "cfg is 0.5"),
-        ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose one of auto"),
         ({"quantization": "int3"}, "quantization is 'int3'; choose one of none"),
         ({"cfg": "2, 3, 4, 5, 6, 7, 8, 9, 10", "steps": "1, 2, 3, 4, 5, 6, 7, 8"}, "make 72 pictures; at most 64"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 import threading
 from collections import namedtuple
 from dataclasses import replace
@@ -209,3 +210,28 @@ def test_what_can_be_no_repository_or_revision_is_one_sentence(hub: list, tmp_pa
         with pytest.raises(NextStepError) as caught:
             plan_download(names[0], tmp_path, names[1])
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("size", ["12", -1, 1.5, [3]])
+def test_a_list_with_a_size_that_is_none_is_refused(hub: list, tmp_path: Path, size: object) -> None:
+    hub[1:] = [sibling("config.json"), sibling("model.safetensors", size)]
+    with pytest.raises(NextStepError, match="'model.safetensors' has a size of"):
+        plan_download("stepfun-ai/NextStep-1.1", tmp_path)
+
+
+def test_a_child_that_ends_at_once_is_told_with_what_it_said(plan: Download, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it dies before or after it was told what to fetch."""
+    script = "import sys; sys.stdin.close(); sys.exit('no such module')"
+    began = download.subprocess.Popen
+    monkeypatch.setattr(
+        download.subprocess,
+        "Popen",
+        lambda _, **options: waited(began([sys.executable, "-c", script], **options)),
+    )
+    with pytest.raises(NextStepError, match="was not downloaded: no such module"):
+        download.download(plan, lambda *_: None)
+
+
+def waited(process):
+    process.wait()
+    return process

@@ -9,6 +9,7 @@ def test_bytes_rate_and_time_left() -> None:
     meter = Meter()
     size = 29_100_000_000
     assert meter.text(3_000_000_000, size, now=100.0) == "3.0 of 29.1 GB", "what was there before tells no rate"
+    assert meter.text(3_000_100_000, size, now=101.9) == "3.0 of 29.1 GB", "the first moments tell no rate either"
     assert meter.text(3_205_000_000, size, now=105.0) == "3.2 of 29.1 GB, 41 MB/s, 10:32 left"
     assert meter.text(3_205_000_000, size, now=200.0) == "3.2 of 29.1 GB", "it stands still"
     assert meter.text(size, size, now=201.0) == "29.1 of 29.1 GB, checking"
