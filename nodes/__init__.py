@@ -13,6 +13,7 @@ from .host import offer_pictures, register_model_folder
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
 from .pictures import NextStepPasteBack, NextStepPreparePicture
+from .presets import NextStepPreset
 from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .resume import NextStepResume
 from .sampler import NextStepSampler
@@ -37,6 +38,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepLabelledGrid,
     NextStepResume,
     NextStepSaveImage,
+    NextStepPreset,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

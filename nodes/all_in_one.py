@@ -12,6 +12,7 @@ from torch import Tensor
 from ..nextstep_core.sampling.settings import SEED, GenerationSettings
 from . import host
 from .latents import check_channels, decode_latent, empty_latent
+from .presets import OFF, applied, preset_input
 from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
 from .saving import INFO_OUTPUT, info_of
@@ -75,6 +76,7 @@ class NextStepTextToImage(DrawingNode):
                 io.String.Input("negative_prompt", multiline=True, default="", tooltip="What to avoid."),
                 *canvas_inputs(),
                 *setting_inputs(steps=28, shift=1.0),
+                preset_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],
@@ -91,8 +93,11 @@ class NextStepTextToImage(DrawingNode):
         height: int,
         batch_size: int,
         seed: int,
+        preset: str = OFF,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model)
+        width, height, negative_prompt, settings = applied(model, preset, width, height, negative_prompt, settings)
         drawing = Drawing.checked(model, vae, negative_prompt, seed, False, settings)
         host.note_in_picture(cls, model.facts)
         return drawing.draw(encode_prompt(model, prompt), empty_latent(width, height, batch_size))
@@ -123,6 +128,7 @@ class NextStepImageEdit(DrawingNode):
                 *size_inputs(),
                 *setting_inputs(steps=50, shift=3.2),
                 cfg_img_input(),
+                preset_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],
@@ -140,8 +146,11 @@ class NextStepImageEdit(DrawingNode):
         width: int,
         height: int,
         seed: int,
+        preset: str = OFF,
         **settings: Any,
     ) -> io.NodeOutput:
+        check_sockets(model=model)
+        width, height, negative_prompt, settings = applied(model, preset, width, height, negative_prompt, settings)
         drawing = Drawing.checked(model, vae, negative_prompt, seed, True, settings)
         host.note_in_picture(cls, model.facts)
         return drawing.draw(*encode_edit(model, vae, image, instruction, size, width, height))

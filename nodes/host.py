@@ -64,6 +64,11 @@ def register_model_folder() -> None:
     folder_paths.add_model_folder_path(MODEL_FOLDER, os.path.join(folder_paths.models_dir, MODEL_FOLDER))
 
 
+def user_folder() -> Path:
+    """Where the host keeps what belongs to its users."""
+    return Path(folder_paths.get_user_directory())
+
+
 def model_roots() -> list[Path]:
     """The folders in which NextStep checkpoints are looked for."""
     return [Path(root) for root in folder_paths.get_folder_paths(MODEL_FOLDER)]

@@ -574,7 +574,7 @@ def outpaint() -> Template:
 
 
 def aspect_ratios() -> Template:
-    ratio = Node("ratio", "NextStepAspectRatio", (WIDE, 102), ["21:12 landscape", "512"])
+    ratio = Node("ratio", "NextStepAspectRatio", (WIDE, 138), ["21:12 landscape", "512"])
     return Template(
         "NextStep Aspect Ratios",
         [

@@ -118,22 +118,20 @@ class Documents:
         return parse_object(self.text(name), self.where(name))
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str, advice: str = "Download the file again.") -> dict[str, Any]:
     """The JSON object in `text`; NextStepError, naming `where`, when it is something else or none that means anything:
-    nested without end, with numbers that are none, with a key that has two values."""
+    nested without end, with numbers that are none, with a key that has two values. `advice` ends the sentence."""
     values = sum(map(text.count, ",[{"))
     if values > MAX_VALUES:
-        raise NextStepError(
-            f"{where} holds {values:,} values; at most {MAX_VALUES:,} are allowed. Download the file again."
-        )
+        raise NextStepError(f"{where} holds {values:,} values; at most {MAX_VALUES:,} are allowed. {advice}")
     try:
         data = _DECODER.decode(text)
     except RecursionError:
-        raise NextStepError(f"{where} is nested too deeply. Download the file again.") from None
+        raise NextStepError(f"{where} is nested too deeply. {advice}") from None
     except ValueError as error:
-        raise NextStepError(f"{where} is not readable JSON ({error}). Download the file again.") from None
+        raise NextStepError(f"{where} is not readable JSON ({error}). {advice}") from None
     if not isinstance(data, dict):
-        raise NextStepError(f"{where} holds a JSON {type(data).__name__}, not an object. Download the file again.")
+        raise NextStepError(f"{where} holds a JSON {type(data).__name__}, not an object. {advice}")
     return data
 
 

@@ -464,3 +464,36 @@ def test_the_vae_of_prepare_picture_goes_on_in_tiles_and_tells_nan(graph: ComfyG
         prepare(*arguments, vae=nan)
     with pytest.raises(kit.error, match="connect the vae output"):
         prepare(*arguments, vae=5)
+
+
+def test_a_preset_is_shown_and_goes_where_it_is_linked(kit, graph: ComfyGraph, monkeypatch) -> None:
+    presets, said = graph.pack("nodes.presets"), []
+    monkeypatch.setattr(kit.host, "show_text", said.append)
+    own = kit.model.engine.recommended()
+    assert presets.NextStepPreset.execute(kit.model, "draft").result == (512, 512, 20, 6.0, own.cfg_img, own.shift, "")
+    assert presets.NextStepPreset.execute(kit.model, "edit").result[-1] == "Copy original image."
+    assert said[0] == f"512x512, 20 steps, cfg 6, shift {own.shift:g}"
+    presets.NextStepPreset.execute(kit.model, "premium")
+    assert "1024x1024 was not part of the training" in said[-1]
+    assert "'x'; choose one of draft" in presets.NextStepPreset.validate_inputs("x")
+
+
+@torch.inference_mode()
+def test_a_preset_of_the_user_s_file_takes_the_place_of_widgets(kit, graph: ComfyGraph, monkeypatch) -> None:
+    file = graph.pack("nodes.presets").preset_file()
+    widgets = {"cfg_schedule": "constant", "sampler": "auto", "use_norm": "auto"}
+    before = graph.pack("nodes.presets").NextStepPreset.fingerprint_inputs()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"mine": {"width": 96, "height": 64, "steps": 5, "cfg": 2, "negative_prompt": "a square"}}')
+    try:
+        assert graph.pack("nodes.presets").NextStepPreset.fingerprint_inputs() != before
+        box = kit.boxes.NextStepTextToImage
+        arguments = kit.model, kit.vae, "a red circle", "", 64, 64, 1, 3
+        by_name = box.execute(*arguments, preset="mine", **widgets, steps=9, cfg=7.0, shift=1.0).result
+    finally:
+        file.unlink()
+    by_hand = box.execute(
+        kit.model, kit.vae, "a red circle", "a square", 96, 64, 1, 3, **widgets, steps=5, cfg=2.0,
+        shift=kit.model.engine.recommended().shift,
+    ).result  # fmt: skip
+    assert torch.equal(by_name[0], by_hand[0]) and by_name[2] == by_hand[2]
