@@ -101,7 +101,6 @@ class NextStepTextEncode(io.ComfyNode):
                 ),
                 io.String.Input(
                     "positive_suffix",
-                    display_name="suffix",
                     default="",
                     optional=True,
                     tooltip="Added after the prompt with a space, such as: masterpiece, film grained, best quality.",

@@ -578,7 +578,7 @@ def aspect_ratios() -> Template:
     return Template(
         "NextStep Aspect Ratios",
         [
-            [note("Aspect Ratios", 290), group("Model", loader()), group("Picture", ratio)],
+            [note("Aspect Ratios", 262), group("Model", loader()), group("Picture", ratio)],
             [
                 group("Prompt", positive(COAST), negative()),
                 group("Picture", size(fed={"width": ("ratio", 0), "height": ("ratio", 1)})),

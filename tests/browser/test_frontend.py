@@ -140,6 +140,14 @@ def test_a_node_is_added_as_its_help_page_shows_it(page, name: str) -> None:
     page.evaluate("app.graph.clear()")
 
 
+def test_a_label_says_what_a_widget_is_for_where_its_name_must_stay(page) -> None:
+    """A saved workflow holds `positive_suffix`, which a negative prompt has too."""
+    page.evaluate(ADD_NODE, ["NextStepTextEncode", NODE_WIDTH])
+    widget = "app.graph._nodes[0].widgets.find(widget => widget.name === 'positive_suffix')"
+    assert page.evaluate(f"{widget}.label") == "suffix"
+    page.evaluate("app.graph.clear()")
+
+
 def test_the_template_browser_shows_every_thumbnail(page) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog").first
