@@ -86,15 +86,24 @@ def vae_roots() -> list[Path]:
 
 def last_saved_latent(filename_prefix: str) -> Path | None:
     """The file that the host's Save Latent wrote last under this name; NextStepError for a name that cannot be one."""
-    root = folder_paths.get_output_directory()
+    folder, name, *_ = _place_to_save(filename_prefix)
+    files = Path(folder).glob(f"{escape(name)}_*_.latent")
+    return max(files, key=lambda file: file.name, default=None)
+
+
+def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tuple[str, str, int, str, str]:
+    """(folder, name, count, folder below the output folder, prefix) as the host's savers have it; NextStepError for a
+    prefix that leads out of the output folder."""
     try:
-        folder, name, *_ = folder_paths.get_save_image_path(filename_prefix, root)
-        files = list(Path(folder).glob(f"{escape(name)}_*_.latent"))
+        root = folder_paths.get_output_directory()
+        place: tuple[str, str, int, str, str] = folder_paths.get_save_image_path(filename_prefix, root, width, height)
+    except OSError as error:
+        raise NextStepError(f"ComfyUI's output folder cannot be written to ({error}).") from None
     except Exception:  # the host has no kind of its own for a name outside its folder
         raise NextStepError(
             f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
         ) from None
-    return max(files, key=lambda file: file.name, default=None)
+    return place
 
 
 @dataclass(frozen=True)
@@ -107,14 +116,7 @@ class OutputFile:
 
 def next_file(filename_prefix: str, width: int, height: int, number: int, suffix: str) -> OutputFile:
     """The next free name under a prefix, as the host's Save Image counts; NextStepError for one outside its folder."""
-    root = folder_paths.get_output_directory()
-    try:
-        place = folder_paths.get_save_image_path(filename_prefix, root, width, height)
-    except Exception:  # the host has no kind of its own for a name outside its folder
-        raise NextStepError(
-            f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
-        ) from None
-    folder, name, count, subfolder, _ = place
+    folder, name, count, subfolder, _ = _place_to_save(filename_prefix, width, height)
     file = f"{name.replace('%batch_num%', str(number))}_{count:05}_{suffix}"
     return OutputFile(Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"})
 

@@ -497,3 +497,10 @@ def test_a_preset_of_the_user_s_file_takes_the_place_of_widgets(kit, graph: Comf
         shift=kit.model.engine.recommended().shift,
     ).result  # fmt: skip
     assert torch.equal(by_name[0], by_hand[0]) and by_name[2] == by_hand[2]
+
+
+def test_an_output_folder_that_takes_nothing_is_one_sentence(kit, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    with pytest.raises(kit.error, match="output folder cannot be written to .*file"):
+        kit.host.next_file("file/picture", 64, 64, 0, ".png")
