@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import logging
 import weakref
 
@@ -86,4 +87,6 @@ def test_a_picture_tells_how_the_weights_were_stored(server: ComfyServer) -> Non
     workflow = read_workflow(FIRST_RUN)
     run = server.run(to_prompt(workflow, server.call("/object_info")), workflow)
     (path,) = server.images(run)
-    assert json.loads(Image.open(path).text["nextstep"]) == {"model": "tiny", "weights": "float32"}
+    told = json.loads(Image.open(path).text["nextstep"])
+    assert (told["model"], told["weights"]) == ("tiny", "float32")
+    assert re.fullmatch("[0-9a-f]{10}", told["hash"])

@@ -96,7 +96,7 @@ def test_two_at_once_both_end_well_and_fetch_once(hub: Hub, tmp_path: Path) -> N
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=120)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sorted("Another run is fetching" in text for text in said) == [False, True], said
+    assert sorted("Another run is downloading" in text for text in said) == [False, True], said
     names = [name for name, _ in hub.asked]
     assert len(names) == len(set(names)), "the second found the files there"
     assert not list((tmp_path / "NextStep-1.1").rglob("nextstep.lock"))
