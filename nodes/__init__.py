@@ -10,6 +10,7 @@ from .all_in_one import NextStepImageEdit, NextStepTextToImage
 from .compare import NextStepCompare, NextStepLabelledGrid
 from .download import NextStepDownload
 from .host import offer_pictures, register_model_folder
+from .information import NextStepModelInfo
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
 from .pictures import NextStepPasteBack, NextStepPreparePicture
@@ -39,6 +40,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepResume,
     NextStepSaveImage,
     NextStepPreset,
+    NextStepModelInfo,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

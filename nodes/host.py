@@ -264,6 +264,11 @@ def on_unload(patcher: Any, forget: Callable[[], None]) -> None:
     patcher.add_callback(CallbacksMP.ON_DETACH, lambda _, unpatch_all: unpatch_all and forget())
 
 
+def free_memory(patcher: Any) -> int:
+    """Bytes that a model and a run can have of its device: what is free, and what the host would free for it."""
+    return int(mm.get_free_memory(patcher.load_device)) if mm.is_device_cpu(patcher.load_device) else _room(patcher)
+
+
 def plan_memory(
     patcher: Any, pictures: int, each: int, streamed: int, forget: Callable[[], None] = lambda: None
 ) -> MemoryPlan:

@@ -9,11 +9,11 @@ from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, not_finite, shown
-from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH, LatentSpace
+from ..nextstep_core.images.latents import PUBLISHED_LATENTS, LatentSpace
 from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, grid_of_ratio, ratio_size
 from . import host
 from .types import CATEGORY, check_sockets
-from .widgets import base_of, canvas_inputs
+from .widgets import base_of, canvas_inputs, checked_sides
 
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
@@ -91,15 +91,7 @@ class NextStepEmptyLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        try:
-            if width is not None and height is not None:
-                PUBLISHED_LATENTS.grid(height, width)
-            for side, value in ((WIDTH, width), (HEIGHT, height)):  # one is None where it is linked
-                if value is not None:
-                    PUBLISHED_LATENTS.check_side(side, value)
-        except NextStepError as error:
-            return str(error)
-        return True
+        return checked_sides(width, height)
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:

@@ -22,6 +22,7 @@ from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host, unfinished
+from .information import unsuited
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, known_to, setting_inputs, with_widgets
@@ -144,7 +145,13 @@ def sample(
             raise not_finite("What was drawn until the interrupt") from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
-    host.show_text(finished_text(job, time.monotonic() - began))
+    seconds = time.monotonic() - began
+    if progress.step.sampled:
+        model.seconds_per_token = 1 / progress.tokens_per_second
+    warning = unsuited(model, positive.editing)
+    if warning:
+        log.warning("NextStep: %s", warning)
+    host.show_text("\n".join(filter(None, (finished_text(job, seconds), warning))))
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
     if PARTIAL in finished:
         finished["noise_mask"] = finished.pop(PARTIAL)

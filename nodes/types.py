@@ -31,7 +31,7 @@ class HostModel:
 
     The patcher owns where the weights are; dtype is the one to compute in. `vae` is the one that goes with the
     checkpoint as a native VAE, or None where there is none; `rgb_map` is fitted to it before a run that shows previews.
-    `facts` are what pictures tell of the model they were drawn by.
+    `facts` are what pictures tell of the model they were drawn by; `seconds_per_token` is of the last run, if any.
     """
 
     engine: NextStepEngine
@@ -40,6 +40,7 @@ class HostModel:
     vae: Any
     facts: dict[str, str]
     rgb_map: Tensor | None = None
+    seconds_per_token: float | None = None
 
     def is_dynamic(self) -> bool:
         """Asked by the host's cache of a loader's outputs."""

@@ -152,6 +152,19 @@ def side_inputs() -> list[io.Input]:
     ]
 
 
+def checked_sides(width: int | None, height: int | None) -> bool | str:
+    """True, or what is wrong with a size; None is a side that is linked and so not known yet."""
+    try:
+        if width is not None and height is not None:
+            PUBLISHED_LATENTS.grid(height, width)
+        for side, value in ((WIDTH, width), (HEIGHT, height)):
+            if value is not None:
+                PUBLISHED_LATENTS.check_side(side, value)
+    except NextStepError as error:
+        return str(error)
+    return True
+
+
 def canvas_inputs() -> list[io.Input]:
     """Width, height and batch size of an empty canvas."""
     batch = io.Int.Input(

@@ -54,6 +54,13 @@ def published(documents: Documents, config: NextStepConfig) -> Published:
     return Published(newer, text_to_image=making, editing=editing)
 
 
+def purpose_of(name: str) -> str | None:
+    """ "editing" or "text to image" by the name that a checkpoint was published under; None for other names."""
+    if not name.lower().startswith("nextstep-1"):
+        return None
+    return "editing" if name.lower().endswith("edit") else "text to image"
+
+
 def published_settings(is_1_1: bool, name: str, editing: bool) -> GenerationSettings:
     """The published settings for a checkpoint called `name` (folder or hub id), to make or to edit an image."""
     if editing or name.lower().endswith("edit"):

@@ -504,3 +504,42 @@ def test_an_output_folder_that_takes_nothing_is_one_sentence(kit, monkeypatch, t
     monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
     with pytest.raises(kit.error, match="output folder cannot be written to .*file"):
         kit.host.next_file("file/picture", 64, 64, 0, ".png")
+
+
+def test_a_model_s_card_tells_what_it_is_for_what_it_takes_and_how_long(kit, graph: ComfyGraph, monkeypatch) -> None:
+    card = graph.pack("nodes.information").NextStepModelInfo
+    monkeypatch.setattr(kit.model, "seconds_per_token", None)
+    (text,) = card.execute(kit.model, 128, 64).result
+    weights = sum(p.nbytes for p in kit.model.patcher.model.parameters())
+    assert text.startswith("tiny: NextStep-1, for text and editing\n")
+    assert f"weights: {weights / 1e6:.1f} MB as float32, hash {kit.model.facts['hash']}" in text
+    assert "128x64: 32 tokens, " in text and "all of it fits" in text and "draw a picture once" in text
+    monkeypatch.setattr(kit.model, "seconds_per_token", 0.5)
+    monkeypatch.setattr(kit.host, "free_memory", lambda _: weights)
+    (text,) = card.execute(kit.model, 128, 64).result
+    assert "about 16.0 s, at the rate of the last run" in text and "streamed" in text
+    assert card.validate_inputs(width=72) == "width is 72; use a multiple of 16, such as 64."
+
+
+@pytest.mark.parametrize(
+    ("name", "editing", "words"),
+    [
+        ("NextStep-1.1", True, "not trained to edit"),
+        ("NextStep-1-Large-Edit", False, "is for editing"),
+        ("NextStep-1.1", False, None),
+        ("NextStep-1-Large-Edit", True, None),
+        ("tiny", True, None),
+        ("tiny", False, None),
+    ],
+)
+def test_a_checkpoint_that_was_not_made_for_this_is_told(kit, monkeypatch, name: str, editing: bool, words) -> None:
+    said = []
+    monkeypatch.setattr(kit.host, "show_text", said.append)
+    monkeypatch.setitem(kit.model.facts, "model", name)
+    with torch.inference_mode():
+        encoded, latent = kit.prompts.encode_edit(kit.model, kit.vae, square_picture(), "x", kit.prompts.KEEP_SIZE)
+        draw(kit, encoded if editing else kit.prompts.encode_prompt(kit.model, "x"), latent, steps=2)
+    assert kit.model.seconds_per_token > 0
+    time, *rest = said[-1].split("\n")
+    assert time.startswith("16 tokens in ")
+    assert (words in rest[0]) if words else not rest
