@@ -48,9 +48,11 @@ from .scenes import (
 from .tokenizer import BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_AREA, IMAGE_PLACEHOLDER, PAD
 from .vae_training import newest_vae, to_pixels
 
-# Families of variations in a shard, on the grid and anywhere. Captions name no place, so that most pictures drawn from
-# text alone had better be of the few places of the grid; what edits keep they learn from the others.
+# Families of variations in a shard, on the grid and anywhere.
 FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16)}  # "wide" for each of the other canvases
+# Captions name no place: most pictures drawn from text alone are of the few places of the grid, which keeps the shapes
+# clean. What edits keep they learn from the others.
+DRAWN_ON_GRID = 0.75
 TOKEN_PIXELS = 16
 ENCODE_BATCH = 32
 
@@ -156,7 +158,7 @@ class LatentPool:
     folder: Path
     count: int = 0
     tokens: dict[Scene, Tensor] = field(default_factory=dict)
-    drawings: dict[str, list[Scene]] = field(default_factory=lambda: defaultdict(list))
+    drawings: dict[str, dict[bool, list[Scene]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     edits: dict[str, dict[str, list[Edit]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
 
     def take_new_shards(self) -> None:
@@ -174,7 +176,8 @@ class LatentPool:
         for task, families in shard.families.items():
             for family in families:
                 for scene in family:
-                    self.drawings[task_of(task, scene)].append(scene)
+                    on_grid = all(thing.on_grid for thing in scene.objects)
+                    self.drawings[task_of(task, scene)][on_grid].append(scene)
                 for edit in edits_among(family):
                     self.edits[task_of(task, edit.source)][edit.kind].append(edit)
 
@@ -203,7 +206,9 @@ class Examples:
         if task.endswith("edit"):
             edits = [rng.choice(self.pool.edits[name][rng.choice(EDIT_KINDS)]) for _ in range(count)]
             return self._collate([Example(self._kept(rng, e.instruction), e.source, e.target) for e in edits])
-        return self._collate([self._drawing(rng, rng.choice(self.pool.drawings[name])) for _ in range(count)])
+        drawings = self.pool.drawings[name]
+        scenes = [rng.choice(drawings[rng.random() < DRAWN_ON_GRID]) for _ in range(count)]
+        return self._collate([self._drawing(rng, scene) for scene in scenes])
 
     def _drawing(self, rng: random.Random, scene: Scene) -> Example:
         plain = all(abs(thing.radius - SIZE_BORDER) >= NAMED_APART for thing in scene.objects)

@@ -137,6 +137,23 @@ def test_a_batch_holds_the_tokens_of_what_it_says(tmp_path: Path, tokenizers, fe
             assert torch.equal(batch.source, encode_mean_color([e.source for e in collated[-1]]).float())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_drawings_from_text_are_of_the_grid_as_often_as_is_asked(
+    tmp_path: Path, tokenizers, few_families, monkeypatch, share: float
+):
+    monkeypatch.setattr(data, "encode_scenes", encode_mean_color)
+    monkeypatch.setattr(data, "DRAWN_ON_GRID", share)
+    pool = LatentPool(tmp_path)
+    shard = Shard.by_number(0)
+    pool.add(shard, shard.encode(None, torch.device("cpu")))
+    examples, drawn = Examples(pool, tokenizers[0], drop=0.0), []
+    collate = examples._collate
+    monkeypatch.setattr(examples, "_collate", lambda those: drawn.extend(those) or collate(those))
+    for task in ("single", "pair", "wide"):
+        examples.batch(random.Random(task), task, 16)
+    assert {all(o.on_grid for o in example.target.objects) for example in drawn} == {bool(share)}
+
+
 def test_shards_hold_nothing_that_is_held_out_and_are_always_the_same():
     first, second = Shard.by_number(1), Shard.by_number(1)
     assert first == second != Shard.by_number(2)
