@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.scenes import COLORS, RADII, SHAPES, Scene, inside, relation_between
+from training.scenes import COLORS, SHAPES, SIZE_BORDER, Scene, inside, relation_between
 
 NAMES = list(COLORS)
 PALETTE = np.array([COLORS[name] for name in NAMES], np.float32)
@@ -19,7 +19,6 @@ COLOR_LIMIT = 70.0  # RGB distance beyond which a color has no name
 FOREGROUND = 38.0  # RGB distance from the background, just under half of the palette's nearest pair
 LEAST_PIXELS = 40  # specks below this are no objects; the smallest shape covers 220
 LEAST_MATCH = 0.75  # overlap with the best outline below which a blob has no shape
-SIZE_BORDER = sum(RADII.values()) / 2
 SAMPLES = 3
 
 

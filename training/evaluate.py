@@ -12,44 +12,60 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.pipeline import NextStepPipeline
+from nextstep_core.request.layout import Caption
+from nextstep_core.request.masks import kept_tokens
 from nextstep_core.runtime.quantization import RECIPES
 from tests.scene_reader import read_scene, shows
+from training.drawn_by_hand import sample_drawn_edits
 from training.scenes import (
     CANVASES,
+    COLORS,
     EDIT_KINDS,
+    SHAPES,
     SQUARE,
     Edit,
     Scene,
     caption,
+    place_freely,
     place_single,
+    place_single_freely,
     render,
     sample_edit,
     sample_pair,
+    scene_is_held_out,
     triples,
 )
 
+LARGE = (128, 128)
 BATCH = 10  # pictures a call: those of one call share their noise, so several seeds make a fair sample
 LEAST_PSNR = 22.0  # dB, of what an edit leaves alone
+SHOWN = 10  # pictures of each row of the contact sheet
+SMALL_ENOUGH = 18.0  # the largest radius of an object that is masked: more would mask the whole picture
 
 
 @dataclass
 class Score:
-    """How often each thing was right."""
+    """How often each thing was right, and the first pictures."""
 
     count: int = 0
     right: Counter[str] = field(default_factory=Counter)
+    shown: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, **verdicts: bool) -> None:
-        """Record one picture's verdicts."""
+    def add(self, *pictures: np.ndarray, **verdicts: bool) -> None:
+        """Record one picture's verdicts; with an edit's source, the source first."""
         self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(np.concatenate(pictures))
         self.right.update({name: int(verdict) for name, verdict in verdicts.items()})
 
     def share(self, name: str) -> float:
@@ -103,7 +119,7 @@ def measure_singles(
     for number, part in enumerate(batches(held_out_singles(count, seed, canvas), BATCH)):
         images = draw(pipeline, [text for text, _, _ in part], canvas, seed * 1000 + number, **settings)
         for image, (_, scene, sized) in zip(images, part, strict=True):
-            score.add(**judge_single(image, scene, sized))
+            score.add(image, **judge_single(image, scene, sized))
     return score
 
 
@@ -118,43 +134,158 @@ def measure_pairs(pipeline: NextStepPipeline, count: int, seed: int = 0, **setti
             colors = sorted(str(o.color) for o in reading.objects) == sorted(o.color for o in scene.objects)
             shapes = sorted(str(o.shape) for o in reading.objects) == sorted(o.shape for o in scene.objects)
             ground = reading.background == scene.background
-            score.add(background=ground, colors=colors, shapes=shapes, all=shows(reading, scene))
+            score.add(image, background=ground, colors=colors, shapes=shapes, all=shows(reading, scene))
     return score
 
 
-def measure_edits(pipeline: NextStepPipeline, count: int, seed: int = 0, pair: bool = False, **settings) -> Score:
-    """Edits of every kind in turn, of one object or one of two. "all" is the change made and the rest kept."""
+def measure_three(pipeline: NextStepPipeline, count: int, seed: int = 0, **settings) -> Score:
+    """Three objects anywhere on 128x128, of which no relation is named."""
+    rng, score, scenes = random.Random(f"held-out threes {seed}"), Score(), []
+    while len(scenes) < count:
+        background, *colors = rng.sample(list(COLORS), 4)
+        scene = place_freely(rng, [(color, rng.choice(SHAPES)) for color in colors], background, LARGE)
+        if scene_is_held_out(scene):
+            scenes.append(scene)
+    for number, part in enumerate(batches(scenes, BATCH)):
+        images = draw(pipeline, [caption(scene) for scene in part], LARGE, seed * 1000 + number, **settings)
+        for image, scene in zip(images, part, strict=True):
+            score.add(image, all=shows(read_scene(image), scene))
+    return score
+
+
+def measure_edits(
+    pipeline: NextStepPipeline, count: int, seed: int = 0, pair: bool = False, free: bool = False, **settings
+) -> Score:
+    """Edits of every kind in turn, of one object or one of two, on the grid or `free`: at held-out sizes and places.
+
+    "all" is the change made and the rest kept; of free objects "kept" asks for place and size too: the whole picture is
+    compared with the ideal result.
+    """
     rng, score = random.Random(f"held-out edits {seed}"), Score()
-    edits = [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], held_out=True, pair=pair) for i in range(count)]
+    edits = [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], True, pair=pair, free=free) for i in range(count)]
     for number, part in enumerate(batches(edits, BATCH)):
-        prompts = [f"<image>{edit.instruction}" for edit in part]
-        sources = [Image.fromarray(render(edit.source)) for edit in part]
-        images = draw(pipeline, prompts, SQUARE, seed * 1000 + number, images=sources, **settings)
-        for image, edit in zip(images, part, strict=True):
+        sources = [render(edit.source) for edit in part]
+        images = draw_edits(pipeline, [edit.instruction for edit in part], sources, seed * 1000 + number, **settings)
+        for image, source, edit in zip(images, sources, part, strict=True):
             changed = shows(read_scene(image), edit.target)
-            kept = untouched_psnr(image, edit) >= LEAST_PSNR
-            score.add(changed=changed, kept=kept, all=changed and kept)
+            quality = psnr(image, render(edit.target)) if free else untouched_psnr(image, edit)
+            kept = quality >= LEAST_PSNR
+            score.add(source, image, changed=changed, kept=kept, all=changed and kept)
     return score
+
+
+def measure_drawn_edits(pipeline: NextStepPipeline, count: int, seed: int = 0, **settings) -> Score:
+    """Edits of every kind of pictures that pillow drew; "all" and "kept" as for free objects."""
+    rng, score = random.Random(f"drawn edits {seed}"), Score()
+    for number, part in enumerate(batches(sample_drawn_edits(rng, count), BATCH)):
+        sources = [np.asarray(edit.source.picture()) for edit in part]
+        images = draw_edits(pipeline, [edit.instruction for edit in part], sources, seed * 1000 + number, **settings)
+        for image, source, edit in zip(images, sources, part, strict=True):
+            wanted, reading = edit.target, read_scene(image)
+            seen = [(thing.color, thing.shape) for thing in reading.objects]
+            asked = [] if wanted.shape is None else [(wanted.color, wanted.shape)]
+            changed = reading.background == wanted.background and seen == asked
+            kept = psnr(image, np.asarray(wanted.picture())) >= LEAST_PSNR
+            score.add(source, image, changed=changed, kept=kept, all=changed and kept)
+    return score
+
+
+def draw_edits(
+    pipeline: NextStepPipeline, instructions: Sequence[str], sources: Sequence[np.ndarray], seed: int, **settings
+) -> np.ndarray:
+    """Edited pictures (n, 64, 64, 3) uint8."""
+    pictures = [Image.fromarray(source) for source in sources]
+    return draw(pipeline, [f"<image>{text}" for text in instructions], SQUARE, seed, images=pictures, **settings)
+
+
+def measure_inpainting(pipeline: NextStepPipeline, count: int, seed: int = 0, **settings) -> Score:
+    """The tokens that a single object touches are masked, and another object on the same background is asked for.
+
+    "kept" is that no token outside the mask changed, bit for bit; "all" that the asked object is there alone besides.
+    """
+    rng, score, engine = random.Random(f"inpainting {seed}"), Score(), pipeline.engine
+    wanted = triples(held_out=True)
+    for number in range(count):
+        color, shape, background = rng.choice(wanted)
+        before = masked_scene(rng, color, shape, background)
+        source, keep = render(before), kept_tokens(mask_of(before), (4, 4))
+        encoded = pipeline.encode_image(Image.fromarray(source))
+        asked = replace(before, objects=(replace(before.objects[0], color=color, shape=shape),))
+        job = engine.make_job(
+            [Caption(caption(asked))],
+            encoded.grid,
+            engine.recommended().override(**settings),
+            seed=seed * 1000 + number,
+            known=KnownTokens(encoded.tokens[None], keep),
+        )
+        *_, progress = engine.decode(job, pipeline.device, pipeline.dtype)
+        with torch.inference_mode():
+            pixels = pipeline.vae.decode(engine.latents.to_latents(progress.tokens.float(), encoded.grid))
+        image = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        kept = torch.equal(progress.tokens[0, keep].float(), encoded.tokens[keep].float())
+        drawn = shows(read_scene(image), asked)
+        score.add(source, image, drawn=drawn, kept=kept, all=drawn and kept)
+    return score
+
+
+def masked_scene(rng: random.Random, color: str, shape: str, background: str) -> Scene:
+    """An object that differs from the asked one in color and shape, small enough to leave something around it."""
+    others = [c for c in COLORS if c not in (color, background)]
+    while True:
+        triple = rng.choice(others), rng.choice([s for s in SHAPES if s != shape]), background
+        scene = place_single_freely(rng, triple, held_out=True)
+        if scene.objects[0].radius <= SMALL_ENOUGH:
+            return scene
+
+
+def mask_of(scene: Scene) -> Tensor:
+    """(height, width), 1 on the square around the only object."""
+    (thing,) = scene.objects
+    mask = torch.zeros(scene.height, scene.width)
+    left, top = (max(0, math.floor(center - thing.radius)) for center in (thing.x, thing.y))
+    mask[top : math.ceil(thing.y + thing.radius), left : math.ceil(thing.x + thing.radius)] = 1
+    return mask
+
+
+def psnr(image: np.ndarray, ideal: np.ndarray) -> float:
+    """In dB, of two pictures in 0..255."""
+    error = float(((image.astype(np.float64) - ideal) ** 2).mean())
+    return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def untouched_psnr(image: np.ndarray, edit: Edit) -> float:
     """PSNR against the source, in dB, where the edit changes nothing."""
-    source, target = render(edit.source).astype(np.float64), render(edit.target).astype(np.float64)
+    source, target = render(edit.source), render(edit.target)
     same = (source == target).all(axis=2)
-    return 10 * math.log10(255**2 / max(float(((image - source)[same] ** 2).mean()), 1e-9))
+    return psnr(image[same], source[same])
 
 
-def contact_sheet(pipeline: NextStepPipeline, path: Path, scale: int = 2) -> None:
-    """A picture of 40 held-out pictures, for the eye: singles, pairs, then edits with their sources."""
-    rng = random.Random("sheet")
-    rows = [draw(pipeline, [t for t, _, _ in held_out_singles(10, n, SQUARE)], SQUARE, n) for n in range(2)]
-    rows.append(draw(pipeline, [caption(sample_pair(rng, held_out=True)) for _ in range(10)], SQUARE, 2))
-    edits = [sample_edit(rng, EDIT_KINDS[i % 4], held_out=True) for i in range(10)]
-    sources = [render(edit.source) for edit in edits]
-    prompts = [f"<image>{edit.instruction}" for edit in edits]
-    rows += [np.stack(sources), draw(pipeline, prompts, SQUARE, 3, images=[Image.fromarray(s) for s in sources])]
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+def contact_sheet(scores: Sequence[Score], path: Path, scale: int = 2) -> None:
+    """A picture of the first pictures of every measure, a row for each, edits under their sources."""
+    rows = [np.concatenate(score.shown, axis=1) for score in scores]
+    width = max(row.shape[1] for row in rows)
+    sheet = np.concatenate(
+        [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]
+    )
     Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.NEAREST).save(path)
+
+
+def measures(pipeline: NextStepPipeline, count: int, seed: int, **settings) -> Iterator[tuple[str, Score]]:
+    """Every row of the table with its name; `count` single objects, half as many of the other kinds."""
+    half = max(1, count // 2)
+    yield "single objects, 64x64", measure_singles(pipeline, count, seed, **settings)
+    yield "edits", measure_edits(pipeline, half, seed, **settings)
+    for canvas in CANVASES[1:]:
+        score = measure_singles(pipeline, max(1, half // 4), seed, canvas, **settings)
+        yield f"single objects, {canvas[0]}x{canvas[1]}", score
+    yield "two objects, relation", measure_pairs(pipeline, half, seed, **settings)
+    yield "edits of one of two", measure_edits(pipeline, half, seed, pair=True, **settings)
+    yield "edits anywhere", measure_edits(pipeline, half, seed, free=True, **settings)
+    yield "edits anywhere, of two", measure_edits(pipeline, half, seed, pair=True, free=True, **settings)
+    yield "edits of drawings", measure_drawn_edits(pipeline, half, seed, **settings)
+    yield "inpainting", measure_inpainting(pipeline, half, seed, **settings)
+    yield "single objects, 128x128", measure_singles(pipeline, max(1, half // 4), seed, LARGE, **settings)
+    yield "three objects, 128x128", measure_three(pipeline, max(1, half // 4), seed, **settings)
 
 
 def report(name: str, score: Score) -> None:
@@ -169,25 +300,22 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="single-object prompts; the other rows take half")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quantization", choices=RECIPES, help="store the weights so; default: as they are")
+    parser.add_argument("--recommended-only", action="store_true", help="without the column of cfg 1")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet PNG here")
     args = parser.parse_args()
     pipeline = NextStepPipeline.from_pretrained(args.checkpoint, dtype=torch.float32, quantization=args.quantization)
     recommended = pipeline.engine.recommended()
     print(f"recommended: {recommended}")
-    half = max(1, args.count // 2)
-    for name, settings in ((f"cfg {recommended.cfg:g} (recommended)", {}), ("cfg 1", {"cfg": 1.0, "cfg_img": 1.0})):
+    columns = [(f"cfg {recommended.cfg:g} (recommended)", {}), ("cfg 1", {"cfg": 1.0, "cfg_img": 1.0})]
+    for name, settings in columns[:1] if args.recommended_only else columns:
         print(f"\n{name}")
-        start = time.monotonic()
-        report("single objects, 64x64", measure_singles(pipeline, args.count, args.seed, **settings))
-        report("edits", measure_edits(pipeline, half, args.seed, **settings))
-        for canvas in CANVASES[1:]:
-            score = measure_singles(pipeline, max(1, half // 4), args.seed, canvas, **settings)
-            report(f"single objects, {canvas[0]}x{canvas[1]}", score)
-        report("two objects, relation", measure_pairs(pipeline, half, args.seed, **settings))
-        report("edits of one of two", measure_edits(pipeline, half, args.seed, pair=True, **settings))
+        start, scores = time.monotonic(), []
+        for row, score in measures(pipeline, args.count, args.seed, **settings):
+            report(row, score)
+            scores.append(score)
         print(f"  {time.monotonic() - start:.0f} s", flush=True)
-    if args.sheet:
-        contact_sheet(pipeline, args.sheet)
+        if args.sheet and not settings:
+            contact_sheet(scores, args.sheet)
 
 
 if __name__ == "__main__":

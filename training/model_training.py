@@ -23,29 +23,30 @@ from nextstep_core.loading.fusion import split
 from nextstep_core.model.config import NextStepConfig
 from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.transformer import Span, whole_span
-from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.pipeline import NextStepPipeline
 from training.evaluate import measure_edits, measure_pairs, measure_singles
 
-from .data import Batch, Examples, LatentPool
+from .data import Batch, Examples, LatentPool, make_shards
 from .export import export_checkpoint, model_config
 from .optim import Average, Optimizers, learning_rate_factor
 from .parallel import Team, run_team
 from .progress import Progress, load_if_there, pick_device, save_atomically
 from .scenes import CANVASES
+from .start import joined, start_path
 from .tokenizer import build_tokenizer
-from .vae_training import CONFIG as VAE_CONFIG
+from .vae_training import newest_vae
 
 TIMES_PER_TOKEN = 4
 LANGUAGE_WEIGHT = 0.01
 CAPTION_DROP = 0.1
 TOKEN_NOISE = 0.25  # the most noise on tokens that are fed back, against the drift of sampled ones
-SOURCE_NOISE = 0.1  # the most noise on an input image's tokens, for pictures that were drawn and not rendered
+SOURCE_NOISE = 0.05  # the most noise on an input image's tokens, for pictures that were drawn and not rendered
 BATCH = {"single": 64, "pair": 64, "wide": 48, "edit": 48, "wide edit": 24, "pair edit": 48}
 FIRST_WEIGHTS = {"single": 0.7, "pair": 0.1, "wide": 0.1, "edit": 0.1}
-LATER_WEIGHTS = {"single": 0.35, "pair": 0.09, "wide": 0.11, "edit": 0.26, "wide edit": 0.06, "pair edit": 0.13}
+LATER_WEIGHTS = {"single": 0.18, "pair": 0.12, "wide": 0.1, "edit": 0.32, "wide edit": 0.08, "pair edit": 0.2}
 FIRST_SHARE = 0.15  # of the time, with the first weights
-SAVE_SECONDS = 60
+SAVE_SECONDS = 120
+NEW_SHARDS_EVERY = 100  # steps
 ADAM_NAMES = ("embed_tokens", "lm_head", "image_in_projector", "input_proj", "final_layer.linear", "time_embed.mlp.0")
 
 
@@ -68,6 +69,12 @@ class Trainee(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[1].bias)
         nn.init.zeros_(self.model.head.final_layer.linear.weight)
         nn.init.zeros_(self.model.head.final_layer.linear.bias)
+
+    def load_checkpoint(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of a checkpoint, under the names that they have there."""
+        for module in (self.model, self.text):
+            module.load_state_dict(joined(tensors, module.state_dict(), self.config))
+        self.lm_head.load_state_dict({"weight": tensors["lm_head.weight"]})
 
     def forward(self, batch: Batch, span: Span, fed: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """The weighted loss; fed (B, T - 1, 64) are the tokens fed back, times (K, B, T) and noise (K, B, T, 64)."""
@@ -116,25 +123,6 @@ def loss_of(trainee: nn.Module, batch: Batch, config: NextStepConfig) -> Tensor:
         return trainee(batch, whole_span(config, valid, torch.float32), fed, times, noise)
 
 
-def latent_pool(folder: Path, vae: AutoencoderKL, device: torch.device) -> LatentPool:
-    """The encoded pictures, from disk after the first start."""
-    path = folder / "latents.pt"
-    if tokens := load_if_there(path):
-        return LatentPool(tokens)
-    pool = LatentPool.encode(vae.to(device).eval(), device)
-    save_atomically(pool.tokens, path)
-    return pool
-
-
-def newest_vae(folder: Path) -> AutoencoderKL:
-    """The frozen encoder, with the best decoder there is so far."""
-    vae = AutoencoderKL(VAE_CONFIG)
-    path = folder / "vae_decoder.pt"
-    state = torch.load(path if path.exists() else folder / "vae_joint.pt", map_location="cpu", weights_only=True)
-    vae.load_state_dict(state)
-    return vae
-
-
 def checkpoint_tensors(trainee: Trainee) -> dict[str, Tensor]:
     """The trained tensors under a NextStep checkpoint's names."""
     model = split(trainee.model.state_dict(), trainee.config)
@@ -161,13 +149,19 @@ def train(team: Team, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     config = NextStepConfig.from_dict(model_config(tokenizer))
-    vae = newest_vae(folder)
-    examples = Examples(latent_pool(folder, vae, device), tokenizer, CAPTION_DROP)
+    pool = LatentPool(folder)
+    pool.take_new_shards()
+    examples = Examples(pool, tokenizer, CAPTION_DROP)
     trainee = Trainee(config).to(device)
     optimizers = Optimizers(trainee, args.muon_lr, args.adam_lr, ADAM_NAMES, decay=0.05)
     average = Average(trainee, decay=0.998)
     shown = Trainee(config).to(device)
     state_path, step, seconds = folder / "model_state.pt", 0, 0.0
+    first_share = FIRST_SHARE
+    if first := load_if_there(start_path(folder)):
+        first_share = 0.0
+        trainee.load_checkpoint(first)
+        average = Average(trainee, decay=0.998)
     if state := load_if_there(state_path):
         trainee.load_state_dict(state["trainee"])
         optimizers.load_state_dict(state["optimizers"])
@@ -181,7 +175,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
     while done < 1:
         # every step draws from its own seed, so a resumed run continues the same stream
         rng = random.Random(f"{args.seed} model {progress.step}")
-        weights = FIRST_WEIGHTS if done < FIRST_SHARE else LATER_WEIGHTS
+        weights = FIRST_WEIGHTS if done < first_share else LATER_WEIGHTS
         task = rng.choices(list(weights), list(weights.values()))[0]
         rng.seed(f"{args.seed} model {progress.step} worker {team.rank}")
         torch.manual_seed(rng.getrandbits(40))
@@ -191,6 +185,8 @@ def train(team: Team, args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizers.step(learning_rate_factor(progress.step, done, warmup=200))
         average.update(trainee, progress.step)
+        if progress.step % NEW_SHARDS_EVERY == 0:
+            pool.take_new_shards()
         if not team.leads:
             progress.step += 1
             continue
@@ -200,10 +196,10 @@ def train(team: Team, args: argparse.Namespace) -> None:
             states = {"trainee": trainee.state_dict(), "optimizers": optimizers.state_dict()}
             clock = {"step": progress.step, "seconds": progress.seconds}
             save_atomically({**states, **clock, "average": average.values}, state_path)
-            saved = now
-        if done >= 1 or now - evaluated > 60 * args.evaluate_minutes:
             average.copy_to(shown)
             export_checkpoint(folder / "checkpoint", checkpoint_tensors(shown), newest_vae(folder), tokenizer)
+            saved = time.monotonic()
+        if done >= 1 or now - evaluated > 60 * args.evaluate_minutes:
             progress.say(running_accuracy(folder / "checkpoint", seed=progress.step))
             evaluated = time.monotonic()
 
@@ -214,13 +210,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("train_tiny_runs"), help="where states and weights go")
     parser.add_argument("--minutes", type=float, default=90.0, help="of training in all, over which the rate decays")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--muon-lr", type=float, default=4e-3)
-    parser.add_argument("--adam-lr", type=float, default=2e-3)
+    parser.add_argument("--muon-lr", type=float, default=3e-3)
+    parser.add_argument("--adam-lr", type=float, default=1.5e-3)
     parser.add_argument("--evaluate-minutes", type=float, default=8.0)
     parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU, one for each core")
     parser.add_argument("--port", type=int, default=29511, help="where the workers meet on this machine")
     args = parser.parse_args()
-    latent_pool(args.folder, newest_vae(args.folder), pick_device())  # once, before the workers share it
+    make_shards(args.folder, 1)  # what training cannot begin without
     run_team(args.workers, args.port, train, args)
 
 

@@ -7,10 +7,11 @@ an `Edit` is two scenes and the sentence between them. Nothing here knows of mod
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
@@ -25,12 +26,18 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (0xF5, 0xF5, 0xF5),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond")
-RADII = {"small": 14, "large": 22}  # pixels, of the circle around the shape
+RADII = {"small": 14, "large": 22}  # pixels, of the circle around the shape, where a size is named
+SIZE_BORDER = sum(RADII.values()) / 2
+LEAST_RADIUS, MOST_RADIUS, MOST_PAIR_RADIUS = 8.0, 26.0, 15.0
+NAMED_APART = 2.0  # a size this near to the border is not named
+MARGIN = 1.0  # pixels between a free object and the canvas's edge
+GAP = 3.0  # pixels at least between the circles around two objects
+PLAIN_RELATION = 1.3  # how much the larger distance of two objects exceeds the smaller, so that a relation is plain
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SQUARE = (64, 64)
 CANVASES = (SQUARE, (96, 64), (64, 96), (128, 64), (64, 128))  # (width, height)
-GRID = 8  # object centers lie on multiples of this, within one step of their nominal place
+GRID = 8  # centers on the grid lie on multiples of this, within one step of their nominal place
 EDIT_KINDS = ("recolor", "background", "replace", "remove")
 HELD_OUT_PERCENT = 15
 SUPERSAMPLING = 8
@@ -38,13 +45,23 @@ SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One flat shape; (x, y) is its center in pixels from the top left corner."""
+    """One flat shape; radius is of the circle around it, (x, y) its center in pixels from the top left corner."""
 
     shape: str
     color: str
-    size: str
-    x: int
-    y: int
+    radius: float
+    x: float
+    y: float
+
+    @property
+    def size(self) -> str:
+        """The word for the radius."""
+        return "small" if self.radius < SIZE_BORDER else "large"
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether radius and place are among the few that captions without a place mean most often."""
+        return self.radius in RADII.values() and self.x % GRID == 0 and self.y % GRID == 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,12 @@ def scene_is_held_out(scene: Scene) -> bool:
     return any(is_held_out(o.color, o.shape, scene.background) for o in scene.objects)
 
 
+def place_is_held_out(thing: SceneObject) -> bool:
+    """Whether no object of training has this radius at this place, in whole pixels; those of the grid are shown."""
+    digest = hashlib.sha256(f"{thing.radius:.0f} {thing.x:.0f} {thing.y:.0f}".encode()).digest()
+    return not thing.on_grid and int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
+
+
 def triples(held_out: bool) -> list[tuple[str, str, str]]:
     """All (color, shape, background) of one side of the split, in a fixed order."""
     return [
@@ -117,7 +140,7 @@ def with_article(words: str) -> str:
 
 
 def caption(scene: Scene, name_size: bool = False) -> str:
-    """The exact sentence for a scene of one or two objects."""
+    """The exact sentence for a scene of at most three objects."""
     names = [
         with_article(f"{o.size} {o.color} {o.shape}" if name_size else f"{o.color} {o.shape}") for o in scene.objects
     ]
@@ -126,6 +149,8 @@ def caption(scene: Scene, name_size: bool = False) -> str:
         return f"{with_article(scene.background)} background"
     if len(names) == 1:
         return f"{names[0]} {ground}"
+    if len(names) == 3:
+        return f"{names[0]}, {names[1]} and {names[2]} {ground}"
     return f"{names[0]} {scene.relation} {names[1]} {ground}"
 
 
@@ -158,16 +183,16 @@ def _inside_star(x: np.ndarray, y: np.ndarray, inner: float = 0.42) -> np.ndarra
     return (px - 1.0) * notch_y - py * (notch_x - 1.0) <= 0
 
 
-@lru_cache(maxsize=4096)
 def coverage(shape: str, radius: float, x: float, y: float, width: int, height: int) -> np.ndarray:
     """The share of each pixel that the shape covers, (height, width) float32 in 0..1."""
-    step = 1.0 / SUPERSAMPLING
-    xs = (np.arange(width * SUPERSAMPLING) + 0.5) * step
-    ys = (np.arange(height * SUPERSAMPLING) + 0.5) * step
-    covered = inside(shape, (xs[None, :] - x) / radius, (ys[:, None] - y) / radius)
-    blocks = covered.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING)
-    mask = blocks.mean(axis=(1, 3), dtype=np.float32)
-    mask.flags.writeable = False  # cached and shared
+    mask = np.zeros((height, width), np.float32)
+    left, top = (max(0, math.floor(center - radius)) for center in (x, y))
+    right, bottom = min(width, math.ceil(x + radius)), min(height, math.ceil(y + radius))
+    if left < right and top < bottom:  # only the square around the shape is looked at, point by point
+        xs, ys = ((np.arange(SUPERSAMPLING * n) + 0.5) / SUPERSAMPLING for n in (right - left, bottom - top))
+        covered = inside(shape, (xs[None, :] + (left - x)) / radius, (ys[:, None] + (top - y)) / radius)
+        blocks = covered.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING)
+        mask[top:bottom, left:right] = blocks.mean(axis=(1, 3), dtype=np.float32)
     return mask
 
 
@@ -176,7 +201,7 @@ def render(scene: Scene) -> np.ndarray:
     image = np.empty((scene.height, scene.width, 3), np.float32)
     image[:] = COLORS[scene.background]
     for o in scene.objects:
-        alpha = coverage(o.shape, RADII[o.size], o.x, o.y, scene.width, scene.height)[..., None]
+        alpha = coverage(o.shape, o.radius, o.x, o.y, scene.width, scene.height)[..., None]
         image = image * (1 - alpha) + np.asarray(COLORS[o.color], np.float32) * alpha
     return np.round(image).astype(np.uint8)
 
@@ -195,7 +220,7 @@ def place_single(
     color, shape, background = triple
     width, height = canvas
     size = size or rng.choice(list(RADII))
-    thing = SceneObject(shape, color, size, _near(rng, width // 2), _near(rng, height // 2))
+    thing = SceneObject(shape, color, RADII[size], _near(rng, width // 2), _near(rng, height // 2))
     return Scene(background, (thing,), width, height)
 
 
@@ -210,16 +235,62 @@ def place_pair(
     else:
         places = (across, near), (across, far)
     things = zip((first, second), places, strict=True)
-    return Scene(background, tuple(SceneObject(shape, color, "small", *place) for (color, shape), place in things))
+    small = RADII["small"]
+    return Scene(background, tuple(SceneObject(shape, color, small, *place) for (color, shape), place in things))
 
 
-def sample_pair(rng: random.Random, held_out: bool = False) -> Scene:
-    """Two objects of different colors; a held-out scene has at least one held-out triple."""
+def _somewhere(
+    rng: random.Random, color: str, shape: str, canvas: tuple[int, int], most: float, held_out: bool
+) -> SceneObject:
+    """An object of any radius up to `most`, anywhere on the canvas."""
+    width, height = canvas
+    while True:
+        radius = round(rng.uniform(LEAST_RADIUS, most), 1)
+        x, y = (round(rng.uniform(radius + MARGIN, side - radius - MARGIN), 1) for side in (width, height))
+        thing = SceneObject(shape, color, radius, x, y)
+        if place_is_held_out(thing) == held_out:
+            return thing
+
+
+def place_single_freely(
+    rng: random.Random, triple: tuple[str, str, str], canvas: tuple[int, int] = SQUARE, held_out: bool = False
+) -> Scene:
+    """A scene of one object of any radius anywhere on the canvas; held_out says which places."""
+    color, shape, background = triple
+    return Scene(background, (_somewhere(rng, color, shape, canvas, MOST_RADIUS, held_out),), *canvas)
+
+
+def place_freely(
+    rng: random.Random,
+    things: Sequence[tuple[str, str]],
+    background: str,
+    canvas: tuple[int, int] = SQUARE,
+    held_out: bool = False,
+) -> Scene:
+    """Several objects, each a (color, shape), anywhere without touching; of two, the relation is plain."""
+    while True:
+        objects = [_somewhere(rng, color, shape, canvas, MOST_PAIR_RADIUS, held_out) for color, shape in things]
+        if all(_apart(a, b) for a, b in itertools.combinations(objects, 2)):
+            return Scene(background, tuple(objects), *canvas)
+
+
+def _apart(a: SceneObject, b: SceneObject) -> bool:
+    dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+    return math.hypot(dx, dy) >= a.radius + b.radius + GAP and max(dx, dy) >= PLAIN_RELATION * min(dx, dy)
+
+
+def sample_pair(rng: random.Random, held_out: bool = False, canvas: tuple[int, int] | None = None) -> Scene:
+    """Two objects of different colors; a held-out scene has at least one held-out triple.
+
+    On the grid of a 64x64 picture, or with a canvas anywhere on it.
+    """
     while True:
         background, *colors = rng.sample(list(COLORS), 3)
-        shapes = [rng.choice(SHAPES) for _ in colors]
-        first, second = zip(colors, shapes, strict=True)
-        scene = place_pair(rng, first, second, background, rng.choice(RELATIONS))
+        first, second = ((color, rng.choice(SHAPES)) for color in colors)
+        if canvas is None:
+            scene = place_pair(rng, first, second, background, rng.choice(RELATIONS))
+        else:
+            scene = place_freely(rng, (first, second), background, canvas, held_out)
         if scene_is_held_out(scene) == held_out:
             return scene
 
@@ -254,23 +325,86 @@ def edit_scene(rng: random.Random, scene: Scene, kind: str) -> Edit:
 
 
 def sample_edit(
-    rng: random.Random, kind: str, held_out: bool = False, canvas: tuple[int, int] = SQUARE, pair: bool = False
+    rng: random.Random,
+    kind: str,
+    held_out: bool = False,
+    canvas: tuple[int, int] = SQUARE,
+    pair: bool = False,
+    free: bool = False,
 ) -> Edit:
     """An edit of one object, or of one of two; held out if its target is (for a removal, its source), else neither is.
 
-    Of two objects the instruction names one by its shape, so their shapes differ.
+    Of two objects the instruction names one by its shape, so their shapes differ. `free` objects lie anywhere, held-out
+    ones at held-out places; else they lie on the grid.
     """
     while True:
-        if pair:
+        if pair and free:
+            background, *colors = rng.sample(list(COLORS), 3)
+            things = list(zip(colors, rng.sample(SHAPES, 2), strict=True))
+            scene = place_freely(rng, things, background, canvas, held_out)
+        elif pair:
             scene = sample_pair(rng, held_out and rng.random() < 0.5)
             if scene.objects[0].shape == scene.objects[1].shape:
                 continue
         else:
             color, background = rng.sample(list(COLORS), 2)
-            scene = place_single(rng, (color, rng.choice(SHAPES), background), canvas=canvas)
+            triple = color, rng.choice(SHAPES), background
+            if free:
+                scene = place_single_freely(rng, triple, canvas, held_out)
+            else:
+                scene = place_single(rng, triple, canvas=canvas)
         edit = edit_scene(rng, scene, kind)
         source_out, target_out = scene_is_held_out(edit.source), scene_is_held_out(edit.target)
         if held_out and (source_out if kind == "remove" else target_out):
             return edit
         if not held_out and not source_out and not target_out:
             return edit
+
+
+# --- variations, for training: scenes that differ in few things, so that few pictures give many edits
+
+
+def vary_single(rng: random.Random, thing: SceneObject, canvas: tuple[int, int]) -> list[Scene]:
+    """One place and size with two shapes, two colors and two backgrounds, without held-out triples."""
+    colors = rng.sample(list(COLORS), 4)
+    every = itertools.product(rng.sample(SHAPES, 2), colors[:2], colors[2:])
+    scenes = [Scene(ground, (replace(thing, shape=shape, color=color),), *canvas) for shape, color, ground in every]
+    return [scene for scene in scenes if not scene_is_held_out(scene)]
+
+
+def vary_pair(rng: random.Random, scene: Scene) -> list[Scene]:
+    """Two objects anew, each with another color, another shape and without it, and another background.
+
+    Of the scene only places and sizes stay. None holds a held-out triple, and no two things of one have one name.
+    """
+    while True:
+        shapes, colors = rng.sample(SHAPES, 4), rng.sample(list(COLORS), 6)
+        objects = tuple(
+            replace(o, shape=shape, color=color) for o, shape, color in zip(scene.objects, shapes, colors, strict=False)
+        )
+        first = replace(scene, background=colors[4], objects=objects)
+        edits = [apply_edit(first, "background", 0, colors[5])]
+        for index in range(2):
+            words = (("recolor", colors[2 + index]), ("replace", shapes[2 + index]), ("remove", None))
+            edits += [apply_edit(first, kind, index, word) for kind, word in words]
+        scenes = [first, *(edit.target for edit in edits)]
+        if not scene_is_held_out(first):
+            return [scene for scene in scenes if not scene_is_held_out(scene)]
+
+
+def edits_among(scenes: Sequence[Scene]) -> list[Edit]:
+    """Every single edit that leads from one of the scenes to another, and the removals of an only object."""
+    edits = [edit for a, b in itertools.permutations(scenes, 2) if (edit := edit_between(a, b))]
+    return edits + [apply_edit(scene, "remove") for scene in scenes if len(scene.objects) == 1]
+
+
+def edit_between(source: Scene, target: Scene) -> Edit | None:
+    """The one edit from a scene to another, None when they differ in more or in nothing."""
+    candidates = [apply_edit(source, "background", 0, target.background)]
+    for index in range(len(source.objects)):
+        candidates.append(apply_edit(source, "remove", index))
+        if index < len(target.objects):
+            after = target.objects[index]
+            candidates.append(apply_edit(source, "recolor", index, after.color))
+            candidates.append(apply_edit(source, "replace", index, after.shape))
+    return next((edit for edit in candidates if edit.target == target != source), None)

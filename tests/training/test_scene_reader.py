@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 from scene_reader import read_scene, shows
 
+from training.drawn_by_hand import sample_drawn_edits
 from training.scenes import (
     CANVASES,
     COLORS,
     EDIT_KINDS,
+    RADII,
+    SHAPES,
     Scene,
+    SceneObject,
     caption,
+    coverage,
+    edits_among,
     is_held_out,
+    place_freely,
+    place_is_held_out,
     place_single,
+    place_single_freely,
     render,
     sample_edit,
     sample_pair,
     triples,
+    vary_pair,
+    vary_single,
 )
 
 
@@ -37,6 +48,45 @@ def test_reads_rendered_scenes():
     scenes = some_scenes(300, "plain")
     right = sum(shows(read_scene(render(scene)), scene, sizes=True) for scene in scenes)
     assert right >= 0.99 * len(scenes)
+
+
+def test_reads_scenes_of_any_size_anywhere():
+    rng = random.Random("anywhere")
+    every = triples(held_out=False)
+    scenes = [place_single_freely(rng, rng.choice(every), rng.choice(CANVASES)) for _ in range(60)]
+    scenes += [sample_pair(rng, canvas=(64, 64)) for _ in range(40)]
+    scenes += [
+        place_freely(rng, list(zip(rng.sample(list(COLORS), 3), SHAPES)), "white", (128, 128)) for _ in range(10)
+    ]
+    scenes = [scene for scene in scenes if all(o.color != scene.background for o in scene.objects)]
+    right = sum(shows(read_scene(render(scene)), scene) for scene in scenes)
+    assert right >= 0.99 * len(scenes)
+
+
+def test_reads_what_pillow_draws():
+    """Its circles and polygons lie where the renderer's do, which the ideal result of an edit relies on."""
+    edits = sample_drawn_edits(random.Random("drawn"), 40)
+    for edit in edits:
+        (seen,) = read_scene(np.asarray(edit.source.picture())).objects
+        assert (seen.shape, seen.color) == (edit.source.shape, edit.source.color), edit.instruction
+        assert (seen.x, seen.y) == pytest.approx((edit.source.x, edit.source.y), abs=1.0)
+        (drawn,) = read_scene(render(as_scene(edit.source))).objects
+        assert (seen.x, seen.y) == pytest.approx((drawn.x, drawn.y), abs=1.0)
+
+
+def as_scene(drawing) -> Scene:
+    """The same thing for the renderer."""
+    thing = SceneObject(drawing.shape, drawing.color, drawing.radius, drawing.x, drawing.y)
+    return Scene(drawing.background, (thing,))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_covers_its_area_wherever_it_lies(shape: str):
+    areas = {"circle": np.pi * 0.95**2, "square": 1.64**2, "diamond": 2.0, "triangle": 0.95 * 1.7}
+    areas["star"] = 10 * 0.5 * 0.42 * np.sin(np.pi / 5)
+    for radius, x, y in ((14.0, 32, 32), (8.3, 9.4, 53.1), (25.9, 36.7, 27.2)):
+        assert coverage(shape, radius, x, y, 64, 64).sum() == pytest.approx(areas[shape] * radius**2, rel=0.02)
+    assert coverage(shape, 14.0, 0, 32, 64, 64).sum() == pytest.approx(areas[shape] * 14.0**2 / 2, rel=0.02)
 
 
 def test_noise_has_no_shape():
@@ -71,7 +121,7 @@ def mistake(rng: random.Random, scene: Scene, change: str) -> Scene:
     if change == "shape":
         return replace(scene, objects=(replace(first, shape="star" if first.shape != "star" else "circle"),))
     if change == "size":
-        return replace(scene, objects=(replace(first, size="small" if first.size == "large" else "large"),))
+        return replace(scene, objects=(replace(first, radius=RADII["small" if first.size == "large" else "large"]),))
     second = scene.objects[1]
     swapped = (replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y))
     return replace(scene, objects=swapped)
@@ -87,3 +137,84 @@ def test_split_holds_out_a_tenth_and_training_never_shows_it():
             edit = sample_edit(rng, kind, pair=number % 2 == 0)
             scenes += [edit.source, edit.target]
     assert not any(is_held_out(o.color, o.shape, scene.background) for scene in scenes for o in scene.objects)
+
+
+def test_free_objects_keep_apart_and_inside():
+    rng = random.Random("apart")
+    for number in range(60):
+        scene = sample_edit(
+            rng, EDIT_KINDS[number % 4], held_out=number % 3 == 0, pair=number % 2 == 0, free=True
+        ).source
+        for thing in scene.objects:
+            assert thing.radius >= 8
+            assert thing.radius <= min(thing.x, thing.y, scene.width - thing.x, scene.height - thing.y)
+        for first, second in zip(scene.objects, scene.objects[1:], strict=False):
+            distance = np.hypot(first.x - second.x, first.y - second.y)
+            assert distance > first.radius + second.radius
+
+
+def test_held_out_places_are_apart_from_those_of_training():
+    rng = random.Random("places")
+    for held_out in (False, True):
+        edits = [
+            sample_edit(rng, kind, held_out, pair=pair, free=True) for kind in EDIT_KINDS for pair in (False, True)
+        ]
+        things = [thing for edit in edits for thing in edit.source.objects]
+        assert all(place_is_held_out(thing) == held_out for thing in things)
+    on_grid = [place_single(rng, rng.choice(triples(held_out=True))).objects[0] for _ in range(100)]
+    assert not any(map(place_is_held_out, on_grid))
+    anywhere = [place_single_freely(rng, ("red", "star", "blue")).objects[0] for _ in range(300)]
+    assert not any(map(place_is_held_out, anywhere))
+    held = [thing for thing in anywhere if place_is_held_out(replace(thing, x=thing.x + 1))]
+    assert 0.05 < len(held) / len(anywhere) < 0.3
+
+
+def test_variations_give_every_kind_of_edit_and_no_held_out_triple():
+    rng = random.Random("variations")
+    for pair in (False, True):
+        kinds = set()
+        for _ in range(30):
+            if pair:
+                family = vary_pair(rng, sample_pair(rng, canvas=(64, 64)))
+            else:
+                family = vary_single(rng, place_single_freely(rng, ("red", "star", "blue")).objects[0], (64, 64))
+            for edit in edits_among(family):
+                kinds.add(edit.kind)
+                assert edit.source in family
+                assert edit.target in family or not edit.target.objects
+                names = [o.shape for o in edit.source.objects]
+                assert len(set(names)) == len(names), "the instruction would name two objects"
+                assert edit.source != edit.target
+            assert not any(is_held_out(o.color, o.shape, s.background) for s in family for o in s.objects)
+        assert kinds == set(EDIT_KINDS)
+
+
+def test_edits_among_pictures_by_hand():
+    red = Scene("white", (SceneObject("star", "red", 12.0, 30.0, 31.0),))
+    blue = replace(red, objects=(replace(red.objects[0], color="blue"),))
+    circle = replace(red, objects=(replace(red.objects[0], shape="circle"),))
+    found = {(edit.instruction, edit.source, edit.target) for edit in edits_among([red, blue, circle])}
+    empty = Scene("white", ())
+    assert found == {
+        ("make the star blue", red, blue),
+        ("make the star red", blue, red),
+        ("replace the star with a circle", red, circle),
+        ("replace the circle with a star", circle, red),
+        ("remove the star", red, empty),
+        ("remove the star", blue, empty),
+        ("remove the circle", circle, empty),
+    }
+
+
+def test_a_caption_names_three_objects():
+    things = tuple(
+        SceneObject(shape, color, 9.0, x, 30.0)
+        for shape, color, x in (("star", "red", 20.0), ("circle", "blue", 60.0), ("square", "orange", 100.0))
+    )
+    text = "a red star, a blue circle and an orange square on a white background"
+    assert caption(Scene("white", things, 128, 128)) == text
+
+
+def test_sizes_that_are_named_are_the_nominal_ones():
+    assert {SceneObject("star", "red", radius, 0, 0).size for radius in (8, RADII["small"], 17.9)} == {"small"}
+    assert {SceneObject("star", "red", radius, 0, 0).size for radius in (18, RADII["large"], 26)} == {"large"}

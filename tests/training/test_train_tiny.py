@@ -7,17 +7,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nextstep_core.loading.documents import Documents
 from nextstep_core.model.config import NextStepConfig
+from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.request.layout import Caption, EncodedImage, build_rows
 from nextstep_core.request.tokenizer import NextStepTokenizer
-from training.data import Example, grid_of, prompt_text
+from training import data
+from training.data import Example, Examples, LatentPool, Shard, grid_of, prompt_text
 from training.export import model_config
+from training.model_training import Trainee, checkpoint_tensors
 from training.optim import orthogonalize
 from training.progress import load_if_there, save_atomically
-from training.scenes import EDIT_KINDS, caption, place_single, sample_edit, triples
+from training.scenes import (
+    CANVASES,
+    EDIT_KINDS,
+    SQUARE,
+    caption,
+    is_held_out,
+    place_is_held_out,
+    place_single,
+    render,
+    sample_edit,
+    triples,
+)
+from training.start import SHIPPED, start_path
+from training.start import main as start_from
 from training.tokenizer import build_tokenizer, save_tokenizer
+from training.vae_training import newest_vae, to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +102,83 @@ def test_a_kill_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_atomically({"step": 2}, path)
     assert load_if_there(path) == {"step": 1}
+
+
+@pytest.fixture
+def few_families(monkeypatch):
+    """Shards small enough to encode in a test."""
+    monkeypatch.setattr(data, "FAMILIES", {"single": (1, 2), "pair": (1, 1), "wide": (1, 1)})
+
+
+def encode_mean_color(scenes, *_) -> torch.Tensor:
+    """What a scene shows, in place of its latents, so that a row can be told from another's."""
+    means = torch.stack([to_pixels(render(scene)).mean((1, 2)) for scene in scenes])
+    width, height = scenes[0].width, scenes[0].height
+    return means.repeat(1, 22)[:, None, :64].expand(-1, width * height // 256, -1).half()
+
+
+def test_a_batch_holds_the_tokens_of_what_it_says(tmp_path: Path, tokenizers, few_families, monkeypatch):
+    monkeypatch.setattr(data, "encode_scenes", encode_mean_color)
+    pool = LatentPool(tmp_path)
+    shard = Shard.by_number(0)
+    pool.add(shard, shard.encode(None, torch.device("cpu")))
+    examples = Examples(pool, tokenizers[0], drop=0.0)
+    collated = []
+    collate = examples._collate
+    monkeypatch.setattr(examples, "_collate", lambda those: collated.append(those) or collate(those))
+    for task in ("single", "pair", "wide", "edit", "pair edit", "wide edit"):
+        batch = examples.batch(random.Random(task), task, 8)
+        assert len({(e.target.width, e.target.height) for e in collated[-1]}) == 1
+        assert all((e.target.width, e.target.height) == SQUARE for e in collated[-1]) != task.startswith("wide")
+        wanted = encode_mean_color([e.target for e in collated[-1]]).float()
+        assert torch.equal(batch.target, wanted)
+        assert (batch.source is not None) == task.endswith("edit")
+        if batch.source is not None:
+            assert torch.equal(batch.source, encode_mean_color([e.source for e in collated[-1]]).float())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_drawings_from_text_are_of_the_grid_as_often_as_is_asked(
+    tmp_path: Path, tokenizers, few_families, monkeypatch, share: float
+):
+    monkeypatch.setattr(data, "encode_scenes", encode_mean_color)
+    monkeypatch.setattr(data, "DRAWN_ON_GRID", share)
+    pool = LatentPool(tmp_path)
+    shard = Shard.by_number(0)
+    pool.add(shard, shard.encode(None, torch.device("cpu")))
+    examples, drawn = Examples(pool, tokenizers[0], drop=0.0), []
+    collate = examples._collate
+    monkeypatch.setattr(examples, "_collate", lambda those: drawn.extend(those) or collate(those))
+    for task in ("single", "pair", "wide"):
+        examples.batch(random.Random(task), task, 16)
+    assert {all(o.on_grid for o in example.target.objects) for example in drawn} == {bool(share)}
+
+
+def test_shards_hold_nothing_that_is_held_out_and_are_always_the_same():
+    first, second = Shard.by_number(1), Shard.by_number(1)
+    assert first == second != Shard.by_number(2)
+    scenes = [scene for group in first.scenes.values() for scene in group]
+    assert set(first.scenes) == set(CANVASES)
+    things = [(o, scene.background) for scene in scenes for o in scene.objects]
+    assert not any(is_held_out(o.color, o.shape, background) or place_is_held_out(o) for o, background in things)
+
+
+def test_training_goes_on_from_a_checkpoint_that_is_there(tmp_path: Path, tokenizers, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["start", "--folder", str(tmp_path)])
+    start_from()
+    trainee = Trainee(tokenizers[2])
+    trainee.load_checkpoint(load_if_there(start_path(tmp_path)))
+    shipped = load_file(SHIPPED / "model-00001-of-00001.safetensors")
+    again = checkpoint_tensors(trainee)
+    assert set(again) == set(shipped)
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in shipped.items())
+    assert isinstance(newest_vae(tmp_path), AutoencoderKL)
+
+
+def test_what_was_encoded_of_other_scenes_is_refused(tmp_path: Path, few_families, monkeypatch):
+    monkeypatch.setattr(data, "encode_scenes", encode_mean_color)
+    shard = Shard.by_number(0)
+    tokens = shard.encode(None, torch.device("cpu"))
+    tokens["64x64"] = tokens["64x64"][1:]
+    with pytest.raises(ValueError, match="delete"):
+        LatentPool(tmp_path).add(shard, tokens)
