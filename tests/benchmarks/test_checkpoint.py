@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoint
+from benchmarks import checkpoint, loading
 from benchmarks.subjects import SHAPES
 from nextstep_core import NextStepPipeline
+from nextstep_core.loading import kept
 from nextstep_core.loading.build import plan_model
 from nextstep_core.model.config import NextStepConfig
 
@@ -29,3 +31,18 @@ def test_a_random_checkpoint_is_a_checkpoint(tmp_path: Path, monkeypatch) -> Non
 def test_the_published_shape_has_its_published_size() -> None:
     shapes = checkpoint.tensors_of(NextStepConfig.from_dict(checkpoint.description_of(SHAPES["14b"])))
     assert round(sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9, 2) == 14.95
+
+
+def test_the_kept_file_is_what_is_timed(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(checkpoint, "POOL", 1 << 16)
+    checkpoint.write_checkpoint(tmp_path, SMALL)
+    loaded = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", lambda plan, *rest: loaded.append(plan) or load(plan, *rest))
+    monkeypatch.setattr(sys, "argv", ["loading", str(tmp_path), "--quantization", "int8", "--repeat", "1"])
+    loading.main()
+    converted, found = loaded
+    assert converted.recipe.name == found.recipe.name == "int8" and found.stored and not converted.stored
+    assert kept.find(plan_model(tmp_path, "int8").for_computing_on("cpu"), torch.bfloat16, [tmp_path / kept.FOLDER])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 3 and "kept on the way" in rows[0] and "the kept file" in rows[1] and "alone" in rows[2]
