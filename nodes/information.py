@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -76,8 +77,8 @@ class NextStepModelInfo(io.ComfyNode):
         return checked_sides(width, height)
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> float:
-        return float("nan")  # what is free changes all the time
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return time.time_ns()  # what is free changes all the time; not NaN, which is no JSON in saved pictures
 
     @classmethod
     def execute(cls, model: HostModel, width: int, height: int) -> io.NodeOutput:
