@@ -114,11 +114,11 @@ class OutputFile:
     shown: dict[str, str]
 
 
-def next_file(filename_prefix: str, width: int, height: int, number: int, suffix: str) -> OutputFile:
-    """The next free name under a prefix, as the host's Save Image counts; NextStepError for one outside its folder."""
-    folder, name, count, subfolder, _ = _place_to_save(filename_prefix, width, height)
-    file = f"{name.replace('%batch_num%', str(number))}_{count:05}_{suffix}"
-    return OutputFile(Path(folder) / file, {"filename": file, "subfolder": subfolder, "type": "output"})
+def new_files(filename_prefix: str, width: int, height: int, count: int, suffix: str) -> list[OutputFile]:
+    """The next free names under a prefix, as the host's Save Image counts; NextStepError for any outside its folder."""
+    folder, name, first, subfolder, _ = _place_to_save(filename_prefix, width, height)
+    names = [f"{name.replace('%batch_num%', str(n))}_{first + n:05}_{suffix}" for n in range(count)]
+    return [OutputFile(Path(folder) / n, {"filename": n, "subfolder": subfolder, "type": "output"}) for n in names]
 
 
 def notes_for_picture(node: type[io.ComfyNode]) -> dict[str, str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..nextstep_core.errors import NextStepError, shown
+from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.request.presets import Preset, find_preset, preset_names
 from ..nextstep_core.sampling.settings import GenerationSettings
@@ -36,15 +36,21 @@ def preset_input() -> io.Input:
     )
 
 
+def resolved(model: HostModel, name: str) -> tuple[Preset, GenerationSettings]:
+    """The preset of this name and what it comes to with a checkpoint, which the node shows."""
+    preset = find_preset(name, preset_file())
+    chosen = preset.over(model.engine.recommended(preset.editing))
+    host.show_text(in_words(preset, chosen))
+    return preset, chosen
+
+
 def applied(
     model: HostModel, name: str, width: int, height: int, negative_prompt: str, settings: dict[str, Any]
 ) -> tuple[int, int, str, dict[str, Any]]:
     """(width, height, negative prompt, settings) of a node's widgets under the preset that it names."""
     if name == OFF:
         return width, height, negative_prompt, settings
-    preset = find_preset(name, preset_file())
-    chosen = preset.over(model.engine.recommended(preset.editing))
-    host.show_text(in_words(preset, chosen))
+    preset, chosen = resolved(model, name)
     numbers = {"steps": chosen.steps, "cfg": chosen.cfg, "shift": chosen.shift}
     if "cfg_img" in settings:
         numbers["cfg_img"] = chosen.cfg_img
@@ -110,11 +116,7 @@ class NextStepPreset(io.ComfyNode):
     @classmethod
     def execute(cls, model: HostModel, preset: str) -> io.NodeOutput:
         check_sockets(model=model)
-        if not isinstance(preset, str):
-            raise NextStepError(f"preset is {shown(preset)}; choose one by its name.")
-        found = find_preset(preset, preset_file())
-        chosen = found.over(model.engine.recommended(found.editing))
-        host.show_text(in_words(found, chosen))
+        found, chosen = resolved(model, preset)
         return io.NodeOutput(
             found.width, found.height, chosen.steps, chosen.cfg, chosen.cfg_img, chosen.shift, found.negative_prompt
         )

@@ -103,13 +103,12 @@ class NextStepSaveImage(io.ComfyNode):
         QUALITY.check(quality)
         pictures = to_rgb(image)
         texts = [""] * len(pictures) if info is None else _texts(info, len(pictures))
-        notes, saved = host.notes_for_picture(cls), []
+        notes = host.notes_for_picture(cls)
         height, width = pictures.shape[1:3]
-        for number, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-            place = host.next_file(filename_prefix, width, height, number, FORMATS[format])
-            save_picture(place.path, picture, format, quality, "" if notes is None else text, notes)
-            saved.append(place.shown)
-        return io.NodeOutput(texts, ui={"images": saved})
+        files = host.new_files(filename_prefix, width, height, len(pictures), FORMATS[format])
+        for file, picture, text in zip(files, pictures, texts, strict=True):
+            save_picture(file.path, picture, format, quality, "" if notes is None else text, notes)
+        return io.NodeOutput(texts, ui={"images": [file.shown for file in files]})
 
 
 def _texts(info: Info, pictures: int) -> tuple[str, ...]:

@@ -157,9 +157,10 @@ def checked_sides(width: int | None, height: int | None) -> bool | str:
     try:
         if width is not None and height is not None:
             PUBLISHED_LATENTS.grid(height, width)
-        for side, value in ((WIDTH, width), (HEIGHT, height)):
-            if value is not None:
-                PUBLISHED_LATENTS.check_side(side, value)
+        elif width is not None:
+            PUBLISHED_LATENTS.check_side(WIDTH, width)
+        elif height is not None:
+            PUBLISHED_LATENTS.check_side(HEIGHT, height)
     except NextStepError as error:
         return str(error)
     return True

@@ -61,18 +61,21 @@ class LatentSpace:
         """Width or height in pixels; NextStepError offers the nearest where it is not whole tokens."""
         value = side.check(value)
         if value % self.unit:
-            near = max(self.unit, round(value / self.unit) * self.unit)
-            raise NextStepError(f"{side.name} is {value}; use a multiple of {self.unit}, such as {near}.")
+            raise NextStepError(
+                f"{side.name} is {value}; use a multiple of {self.unit}, such as {self._nearest(value)}."
+            )
         return value
+
+    def _nearest(self, side: int) -> int:
+        return max(self.unit, round(side / self.unit) * self.unit)
 
     def grid(self, height: int, width: int) -> Grid:
         """(rows, columns) of a picture in pixels; NextStepError offers the nearest size where a side does not fit."""
         unit, width, height = self.unit, WIDTH.check(width), HEIGHT.check(height)
         if width % unit or height % unit:
-            near = [max(unit, round(side / unit) * unit) for side in (width, height)]
             raise NextStepError(
                 f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
-                f"The nearest size is {near[0]}x{near[1]}."
+                f"The nearest size is {self._nearest(width)}x{self._nearest(height)}."
             )
         return height // unit, width // unit
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from ..errors import NextStepError, check_choice
+from ..errors import check_choice, not_written
 from ..ranges import Range
 
 QUALITY = Range("quality", 1, 100)
@@ -48,7 +48,7 @@ def save_picture(
             exif = whole if len(whole) <= LONGEST_EXIF else short if len(short) <= LONGEST_EXIF else b""
             image.save(path, exif=exif, quality=quality, subsampling=0)
     except OSError as error:
-        raise NextStepError(f"{path} could not be written: {error.strerror or error}.") from None
+        raise not_written(path, error) from None
 
 
 def _chunks(parameters: str, notes: Mapping[str, str]) -> PngImagePlugin.PngInfo:

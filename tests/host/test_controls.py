@@ -503,7 +503,7 @@ def test_an_output_folder_that_takes_nothing_is_one_sentence(kit, monkeypatch, t
     (tmp_path / "file").touch()
     monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
     with pytest.raises(kit.error, match="output folder cannot be written to .*file"):
-        kit.host.next_file("file/picture", 64, 64, 0, ".png")
+        kit.host.new_files("file/picture", 64, 64, 1, ".png")
 
 
 def test_a_model_s_card_tells_what_it_is_for_what_it_takes_and_how_long(kit, graph: ComfyGraph, monkeypatch) -> None:
@@ -543,3 +543,19 @@ def test_a_checkpoint_that_was_not_made_for_this_is_told(kit, monkeypatch, name:
     time, *rest = said[-1].split("\n")
     assert time.startswith("16 tokens in ")
     assert (words in rest[0]) if words else not rest
+
+
+def test_a_batch_is_saved_under_the_next_free_names(kit, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    (tmp_path / "x_00004_.png").touch()
+    files = kit.host.new_files("x", 64, 64, 2, ".png")
+    assert [file.path for file in files] == [tmp_path / "x_00005_.png", tmp_path / "x_00006_.png"]
+    named = kit.host.new_files("of/%batch_num%", 64, 64, 2, ".jpg")
+    assert [file.shown["filename"] for file in named] == ["0_00001_.jpg", "1_00002_.jpg"]
+    assert {file.shown["subfolder"] for file in named} == {"of"}
+
+
+@pytest.mark.parametrize("preset", [3, None, {"a": 1}, ["draft"]])
+def test_a_preset_that_is_no_name_is_one_sentence(kit, graph: ComfyGraph, preset: object) -> None:
+    with pytest.raises(kit.error, match="choose one of draft"):
+        graph.pack("nodes.presets").NextStepPreset.execute(kit.model, preset)
