@@ -29,6 +29,7 @@ from .runtime.interrupt import Check, checked, go_on, leaves
 from .runtime.memory import check_room
 from .runtime.shortage import LOADING_ADVICE, told
 from .runtime.streaming import send_away
+from .sampling.noise import Seeds, check_seeds
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
@@ -99,17 +100,18 @@ class NextStepPipeline:
         shift: float | None = None,
         sampler: str | None = None,
         use_norm: bool | None = None,
-        seed: int = 0,
+        seed: Seeds = 0,
         vae_tile: int | None = None,
         callback: Callable[[Progress], None] | None = None,
         check: Check = go_on,
     ) -> GenerationOutput:
         """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
 
-        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `vae_tile`
-        makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. `callback` gets a
-        Progress after every token and stops the run by raising; so may `check`, which is called before every layer of
-        the networks. Raises NextStepError for impossible requests before any long work.
+        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. With a
+        sequence of seeds, one for each picture, every picture comes out as if it were drawn alone with its own.
+        `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out.
+        `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
+        before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
         texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
@@ -118,7 +120,7 @@ class NextStepPipeline:
         for name, text in (*(("A prompt", text) for text in prompts), *texts.items()):
             check_text(name, text)
         count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
-        PICTURES.check(len(prompts) * count)
+        check_seeds(seed, PICTURES.check(len(prompts) * count))
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
             cfg=cfg,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -50,7 +51,7 @@ class Job:
     @property
     def pictures(self) -> int:
         """How many pictures the job draws."""
-        return len(self.rows.ids) // self.rows.branches
+        return self.rows.pictures
 
     @property
     def total(self) -> int:
@@ -72,10 +73,10 @@ class Job:
         """Rows of the transformer's batch, all branches counted."""
         return self.rows.ids.shape[0]
 
-    def part(self, start: int, stop: int) -> Job:
-        """Pictures start..stop-1 alone, with the prompts and the noise that they have in the whole job."""
-        known = self.known and replace(self.known, tokens=self.known.tokens[start:stop])
-        return replace(self, rows=self.rows.part(start, stop), noise=self.noise.part(start, stop), known=known)
+    def part(self, pictures: Sequence[int]) -> Job:
+        """These pictures alone, with the prompts and the noise that they have in the whole job."""
+        known = self.known and replace(self.known, tokens=self.known.tokens[list(pictures)])
+        return replace(self, rows=self.rows.part(pictures), noise=self.noise.part(pictures), known=known)
 
     def prompt_key(self, dtype: torch.dtype) -> str:
         """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""

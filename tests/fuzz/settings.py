@@ -47,7 +47,7 @@ NEARLY: dict[str, tuple[Any, ...]] = {
     "sampler": ("auto", "Flow-ODE", "euler"),
     "cfg_schedule": ("cosine", "Linear"),
     "use_norm": ("on", 1),
-    "seed": (-1, 2**64, 1.0),
+    "seed": (-1, 2**64, 1.0, [1], [1, 2], (3, 4, 5), range(2), [1, 2.0], [[1]]),
     "width": (15, 17, 40, 4112, 10**9, 32.0),
     "height": (8, 24, 4097, 2**40),
     "num_images_per_prompt": (0, 4097, 10**9),
