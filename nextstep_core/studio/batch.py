@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..decoding.progress import Progress
-from ..errors import NextStepError, OutOfMemory, not_written
+from ..errors import NextStepError, not_written
 from ..images.saving import FORMATS, save_picture
 from ..loading.locks import held
 from ..ranges import Range
@@ -128,7 +128,7 @@ class BatchRun:
         owners = {record.file: key for key, record in self.manifest.records.items() if not record.error}
         twice: Counter[str] = Counter()
         for n, one in enumerate(settled, 1):
-            key = one.order.key(self.artist.identity)
+            key = one.key(self.artist.identity)
             twice[key] += 1
             if twice[key] > 1:
                 key = f"{key}-{twice[key]}"
@@ -168,14 +168,13 @@ class BatchRun:
         try:
             pictures = self.artist.draw([entry.settled for entry in group], tell, check)
         except NextStepError as error:
-            if len(group) > 1 and not isinstance(error, OutOfMemory):
+            if len(group) > 1:
                 for entry in group:
                     yield from self._draw([entry], tell, check)
                 return
-            for entry in group:
-                record = replace(self._record(entry, 0.0), error=str(error))
-                self.manifest.add(record)
-                yield record
+            record = replace(self._record(group[0], 0.0), error=str(error))
+            self.manifest.add(record)
+            yield record
             return
         seconds = (time.monotonic() - started) / len(group)
         for entry, picture in zip(group, pictures, strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +40,13 @@ class Settled:
     def together(self) -> tuple[object, ...]:
         """Orders of which this is equal can be drawn in one batch."""
         return self.width, self.height, self.settings, self.order.negative_prompt, len(self.order.images)
+
+    def key(self, identity: str) -> str:
+        """Tells pictures apart by all that they are made of; the same for the same picture in another run."""
+        images = [sha256(path.read_bytes()).hexdigest() for path in self.order.images]
+        drawn_as = [self.width, self.height, asdict(self.settings), self.order.seed]
+        made_of = [identity, self.prompt, self.order.negative_prompt, images, drawn_as]
+        return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Artist(Protocol):

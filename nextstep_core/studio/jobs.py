@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 
 from ..sampling.settings import GenerationSettings
@@ -50,15 +48,6 @@ class Order:
     def editing(self) -> bool:
         """Whether a picture is edited."""
         return bool(self.images)
-
-    def key(self, model: str) -> str:
-        """Tells pictures apart by all that they are made of; the same for the same picture in another run."""
-        images = [sha256(path.read_bytes()).hexdigest() for path in self.images]
-        asked = {
-            f.name: getattr(self.asked, f.name) for f in fields(Asked) if f.name not in ("label", "negative_prompt")
-        }
-        made_of = [model, self.prompt, self.negative_prompt, images, asked, self.seed]
-        return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

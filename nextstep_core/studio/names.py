@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from ..errors import NextStepError, check_text, shown
 
-DEFAULT_PATTERN = "{index}-{name}-{seed}"
+DEFAULT_PATTERN = "{index}-{name}-{label}-{seed}"
 FIELDS = ("index", "name", "prompt", "label", "seed", "width", "height", "steps", "cfg")
 FIELD = re.compile(r"\{(\w*)\}")
 PLAIN = re.compile(r"[\w .,+@=()/-]*")  # besides fields; what every file system takes
