@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .decoding.engine import NextStepEngine
-from .decoding.job import PICTURES
+from .decoding.job import PICTURES, Job
 from .decoding.progress import Progress
+from .decoding.pruning import Pruning
 from .errors import NextStepError, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
@@ -102,6 +103,7 @@ class NextStepPipeline:
         use_norm: bool | None = None,
         seed: Seeds = 0,
         vae_tile: int | None = None,
+        prune: Pruning | None = None,
         callback: Callable[[Progress], None] | None = None,
         check: Check = go_on,
     ) -> GenerationOutput:
@@ -109,7 +111,9 @@ class NextStepPipeline:
 
         None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. With a
         sequence of seeds, one for each picture, every picture comes out as if it were drawn alone with its own.
-        `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out.
+        `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. With
+        `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
+        would have without it. Their first tokens are handed to the transformer at once.
         `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
         before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
@@ -145,12 +149,9 @@ class NextStepPipeline:
             check=check,
         )
         check_room(job.pictures * height * width * PIXEL_BYTES, f"{job.pictures} pictures of {width}x{height} pixels")
-        make_room = partial(send_away, self.engine.model, self.device)
-        with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
-            for progress in run:
-                if callback is not None:
-                    callback(progress)
-        return self._finish(progress.tokens, grid, vae_tile, check)
+        if prune is not None:
+            job = self._pruned(job, prune, vae_tile, callback, check)
+        return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
 
     def encode_image(self, image: ImageInput, vae_tile: int | None = None, check: Check = go_on) -> EncodedImage:
         """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
@@ -165,6 +166,31 @@ class NextStepPipeline:
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
         return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
+
+    def _draw(self, job: Job, callback: Callable[[Progress], None] | None, check: Check) -> Tensor:
+        """Tokens (pictures, total, token_dim) of a job, on the device."""
+        make_room = partial(send_away, self.engine.model, self.device)
+        with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
+            for progress in run:
+                if callback is not None and progress.step.sampled:  # what is known was told of when it was drawn
+                    callback(progress)
+        return progress.tokens
+
+    def _pruned(
+        self,
+        job: Job,
+        prune: Pruning,
+        vae_tile: int | None,
+        callback: Callable[[Progress], None] | None,
+        check: Check,
+    ) -> Job:
+        """Begin all pictures of a job; the job of those that go on. Only their rows are in its KV cache."""
+        rows, columns = prune.rows(job.grid), job.grid[1]
+        places = rows * columns
+        tokens = self._draw(job.begun(places), callback, check)
+        begun = self._finish(tokens[:, :places], (rows, columns), vae_tile, check)
+        chosen = prune.chosen(begun.images)
+        return job.part(chosen).after(tokens[chosen], places)
 
     def _captions(
         self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check
