@@ -40,13 +40,14 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class Job:
-    """One call's worth of pictures, checked and laid out, ready to decode."""
+    """One call's worth of pictures, checked and laid out, ready to decode: all places of them, or the `first` alone."""
 
     rows: PromptRows
     grid: Grid
     settings: GenerationSettings
     noise: NoiseStream
     known: KnownTokens | None = None
+    first: int | None = None
 
     @property
     def pictures(self) -> int:
@@ -77,6 +78,17 @@ class Job:
         """These pictures alone, with the prompts and the noise that they have in the whole job."""
         known = self.known and replace(self.known, tokens=self.known.tokens[list(pictures)])
         return replace(self, rows=self.rows.part(pictures), noise=self.noise.part(pictures), known=known)
+
+    def begun(self, places: int) -> Job:
+        """The first places of every picture alone; the others stay zero."""
+        return replace(self, first=places)
+
+    def after(self, tokens: Tensor, places: int) -> Job:
+        """The rest of the job, given tokens (pictures, total, token_dim) whose first `places` are drawn."""
+        keep = torch.arange(self.total) < places
+        if self.known is not None:
+            keep |= self.known.keep.cpu()
+        return replace(self, known=KnownTokens(tokens, keep), first=None)
 
     def prompt_key(self, dtype: torch.dtype) -> str:
         """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""

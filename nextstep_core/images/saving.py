@@ -42,7 +42,8 @@ def save_picture(
         if format == "png":
             image.save(path, format, pnginfo=_chunks(parameters, notes), compress_level=COMPRESSION)
         elif format == "webp":
-            image.save(path, format, exif=_exif(parameters, notes), quality=quality, lossless=quality == QUALITY.maximum)
+            lossless = quality == QUALITY.maximum
+            image.save(path, format, exif=_exif(parameters, notes), quality=quality, lossless=lossless)
         else:
             whole, short = _exif(parameters, notes), _exif(parameters, {})
             exif = whole if len(whole) <= LONGEST_EXIF else short if len(short) <= LONGEST_EXIF else b""

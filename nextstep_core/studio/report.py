@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import NextStepError, not_written
 from ..images.contact_sheet import contact_sheet
@@ -47,7 +48,8 @@ def write_sheet(folder: Path, records: Sequence[Record]) -> Path | None:
     """The first pictures of a run as one, each with what tells it apart; None where there is none."""
     from PIL import Image
 
-    pictures, labels = [], []
+    pictures: list[Tensor] = []
+    labels: list[str] = []
     for record in records:
         if record.error or len(pictures) == ON_SHEET:
             continue
