@@ -13,12 +13,14 @@ from typing import Any
 from ..errors import NextStepError, check_choice, check_text, shown
 from ..images.saving import FORMATS, QUALITY
 from ..loading.documents import parse_object
+from ..loading.files import check_regular
 from ..ranges import Range
 from ..request.layout import IMAGE_SLOT
 from ..request.presets import BUILT_IN, Preset, all_presets
+from ..request.sizes import grid_of_ratio, ratio_name, ratio_size_of_area
 from ..sampling.settings import SEED, GenerationSettings
 from .job_keys import FILE_KEYS, JOB_KEYS, SETTINGS, number_key
-from .jobs import Asked, BatchJob, Order
+from .jobs import BASE, Asked, BatchJob, Order
 from .lines import Place, lines_of, where_of
 from .names import DEFAULT_PATTERN, check_pattern
 from .prompts import COMBINE, MEND, Lists, Prompt, fill, parse_lines, parse_table, prompts_of, read_text
@@ -30,13 +32,14 @@ GUIDE_QUALITY = {"low": "draft", "medium": "standard", "high": "premium"}
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked beside the file, and wins over it: keys of SETTINGS, seeds, values of lists."""
+    """What is asked beside the file, and wins over it: keys of SETTINGS, seeds, values of lists, input pictures."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format: str | None = None
     pattern: str | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Reader:
             negative = self._text(own, "negative_prompt", *place) if "negative_prompt" in own else None
             name = self._text(own, "name", *place) if "name" in own else ""
             text = self._text(own, "prompt", *place)
-            yield Prompt(text, negative, name), self._images(own, place), own, place
+            yield Prompt(text, negative, name), self.wishes.images or self._images(own, place), own, place
 
     def _images(self, own: Mapping[str, Any], place: Place) -> tuple[Path, ...]:
         stated = own.get("images", [])
@@ -135,31 +138,21 @@ class Reader:
 
     def _image(self, name: object, where: str) -> Path:
         """A picture in the job's folder: a file from a stranger must not show what lies elsewhere."""
-        from PIL import Image
-
         text = check_text(f"{where}: a picture's name", name)
         if self.folder is None:
             raise NextStepError("{where}: pictures are taken from beside a job file, and there is none.", where=where)
         try:
             path = (self.folder / text).resolve()
-            if not path.is_relative_to(self.folder.resolve()):
-                raise NextStepError(
-                    "{where}: {name} lies outside of the job's folder. Put the picture beside the job file.",
-                    where=where,
-                    name=shown(text),
-                )
-            with Image.open(path) as image:
-                image.size  # noqa: B018 - opening reads no more than this
-        except NextStepError:
-            raise
-        except Exception as error:  # whatever is wrong with whichever kind of file
+            inside = path.is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError):  # a circle of links, or what can be no name
+            inside = False
+        if not inside:
             raise NextStepError(
-                "{where}: {name} is not a readable picture ({reason}).",
+                "{where}: {name} lies outside of the job's folder. Put the picture beside the job file.",
                 where=where,
                 name=shown(text),
-                reason=type(error).__name__,
-            ) from None
-        return path
+            )
+        return check_picture(path, where)
 
     def _check_slots(self, text: str, images: tuple[Path, ...], where: str) -> None:
         if (slots := text.count(IMAGE_SLOT)) not in {len(images), 0}:
@@ -230,7 +223,7 @@ class Reader:
             check_choice(f"{self.where(*place, 'preset')}: preset", preset, self.presets)
             base = _of_preset(self.presets[preset], base)
         if "size" in values:
-            values["width"], values["height"] = values.pop("size")
+            values["width"], values["height"] = _sides(values.pop("size"), base)
         if "guidance" in values:
             values["cfg"] = values.pop("guidance")
         asked = replace(base, **values)
@@ -264,6 +257,29 @@ class Reader:
 def letter(n: int) -> str:
     """A, B, C, ... for settings without a label of their own; numbers after Z."""
     return chr(ord("A") + n) if n < 26 else str(n + 1)
+
+
+def check_picture(path: Path, where: str) -> Path:
+    """The path of a picture that can be opened; NextStepError otherwise."""
+    from PIL import Image
+
+    try:
+        check_regular(path)
+        with Image.open(path):
+            return path
+    except FileNotFoundError:
+        raise NextStepError("{where}: {path} does not exist.", where=where, path=path) from None
+    except Exception as error:  # whatever is wrong with whichever kind of file
+        raise NextStepError(
+            "{where}: {path} is not a readable picture ({reason}).", where=where, path=path, reason=type(error).__name__
+        ) from None
+
+
+def _sides(size: tuple[int, int] | str, base: Asked) -> tuple[int, int]:
+    """(width, height); a ratio has about as many pixels as the settings above it."""
+    if not isinstance(size, str):
+        return size
+    return ratio_size_of_area(ratio_name(grid_of_ratio(size)), (base.width or BASE) * (base.height or BASE))
 
 
 def _of_preset(preset: Preset, base: Asked) -> Asked:

@@ -10,13 +10,11 @@ from ..errors import NextStepError, check_choice, check_text, shown
 from ..images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..images.saving import FORMATS, QUALITY
 from ..ranges import Range
-from ..request.sizes import RATIO_NAMES, ratio_size
+from ..request.sizes import RATIO_NAMES
 from ..sampling.guidance import SCHEDULES
 from ..sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS
 from ..sampling.solvers import SAMPLERS
 from .prompts import COMBINE
-
-RATIO_BASE = 512  # pixels, of a size that is stated as a ratio
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,10 @@ def _flag(name: str) -> Key:
     return Key(check, {"type": "boolean"})
 
 
-def size_of(where: str, value: object) -> tuple[int, int]:
-    """(width, height) as people state it: 512, "768x512", [768, 512], or a ratio such as "16:9" at 512."""
+def size_of(where: str, value: object) -> tuple[int, int] | str:
+    """(width, height) as people state it: 512, "768x512" or [768, 512]; a ratio such as "16:9" comes out as it is."""
     if isinstance(value, str) and value in RATIO_NAMES:
-        return ratio_size(value, RATIO_BASE)
+        return value
     sides: Any = value
     if isinstance(value, str):
         sides = [int(part) if part.isdecimal() and len(part) < 9 else part for part in value.lower().split("x")]

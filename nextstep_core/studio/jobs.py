@@ -8,6 +8,8 @@ from pathlib import Path
 from ..sampling.settings import GenerationSettings
 from .names import DEFAULT_PATTERN
 
+BASE = 512  # pixels, of pictures whose size a job does not state: what the authors recommend
+
 
 @dataclass(frozen=True)
 class Asked:
