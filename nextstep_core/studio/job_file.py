@@ -25,6 +25,8 @@ from .lines import Place, lines_of, where_of
 from .names import DEFAULT_PATTERN, check_pattern
 from .prompts import COMBINE, MEND, Lists, Prompt, fill, parse_lines, parse_table, prompts_of, read_text
 
+COMMAND = "What you asked for"  # where no file is wrong
+FEWEST_STEPS = "flow-ode"  # takes any number; whether the checkpoint's own sampler does is asked when it is known
 PICTURES = Range("The number of pictures in a job", 1, 100_000)
 # How the public guide calls three of the presets.
 GUIDE_QUALITY = {"low": "draft", "medium": "standard", "high": "premium"}
@@ -157,15 +159,12 @@ class Reader:
     def _check_slots(self, text: str, images: tuple[Path, ...], where: str) -> None:
         if (slots := text.count(IMAGE_SLOT)) not in {len(images), 0}:
             raise NextStepError(
-                "{where}: the prompt has {slots} {slot} for {count} pictures. Write {slot} once for each.",
+                "{where}: the prompt has {slots} {slot} for {count} pictures. Write {slot} once for each of its "
+                "images.",
                 where=where,
                 slots=slots,
                 slot=IMAGE_SLOT,
                 count=len(images),
-            )
-        if slots and not images:
-            raise NextStepError(
-                "{where}: the prompt has {slot}, and the job no images. Name them.", where=where, slot=IMAGE_SLOT
             )
 
     def _lists(self, stated: Mapping[str, Any]) -> Lists | None:
@@ -195,7 +194,7 @@ class Reader:
     def _settings(self, stated: Mapping[str, Any], place: Place, above: Sequence[Asked] = (Asked(),)) -> list[Asked]:
         """The settings at a place, each over each of those above it; what was asked beside the file wins."""
         if "settings" not in stated:
-            return list(above) if place else [self._asked(self.wishes.settings, (), Asked())]
+            return list(above) if place else [self._wished(Asked())]
         several = stated["settings"] if isinstance(stated["settings"], list) else [stated["settings"]]
         if not several:
             raise NextStepError("{where}: settings is an empty list.", where=self.where(*place, "settings"))
@@ -208,7 +207,11 @@ class Reader:
                 )
             label = "" if len(several) == 1 else letter(n)
             found += [self._asked({"label": label or base.label} | one, at, base) for base in above]
-        return [self._asked(self.wishes.settings, (), asked) for asked in found]
+        return [self._wished(asked) for asked in found]
+
+    def _wished(self, base: Asked) -> Asked:
+        """What is asked beside the file, over what it says."""
+        return replace(self, name=COMMAND, lines={})._asked(self.wishes.settings, (), base)
 
     def _asked(self, stated: Mapping[str, Any], place: Place, base: Asked) -> Asked:
         """What an object of settings says over `base`: its preset first, then its single values."""
@@ -228,7 +231,7 @@ class Reader:
             values["cfg"] = values.pop("guidance")
         asked = replace(base, **values)
         try:
-            asked.over(GenerationSettings())
+            asked.over(GenerationSettings(sampler=FEWEST_STEPS))
         except NextStepError as error:
             raise NextStepError("{where}: {reason}", where=self.where(*place), reason=error) from None
         return asked

@@ -38,10 +38,12 @@ def lines_of(text: str) -> dict[Place, int]:
 
 
 def where_of(name: str, lines: Mapping[Place, int], place: Place) -> str:
-    """How a message calls a place: its file, and the line of the innermost value around it that is known."""
-    while place not in lines and place:
+    """How a message calls a place: its file, and the line of the innermost value around it that is known, if any."""
+    if not lines:
+        return name
+    while place not in lines:
         place = place[:-1]
-    return f"{name}, line {lines.get(place, 1)}"
+    return f"{name}, line {lines[place]}"
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:

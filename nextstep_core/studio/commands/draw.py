@@ -15,7 +15,7 @@ from ...runtime.interrupt import go_on
 from ...sampling.solvers import SAMPLERS
 from ..batch import TOGETHER, BatchProgress, BatchRun
 from ..drawing import parameters_of
-from ..job_file import Wishes, check_picture, job_of_prompts, read_job
+from ..job_file import COMMAND, Wishes, check_picture, job_of_prompts, read_job
 from ..jobs import Order
 from ..names import slug
 from ..prompts import Prompt
@@ -78,7 +78,7 @@ def generate(
         preset=preset,
         negative_prompt=negative_prompt,
     )
-    orders = job_of_prompts([Prompt(prompt)], "The command", Wishes(wishes, tuple(seed or (0,)))).orders
+    orders = job_of_prompts([Prompt(prompt)], COMMAND, Wishes(wishes, tuple(seed or (0,)))).orders
     choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
     _draw(orders, choice, output, format, Output(as_json))
 
@@ -116,9 +116,9 @@ def edit(
     wishes = stated(
         size=size, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, sampler=sampler, negative_prompt=negative_prompt
     )
-    pictures = [check_picture(path, "The command") for path in (picture, *(image or []))]
+    pictures = [check_picture(path, COMMAND) for path in (picture, *(image or []))]
     orders = job_of_prompts(
-        [Prompt(instruction)], "The command", Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
+        [Prompt(instruction)], COMMAND, Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
     ).orders
     choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
     _draw(orders, choice, output, format, Output(as_json))
