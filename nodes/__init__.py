@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from .all_in_one import NextStepImageEdit, NextStepTextToImage
 from .compare import NextStepCompare, NextStepLabelledGrid
 from .download import NextStepDownload
+from .frames import NextStepDrawingFrames
 from .host import offer_pictures, register_model_folder
 from .information import NextStepModelInfo
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
@@ -41,6 +42,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepSaveImage,
     NextStepPreset,
     NextStepModelInfo,
+    NextStepDrawingFrames,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

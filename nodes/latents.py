@@ -63,7 +63,7 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
     if not latents.isfinite().all():
         raise not_finite("This latent")
     pictures = host.decode(vae, latents)
-    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4:
+    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4 or len(pictures) != len(latents):
         given = tuple(pictures.shape) if isinstance(pictures, torch.Tensor) else shown(pictures)
         raise NextStepError(
             f"The VAE gives {given} and no pictures. Connect the vae output of Load NextStep Model, or the VAE of a "

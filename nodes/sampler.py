@@ -56,14 +56,20 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
     mask = latent.get("noise_mask")
     if mask is None:
         return None
-    masks = mask.reshape(-1, *mask.shape[-2:])
-    if len(masks) > 1 and not (masks == masks[:1]).all():
-        raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
+    mask = shared_mask(mask)
     if not latent["samples"].isfinite().all():
         raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
     space = model.engine.latents
-    tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(masks[0], grid, space)
+    tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(mask, grid, space)
     return KnownTokens(tokens, keep, token_by_token=PARTIAL in latent)
+
+
+def shared_mask(mask: Tensor) -> Tensor:
+    """The mask (h, w) of all pictures of a batch; NextStepError where they have different ones."""
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    if len(masks) > 1 and not (masks == masks[:1]).all():
+        raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
+    return masks[0]
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:

@@ -39,10 +39,15 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
 
 
 def undrawn_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
-    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet.
+    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet."""
+    return blank_tokens(latents, space).any(0)
+
+
+def blank_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
+    """(B, rows, columns) bool, True where a token of latents (B, C, h, w) was not drawn yet.
 
     The tokens of an interrupted run that are still to come are all zero, and no token that was drawn is of one value.
     """
     rows, columns = space.grid_of(latents)
     tokens = space.cut(latents)
-    return (tokens.amin(-1) == tokens.amax(-1)).any(0).reshape(rows, columns)
+    return (tokens.amin(-1) == tokens.amax(-1)).reshape(-1, rows, columns)
