@@ -18,6 +18,7 @@ from .decoding.engine import NextStepEngine
 from .decoding.job import PICTURES, Job
 from .decoding.memory import AUTO
 from .decoding.progress import Progress
+from .decoding.pruning import Pruning
 from .errors import NextStepError, check_choice, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
@@ -33,6 +34,7 @@ from .runtime.memory import MAX_MEMORY, check_room
 from .runtime.placement import held_bytes, place, send_away
 from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
+from .sampling.noise import Seeds, check_seeds
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
@@ -125,17 +127,21 @@ class NextStepPipeline:
         shift: float | None = None,
         sampler: str | None = None,
         use_norm: bool | None = None,
-        seed: int = 0,
+        seed: Seeds = 0,
         vae_tile: int | None = None,
+        prune: Pruning | None = None,
         callback: Callable[[Progress], None] | None = None,
         check: Check = go_on,
     ) -> GenerationOutput:
         """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
 
-        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `vae_tile`
-        makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. `callback` gets a
-        Progress after every token and stops the run by raising; so may `check`, which is called before every layer of
-        the networks. Raises NextStepError for impossible requests before any long work.
+        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. With a
+        sequence of seeds, one for each picture, every picture comes out as if it were drawn alone with its own.
+        `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. With
+        `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
+        would have without it. Their first tokens are handed to the transformer at once.
+        `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
+        before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
         texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
@@ -144,7 +150,7 @@ class NextStepPipeline:
         for name, text in (*(("A prompt", text) for text in prompts), *texts.items()):
             check_text(name, text)
         count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
-        PICTURES.check(len(prompts) * count)
+        check_seeds(seed, PICTURES.check(len(prompts) * count))
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
             cfg=cfg,
@@ -171,12 +177,9 @@ class NextStepPipeline:
             )
             what = f"{job.pictures} pictures of {width}x{height} pixels"
             check_room(job.pictures * height * width * PIXEL_BYTES, what)
-            at_once, make_room = self._place(job, height, width), partial(send_away, self.engine.model, self.device)
-            with closing(self.engine.decode(job, self.device, self.dtype, at_once, check, make_room)) as run:
-                for progress in run:
-                    if callback is not None:
-                        callback(progress)
-            return self._finish(progress.tokens, grid, vae_tile, check)
+            if prune is not None:
+                job = self._pruned(job, prune, vae_tile, callback, check)
+            return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
 
     def release(self) -> None:
         """Free what is kept of the device's memory for the next run; it is taken again when it is needed. With
@@ -201,7 +204,7 @@ class NextStepPipeline:
     def _place(self, job: Job, height: int, width: int) -> int | None:
         """Bring as many weights to the device as a job leaves room for; how many pictures to draw at once, where that
         can be told. NextStepError when not even one fits."""
-        each, model = self.engine.working_bytes(job.part(0, 1), self.dtype), self.engine.model
+        each, model = self.engine.working_bytes(job.part([0]), self.dtype), self.engine.model
         room = self._budget.room(held_bytes(model, self.device))
         if room is not None and model_bytes(model) + job.pictures * each > room:
             self.release()  # what was captured lies where weights could
@@ -231,6 +234,32 @@ class NextStepPipeline:
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
         return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
+
+    def _draw(self, job: Job, callback: Callable[[Progress], None] | None, check: Check) -> Tensor:
+        """Tokens (pictures, total, token_dim) of a job, on the device."""
+        width, height = self.engine.latents.size(job.grid)
+        at_once, make_room = self._place(job, height, width), partial(send_away, self.engine.model, self.device)
+        with closing(self.engine.decode(job, self.device, self.dtype, at_once, check, make_room)) as run:
+            for progress in run:
+                if callback is not None and progress.step.sampled:  # what is known was told of when it was drawn
+                    callback(progress)
+        return progress.tokens
+
+    def _pruned(
+        self,
+        job: Job,
+        prune: Pruning,
+        vae_tile: int | None,
+        callback: Callable[[Progress], None] | None,
+        check: Check,
+    ) -> Job:
+        """Begin all pictures of a job; the job of those that go on. Only their rows are in its KV cache."""
+        rows, columns = prune.rows(job.grid), job.grid[1]
+        places = rows * columns
+        tokens = self._draw(job.begun(places), callback, check)
+        begun = self._finish(tokens[:, :places], (rows, columns), vae_tile, check)
+        chosen = prune.chosen(begun.images)
+        return job.part(chosen).after(tokens[chosen], places)
 
     def _captions(
         self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check
