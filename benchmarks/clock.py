@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextstep_core.runtime.bandwidth import timed
 from nextstep_core.runtime.capture import CudaRecorder
-
-from .machine import timed
 
 
 def device_seconds(calls: Sequence[Callable[[], Tensor]], device: torch.device, repeat: int) -> float:

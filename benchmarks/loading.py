@@ -18,10 +18,10 @@ import torch
 
 from nextstep_core.loading import kept
 from nextstep_core.loading.build import ModelPlan, fill, make_ready, plan_model
+from nextstep_core.runtime.bandwidth import timed
+from nextstep_core.runtime.devices import device_name
 from nextstep_core.runtime.interrupt import go_on
 from nextstep_core.runtime.quantization import RECIPES
-
-from .machine import machine, timed
 
 CPU = torch.device("cpu")
 BLOCK = 8 << 20
@@ -65,7 +65,7 @@ def main() -> None:
     plan = plan_model(arguments.folder, arguments.quantization, CPU).for_computing_on(CPU)
     shelf = arguments.folder / kept.FOLDER
     shelf.mkdir(exist_ok=True)
-    print(f"{machine(CPU)}, torch {torch.__version__}\n\n| | s |\n| --- | ---: |")
+    print(f"{device_name(CPU)}, torch {torch.__version__}\n\n| | s |\n| --- | ---: |")
 
     def row(what: str, files: list[Path], work: Callable[[], None]) -> None:
         forget(files)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from .floor import TokenBytes, token_bytes
-from .machine import Bandwidth, bandwidth, forget_peak, machine, peak_memory
+from nextstep_core.decoding.floor import TokenBytes, token_bytes
+from nextstep_core.runtime.bandwidth import Bandwidth, bandwidth
+from nextstep_core.runtime.devices import device_name, forget_peak, peak_memory
+
 from .timing import Case, measure
 
 ROWS = {
@@ -29,7 +31,7 @@ def context(device: torch.device) -> dict[str, str]:
     """What a number means nothing without."""
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(device),
+        "machine": device_name(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
 
@@ -71,7 +73,9 @@ def benchmark(case: Case, quantization: str | None, repeat: int, warmup: int, on
     seconds = measure(case, repeat, warmup, only)
     peak, of = peak_memory(case.device)  # before the bandwidth's buffers
     rate = bandwidth(case.device)
-    read = token_bytes(case.subject, case.rows, case.prompt_length, case.tokens, case.calls, case.dtype)
+    subject = case.subject
+    sizes = subject.tensor_bytes
+    read = token_bytes(subject.config, sizes, case.rows, case.prompt_length, case.tokens, case.calls, case.dtype)
     medians = {name: numbers["median"] for name, numbers in seconds.items()}
     return {
         "settings": settings_of(case, quantization),

@@ -128,7 +128,7 @@ def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subj
         vae = randomized(AutoencoderKL(PUBLISHED_VAE_CONFIG, dtype=dtype, device="meta"), device)
     latents = LatentSpace.from_configs(config, PUBLISHED_VAE_CONFIG)
     says = Published(False, TEXT_TO_IMAGE_PRETRAIN, EDIT_1_0)
-    reads_nothing = NextStepTokenizer(None, None)  # its prompts are made of ids
+    reads_nothing = NextStepTokenizer(None, None, config)  # its prompts are made of ids
     caches = StepCaches(StepGraphs(model))
     engine = NextStepEngine(config, latents, says, reads_nothing, text_embedding, model, caches)
     return Subject(f"random {shape}", description, engine, vae)

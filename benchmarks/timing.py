@@ -18,11 +18,11 @@ from nextstep_core.decoding.steps import StepCaches, StepShape
 from nextstep_core.images.latents import LatentSpace
 from nextstep_core.images.tiling import run_in_tiles
 from nextstep_core.request.layout import PromptRows
+from nextstep_core.runtime.bandwidth import timed
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.sampling.solvers import SAMPLERS
 
-from .machine import timed
 from .subjects import Subject
 
 PARTS = 16  # places at which the parts are timed when whole pictures are drawn as well

@@ -11,8 +11,8 @@ import torch
 
 from nextstep_core.decoding.loop import guidance_scales
 from nextstep_core.decoding.steps import StepShape
+from nextstep_core.runtime.bandwidth import timed
 
-from ..machine import timed
 from ..timing import Case
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from nextstep_core.runtime.bandwidth import timed
+from nextstep_core.runtime.devices import forget_peak, peak_memory
 from nextstep_core.runtime.streaming import streamed_bytes
 
-from ..machine import forget_peak, peak_memory, timed
 from ..timing import Case
 
 

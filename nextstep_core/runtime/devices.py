@@ -98,3 +98,24 @@ def capped(device: torch.device, limit: int | None, held: int) -> Iterator[None]
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start the device's peak anew, so that loading does not count; a process's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> tuple[int | None, str]:
+    """Most bytes in use so far and whose they are; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "device, while measuring"
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024, "process, loading included"
+    if sys.platform == "win32":
+        return None, "not known on this system"
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, loading included"

@@ -58,6 +58,11 @@ def test_every_part_is_timed_and_the_floor_counts_what_a_token_reads(tmp_path: P
     assert times == pytest.approx(result["seconds"]["token"]["median"] / floor)
 
 
+def test_a_model_that_needs_no_file_is_timed_too(tmp_path: Path) -> None:
+    only = ("--random", "medium", "--size", "32x32", "--tokens", "1", "--repeat", "1", "--warmup", "0", "--steps", "2")
+    assert bench(tmp_path, *only)["settings"]["model"] == "random medium"
+
+
 @pytest.mark.skipif(REFERENCE is None, reason="NEXTSTEP_REFERENCE names no checkout of the public 1.0 inference code")
 def test_the_reference_draws_the_same_tokens(tmp_path: Path) -> None:
     python = os.environ.get("NEXTSTEP_REFERENCE_PYTHON", sys.executable)

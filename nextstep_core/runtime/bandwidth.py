@@ -1,13 +1,10 @@
-"""Facts about the machine: its name, how fast it reads memory, and how much memory was in use."""
+"""How fast a device goes through its memory, and how long it takes for a piece of work."""
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,22 +13,6 @@ T = TypeVar("T")
 
 BUFFER_BYTES = 1 << 29
 BANDWIDTH_RUNS = 8
-
-
-def machine(device: torch.device) -> str:
-    """The processor that computes, and the CPU threads where it is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
@@ -65,7 +46,7 @@ def bandwidth(device: torch.device) -> Bandwidth:
     buffer = torch.ones(side, side, device=device)
     if device.type == "cpu":
         vector = torch.ones(side)
-        ways = {
+        ways: dict[str, tuple[Callable[[], object], int]] = {
             "read: sum": (buffer.sum, buffer.nbytes),
             "read: maximum": (buffer.max, buffer.nbytes),
             "read: matrix times vector": (lambda: buffer @ vector, buffer.nbytes),
@@ -78,24 +59,3 @@ def bandwidth(device: torch.device) -> Bandwidth:
     }
     best = max(rates, key=rates.__getitem__)
     return Bandwidth(rates[best], best)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Start the device's peak anew, so that loading does not count; a process's peak cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> tuple[int | None, str]:
-    """Most bytes in use so far and whose they are; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "device, while measuring"
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024, "process, loading included"
-    if sys.platform == "win32":
-        return None, "not known on this system"
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "process, loading included"

@@ -6,13 +6,12 @@ may stay in caches and registers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from nextstep_core.model.config import NextStepConfig
-
-from .subjects import Subject
+from ..model.config import NextStepConfig
 
 HEAD = "image_head.net."
 
@@ -59,17 +58,24 @@ def part_of(name: str) -> str | None:
 
 
 def token_bytes(
-    subject: Subject, rows: int, prompt_length: int, tokens: int, calls: int, dtype: torch.dtype
+    config: NextStepConfig,
+    sizes: Mapping[str, int],
+    rows: int,
+    prompt_length: int,
+    tokens: int,
+    calls: int,
+    dtype: torch.dtype,
 ) -> TokenBytes:
-    """Bytes per token of pictures of `tokens` tokens, with `rows` transformer rows and a KV cache of `dtype`."""
+    """Bytes per token of pictures of `tokens` tokens, with `rows` transformer rows and a KV cache of `dtype`, of a
+    model whose tensors have these `sizes` by name."""
     sums = {"transformer": 0, "head_once": 0, "head_call": 0}
-    for name, size in subject.tensor_bytes.items():
+    for name, size in sizes.items():
         part = part_of(name)
         if part is not None:
             sums[part] += size
     # Token n is fed behind the prompt and n others, n = 0 .. tokens - 2, and sees itself too.
     mean_length = prompt_length + tokens / 2
-    return TokenBytes(kv=int(rows * mean_length * kv_bytes(subject.config, dtype)), calls=calls, **sums)
+    return TokenBytes(kv=int(rows * mean_length * kv_bytes(config, dtype)), calls=calls, **sums)
 
 
 def kv_bytes(config: NextStepConfig, dtype: torch.dtype) -> int:
