@@ -16,10 +16,12 @@ from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
 from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .presets import NextStepPreset
+from .prompt_sets import NextStepPromptList, NextStepPromptTemplate
 from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .resume import NextStepResume
 from .sampler import NextStepSampler
 from .saving import NextStepSaveImage
+from .studio import NextStepBatchStudio, offer_reports
 
 NODES: list[type[io.ComfyNode]] = [
     NextStepModelLoader,
@@ -43,6 +45,9 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepPreset,
     NextStepModelInfo,
     NextStepDrawingFrames,
+    NextStepPromptList,
+    NextStepPromptTemplate,
+    NextStepBatchStudio,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 
@@ -58,4 +63,5 @@ async def comfy_entrypoint() -> NextStepExtension:
     """Called once by the host when it loads the pack."""
     register_model_folder()
     offer_pictures(PICTURES)
+    offer_reports()
     return NextStepExtension()

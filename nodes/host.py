@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -29,9 +30,10 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, is_out_of_memory, shown
+from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, check_text, is_out_of_memory, shown
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
+from ..nextstep_core.loading.files import can_be_shown
 from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
@@ -104,6 +106,59 @@ def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tup
             f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
         ) from None
     return place
+
+
+def output_folder(name: str) -> Path:
+    """A folder below the host's output folder; NextStepError for a name that leads out of it."""
+    check_text("folder", name)
+    try:
+        root = Path(folder_paths.get_output_directory()).resolve()
+        folder = (root / name).resolve()
+        inside = folder.is_relative_to(root) and folder != root
+    except (OSError, RuntimeError, ValueError):  # what can be no name, or a circle of links
+        inside = False
+    if not inside:
+        raise NextStepError(
+            "folder is {name}; write a name for a folder inside ComfyUI's output folder.", name=shown(name)
+        )
+    return folder
+
+
+def shown_output(path: Path) -> dict[str, str]:
+    """How the frontend is told of a file below the output folder."""
+    below = path.relative_to(Path(folder_paths.get_output_directory()).resolve())
+    return {"filename": below.name, "subfolder": below.parent.as_posix().removeprefix("."), "type": "output"}
+
+
+def input_files(*endings: str) -> list[str]:
+    """Names of the files with these endings that lie in the host's input folder itself."""
+    try:
+        found = sorted(os.listdir(folder_paths.get_input_directory()))
+    except OSError:
+        return []
+    return [name for name in found if name.lower().endswith(endings) and can_be_shown(name)]
+
+
+def input_file(name: str) -> Path:
+    """The path of such a file; NextStepError for a name that is none of the input folder's."""
+    check_text("file", name)
+    if Path(name).name != name:
+        raise NextStepError("{name} is not the name of a file in ComfyUI's input folder.", name=shown(name))
+    return Path(folder_paths.get_input_directory()) / name
+
+
+def serve(address: str, answer: Callable[[Mapping[str, str]], tuple[int, str]]) -> None:
+    """Answer GET requests at an address: `answer` takes the query and returns a status and a page of HTML."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is None:  # the host runs as a library
+        return
+    from aiohttp import web
+
+    async def handle(request: web.Request) -> web.Response:
+        status, page = await asyncio.to_thread(answer, request.query)
+        return web.Response(status=status, text=page, content_type="text/html", headers={"X-Frame-Options": "DENY"})
+
+    server.routes.get(address)(handle)
 
 
 @dataclass(frozen=True)

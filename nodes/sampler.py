@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -107,6 +108,26 @@ def make_job(
     )
 
 
+Shown = tuple["Tensor | None", tuple[int, int]]  # a preview, and its size as width and height
+
+
+def steps_of(model: HostModel, job: Job) -> Iterator[tuple[Progress, Shown]]:
+    """Draw a job on the host's device, as much at once as its memory allows: after every token, where it stands."""
+    each = model.engine.working_bytes(job.part([0]), model.dtype)
+    streamed = streamed_bytes(model.engine.model)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
+    shape = (job.pictures, *model.engine.latents.shape(job.grid))
+    decoding = host.vae_bytes(model.vae, shape)
+    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
+    preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
+    device = host.bring_to_device(model.patcher, plan)
+    make_room = partial(host.send_away, model.patcher)
+    drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
+    with closing(drawing) as run:
+        for progress in run:
+            yield progress, preview.update(progress)
+
+
 def sample(
     model: HostModel,
     positive: PromptValue,
@@ -124,21 +145,12 @@ def sample(
     """
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP_PARTIAL))
     job = make_job(model, positive, negative, latent, seed, settings)
-    each = model.engine.working_bytes(job.part([0]), model.dtype)
-    streamed = streamed_bytes(model.engine.model)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
-    decoding = host.vae_bytes(model.vae, latent["samples"].shape)
-    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
-    preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
-    device = host.bring_to_device(model.patcher, plan)
-    make_room = partial(host.send_away, model.patcher)
     reporter = host.ProgressReporter(job.total)
     progress, began = None, time.monotonic()
     try:
-        drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
-        with closing(drawing) as run:
-            for progress in run:
-                reporter.update(progress.done, *preview.update(progress), rate_text(progress))
+        with closing(steps_of(model, job)) as run:
+            for progress, shown in run:
+                reporter.update(progress.done, *shown, rate_text(progress))
     except host.Interrupted:
         if progress is not None:
             host.show_text(f"stopped at {progress.done:,} of {progress.total:,} tokens")
@@ -196,7 +208,7 @@ class Preview:
         if model.rgb_map is None and model.vae is not None:
             model.rgb_map = fit_latent_to_rgb(model.vae.encode)
 
-    def update(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
+    def update(self, progress: Progress) -> Shown:
         """(the pictures side by side, or None where nothing new is due; size in pixels as width and height)."""
         _, columns = self.job.grid
         finished = progress.start, progress.step.done // columns

@@ -59,6 +59,13 @@ class BatchProgress:
     record: Record | None = None
 
     @property
+    def share(self) -> float:
+        """Of all pictures, what is done."""
+        drawing = self.drawing
+        within = 0.0 if drawing is None else drawing.done / drawing.total * len(drawing.tokens)
+        return (self.done + self.failed + within) / self.total
+
+    @property
     def seconds_left(self) -> float | None:
         """Time that the rest will take at the rate so far; None before the first picture."""
         return (self.total - self.done - self.failed) * self.seconds / self.drawn if self.drawn else None

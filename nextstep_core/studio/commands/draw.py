@@ -232,10 +232,8 @@ def batch(
         run = BatchRun(plan, artist, output)
 
         def report(state: BatchProgress) -> None:
-            drawing = state.drawing
-            within = 0.0 if drawing is None else drawing.step.done / drawing.total * (drawing.stop - drawing.start)
             there = state.done + state.failed
-            show((there + within) / state.total, f"{there} of {state.total} pictures")
+            show(state.share, f"{there} of {state.total} pictures")
 
         try:
             summary = run.run(together, report)
