@@ -142,9 +142,14 @@ def input_files(*endings: str) -> list[str]:
 def input_file(name: str) -> Path:
     """The path of such a file; NextStepError for a name that is none of the input folder's."""
     check_text("file", name)
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise NextStepError("{name} is not the name of a file in ComfyUI's input folder.", name=shown(name))
-    return Path(folder_paths.get_input_directory()) / name
+    return input_folder() / name
+
+
+def input_folder() -> Path:
+    """Where the host keeps what its users bring."""
+    return Path(folder_paths.get_input_directory())
 
 
 def serve(address: str, answer: Callable[[Mapping[str, str]], tuple[int, str]]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..nextstep_core.decoding.progress import Progress
-from ..nextstep_core.errors import NextStepError, check_text, shown
+from ..nextstep_core.errors import NextStepError, check_text
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption
 from ..nextstep_core.runtime.interrupt import Check
 from ..nextstep_core.studio.batch import TOGETHER, BatchProgress, BatchRun
@@ -121,7 +121,7 @@ class NextStepBatchStudio(io.ComfyNode):
                 io.String.Input(
                     "folder",
                     default="NextStep/batch",
-                    tooltip="Inside ComfyUI's output folder. A run that finds pictures of the job there draws the rest.",
+                    tooltip="Inside ComfyUI's output folder. A run that finds pictures of the job there adds the rest.",
                 ),
                 io.Int.Input(
                     TOGETHER.name,
@@ -213,7 +213,7 @@ def job_of(job: str, text: str, wishes: Wishes) -> BatchJob:
     if job != BELOW:
         return read_job(host.input_file(job), wishes, preset_file())
     if check_text("text", text).lstrip().startswith("{"):
-        return parse_job(text, "text", wishes, preset_file(), host.input_file(".").parent)
+        return parse_job(text, "text", wishes, preset_file(), host.input_folder())
     return job_of_prompts(parse_lines(text, "text"), "Batch", wishes, preset_file())
 
 
