@@ -27,8 +27,8 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class Fit:
-    """What drawing with weights stored in `recipe` takes, in bytes: the weights, and all that is `needed` so that nothing
-    is streamed. `streamed` comes from the host for every token; None where it cannot be drawn at all."""
+    """What drawing with weights stored in `recipe` takes, in bytes: the weights, and all that is `needed` to stream
+    nothing. `streamed` comes from the host for every token; None where it cannot be drawn at all."""
 
     recipe: str | None
     weights: int
