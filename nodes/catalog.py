@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..nextstep_core.errors import NextStepError, shown
-from ..nextstep_core.loading import catalog, hub, kept, offers
+from ..nextstep_core.loading import catalog, hub, offers
 from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS
-from ..nextstep_core.loading.store import ASSETS, EMBEDDED
 from . import host
 
-EMBEDDED_LABEL = offers.remark(EMBEDDED, offers.EMBEDDED)
+EMBEDDED_LABEL = offers.EMBEDDED_LABEL
 NOTHING_FOUND = "no model found"
 MOST_NAMED = 3
 
@@ -31,26 +30,13 @@ VAE = Kind("VAE", (offers.VAE_ALONE,), "nextstep-vae.safetensors in models/vae")
 
 
 def models() -> dict[str, Path]:
-    """Checkpoints by the name that the dropdown shows: those in the host's folders, then those in the Hugging Face
-    cache, those of which only the quantized weights are left, and the embedded one last."""
-    found = catalog.models(host.model_roots(), host.single_file_roots())
-    found |= {offers.remark(repo, offers.CACHED): folder for repo, folder in catalog.cached_models().items()}
-    # What was quantized stands for a checkpoint only where that is gone.
-    for name, folder in kept.all_shelves(host.model_roots()).items():
-        if offers.find(name, found) is None:
-            found[offers.remark(name, offers.KEPT)] = folder
-    if (ASSETS / EMBEDDED).is_dir():
-        found[EMBEDDED_LABEL] = ASSETS / EMBEDDED
-    return found
+    """Checkpoints by the name that the dropdown shows, in the host's folders and elsewhere."""
+    return offers.there(host.model_roots(), host.single_file_roots())
 
 
 def vaes() -> dict[str, Path]:
     """VAEs by the name that the dropdown shows, in the same order."""
-    found = catalog.vaes(host.model_roots(), host.vae_roots())
-    found |= {offers.remark(repo, offers.CACHED): folder for repo, folder in catalog.cached_vaes().items()}
-    if (ASSETS / EMBEDDED / "vae").is_dir():
-        found[EMBEDDED_LABEL] = ASSETS / EMBEDDED / "vae"
-    return found
+    return offers.vaes_there(host.model_roots(), host.vae_roots())
 
 
 def model_options() -> list[str]:

@@ -37,7 +37,7 @@ from ..nextstep_core.loading.files import can_be_shown
 from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
-from ..nextstep_core.runtime.cpu import fastest_dtype
+from ..nextstep_core.runtime.cpu import cpu_dtype
 from ..nextstep_core.runtime.interrupt import leaves
 from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
@@ -49,7 +49,6 @@ MODEL_FOLDER = "nextstep"
 DTYPE_CHOICES = ("auto", *DTYPES)
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
-SMALL_MODEL = 10**8  # parameters; below, no dtype makes a CPU noticeably faster
 TEXT_SECONDS = 0.5
 TOLERATED = 0.05  # share of the weights that may be away where all fit: hosts round
 log = logging.getLogger(__name__)
@@ -263,9 +262,7 @@ def pick_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]
     if choice in DTYPES:
         storage = DTYPES[choice]
     elif mm.is_device_cpu(device):
-        fits = parameters * torch.float32.itemsize <= mm.get_free_memory(device)
-        storage = fastest_dtype() if parameters > SMALL_MODEL else torch.float32
-        storage = storage if fits else torch.bfloat16
+        storage = cpu_dtype(parameters, mm.get_free_memory(device))
         return storage, storage
     else:
         storage = mm.unet_dtype(device=device, model_params=parameters, supported_dtypes=PREFERRED_DTYPES)

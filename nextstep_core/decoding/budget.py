@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import NextStepError
 from ..images.tiling import SIDES, pixel_bytes
 from ..loading.build import ModelPlan
 from ..model.config import NextStepConfig, VAEConfig
@@ -20,7 +21,19 @@ from ..runtime.streaming import passing_bytes, streamed_bytes
 from .memory import PICTURE_512, RunSize, with_fitting_recipe, working_bytes
 
 SMALLEST = RunSize(rows=1, length=1, fed_at_once=1, steps=1)
+TOKENS_512 = 1024  # of PICTURE_512; the rest of its length is the prompt
 CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What drawing with weights stored in `recipe` takes, in bytes: the weights, and all that is `needed` to stream
+    nothing. `streamed` comes from the host for every token; None where it cannot be drawn at all."""
+
+    recipe: str | None
+    weights: int
+    needed: int
+    streamed: int | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,12 @@ class Budget:
     dtype: torch.dtype
     vae: VAEConfig
     vae_weights: int
+
+    @classmethod
+    def beside(cls, device: torch.device, limit: int | None, dtype: torch.dtype, vae: VAEConfig) -> Budget:
+        """The budget as it will be beside a VAE of this shape."""
+        empty = AutoencoderKL(vae, device="meta")
+        return cls(device, limit, dtype, vae, sum(weight.numel() for weight in empty.parameters()) * dtype.itemsize)
 
     @classmethod
     def of(cls, device: torch.device, limit: int | None, dtype: torch.dtype, vae: AutoencoderKL) -> Budget:
@@ -83,6 +102,21 @@ class Budget:
         beside = max(working_bytes(config, PICTURE_512, self.dtype), self.vae_bytes(*(SIDES[0],) * 2))
         room = self.room()
         return self.device if room is None or weights + beside <= room else HOST
+
+    def fit(self, plan: ModelPlan, recipe: str | None, height: int, width: int) -> Fit:
+        """Whether a checkpoint whose weights are stored in `recipe` (None: as they are) draws a picture of this size in
+        `limit`, with guidance and a long prompt."""
+        sizes = plan.tensor_bytes(recipe, self.dtype)
+        side = plan.config.latent_patch_size * self.vae.downscale
+        length = PICTURE_512.length - TOKENS_512 + (height // side) * (width // side)
+        working = working_bytes(plan.config, replace(PICTURE_512, length=length), self.dtype)
+        weights, vae = sum(sizes.values()), self.vae_bytes(height, width)
+        needed = weights + max(working, vae) + self.vae_weights
+        try:
+            planned = self._plan(weights, passing_bytes(sizes), 1, max(working, vae), vae)
+        except NextStepError:
+            return Fit(recipe, weights, needed, None)
+        return Fit(recipe, weights, needed, 0 if planned is None else weights - planned.resident)
 
     def plan(self, model: NextStepModel, pictures: int, each: int, height: int, width: int) -> MemoryPlan | None:
         """The plan for pictures of this size, each with `each` bytes of working memory; None where nobody can tell.

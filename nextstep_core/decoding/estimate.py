@@ -1,18 +1,20 @@
 """How long a picture will take on a device, without its weights: one layer and the head are timed as they would run.
 
 The layer, the head and the VAE have the checkpoint's shapes and the format that its weights will have, and numbers that
-mean nothing, since they do not change the cost. All layers are alike, so one is timed and counted as often as there are.
+mean nothing, since they do not change the cost. All layers are alike, so one is timed, and counts as often as there are
+layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ..images.tiling import SIDES, in_tiles
+from ..images.tiling import SIDES
 from ..loading.build import make_ready
 from ..model.config import NextStepConfig, VAEConfig
 from ..model.kv_cache import bucketed
@@ -23,6 +25,8 @@ from ..runtime.graphs import StepGraphs
 from ..runtime.quantization import quantize_model
 from ..sampling.settings import GenerationSettings
 from .steps import StepCaches, StepShape
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PROMPT = 40  # tokens, of a sentence or two
 RUNS = 3  # of each part, the fastest of which counts
@@ -119,11 +123,11 @@ def _vae(config: VAEConfig, height: int, width: int, device: torch.device, dtype
     most = SMALL_PIECE if device.type == "cpu" else SIDES[0]
     rows, columns = (min(side, most) // config.downscale for side in (height, width))
     latents = torch.full((1, config.z_channels, rows, columns), NUMBER, device=device, dtype=dtype)
-    seconds = fastest(device, lambda: vae.decode(latents, lambda *run: in_tiles(*run, side=most)))
+    seconds = fastest(device, lambda: vae.decode(latents))
     return seconds * height * width / (rows * columns * config.downscale**2)
 
 
-def _meaningless(module: nn.Module, device: torch.device) -> nn.Module:
+def _meaningless(module: Module, device: torch.device) -> Module:
     module = module.to_empty(device=device).eval().requires_grad_(False)
     for weight in module.parameters():
         weight.fill_(NUMBER)

@@ -33,7 +33,7 @@ VAE_SUFFIXES = (".safetensors", ".sft", ".pt")
 log = logging.getLogger(__name__)
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """(folder, names in it) of a root and the folders a few levels down, in order; links are followed, but not back up.
 
     What may not be read is passed over, and so are names that a dropdown cannot show.
@@ -71,7 +71,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
     """(root, folder) of every folder with a config.json, a few levels down."""
-    return sorted((root, folder) for root in roots for folder, names in _walk(root) if CONFIG in names)
+    return sorted((root, folder) for root in roots for folder, names in walk(root) if CONFIG in names)
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
@@ -151,7 +151,7 @@ def _single_files(roots: Sequence[Path], holds: str) -> dict[str, Path]:
     """Files that carry a config of their own, a few levels down, whose config has the key `holds`."""
     found: dict[str, Path] = {}
     for root in roots:
-        for folder, names in _walk(root):
+        for folder, names in walk(root):
             for path in (folder / name for name in names if name.endswith(".safetensors")):
                 if is_marked(path) and holds in _config(path):
                     found.setdefault(path.relative_to(root).as_posix(), path)

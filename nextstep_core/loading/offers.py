@@ -8,9 +8,10 @@ download.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from . import catalog, kept, store
 from .download import PUBLISHED_CHECKPOINTS
 
 VAE_ALONE, EDITING = "NextStep-1-f8ch16-Tokenizer", "NextStep-1-Large-Edit"
@@ -35,6 +36,32 @@ def offer(name: str) -> str:
 def bare(label: str) -> str:
     """A label without what stands in brackets behind it."""
     return REMARK.sub("", label)
+
+
+EMBEDDED_LABEL = remark(store.EMBEDDED, EMBEDDED)
+
+
+def there(roots: Sequence[Path], file_roots: Sequence[Path] = ()) -> dict[str, Path]:
+    """Checkpoints by the name that a list shows: those in these folders, then those in the Hugging Face cache, those of
+    which only the quantized weights are left, and the embedded one last."""
+    found = catalog.models(roots, file_roots)
+    found |= {remark(repo, CACHED): folder for repo, folder in catalog.cached_models().items()}
+    # What was quantized stands for a checkpoint only where that is gone.
+    for name, folder in kept.all_shelves(roots).items():
+        if find(name, found) is None:
+            found[remark(name, KEPT)] = folder
+    if (store.ASSETS / store.EMBEDDED).is_dir():
+        found[EMBEDDED_LABEL] = store.ASSETS / store.EMBEDDED
+    return found
+
+
+def vaes_there(roots: Sequence[Path], vae_roots: Sequence[Path] = ()) -> dict[str, Path]:
+    """VAEs by the name that a list shows, in the same order."""
+    found = catalog.vaes(roots, vae_roots)
+    found |= {remark(repo, CACHED): folder for repo, folder in catalog.cached_vaes().items()}
+    if (store.ASSETS / store.EMBEDDED / "vae").is_dir():
+        found[EMBEDDED_LABEL] = store.ASSETS / store.EMBEDDED / "vae"
+    return found
 
 
 def asked_for(label: str, among: Iterable[str]) -> str | None:

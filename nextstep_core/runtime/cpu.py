@@ -18,7 +18,15 @@ SIDE = 1536  # of the flow head's matrices, which a CPU spends its time on
 MATRICES = 8
 CALLS = 5
 WIDE = 1 << 20  # elements of a matrix; below, there is nothing to gain
+SMALL_MODEL = 10**8  # parameters; below, no dtype makes a CPU noticeably faster
 LAYOUT_ROWS = 2  # the layout is made for so many, a picture with guidance, and serves any number
+
+
+def cpu_dtype(parameters: int, free: int) -> torch.dtype:
+    """What a CPU with `free` bytes should store and compute a model of so many parameters in."""
+    if parameters * torch.float32.itemsize > free:
+        return torch.bfloat16
+    return fastest_dtype() if parameters > SMALL_MODEL else torch.float32
 
 
 @cache

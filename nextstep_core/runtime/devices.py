@@ -14,6 +14,20 @@ import torch
 from .memory import spare_bytes
 
 
+def best_device() -> torch.device:
+    """The first that there is of a CUDA (or ROCm) card, an Apple GPU and the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def kind_of(device: torch.device) -> str:
+    """What people call the device: CUDA, ROCm, MPS or CPU."""
+    if device.type == "cuda":
+        return "ROCm" if torch.version.hip else "CUDA"
+    return device.type.upper()
+
+
 def device_name(device: torch.device) -> str:
     """The processor that computes, and the CPU threads where it is the CPU."""
     if device.type == "cuda":

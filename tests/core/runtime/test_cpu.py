@@ -9,7 +9,7 @@ from nextstep_core import NextStepPipeline
 from nextstep_core.loading.build import make_ready
 from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.runtime import cpu
-from nextstep_core.runtime.cpu import PackedLinear, fastest_dtype
+from nextstep_core.runtime.cpu import PackedLinear, cpu_dtype, fastest_dtype
 
 CPU = torch.device("cpu")
 
@@ -79,3 +79,11 @@ def test_which_layers_are_packed() -> None:
 def test_the_dtype_for_a_cpu_is_one_of_two_and_stays_the_same() -> None:
     assert fastest_dtype() in (torch.float32, torch.bfloat16)
     assert fastest_dtype() is fastest_dtype()
+
+
+def test_the_dtype_for_a_model_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones in float32, large ones in what is faster, and bfloat16 where float32 does not fit."""
+    monkeypatch.setattr(cpu, "fastest_dtype", lambda: torch.float16)
+    assert cpu_dtype(10**8, 4 * 10**8) == torch.float32
+    assert cpu_dtype(10**8, 4 * 10**8 - 1) == torch.bfloat16
+    assert cpu_dtype(10**8 + 1, 10**12) == torch.float16, "whichever is faster"
