@@ -54,7 +54,7 @@ PUBLISHED_CHECKPOINTS = {
 POLL_SECONDS = 0.25
 HUB_SECONDS = 30.0  # that the hub may take to answer a question
 HASH_BLOCK = 1 << 24
-CONFIG = "config.json"
+CONFIG, NEWEST = "config.json", "main"
 # Bytes; file systems take 255, and what is unfinished has a longer name. Characters of it with its folders.
 MAX_FILE_NAME, MAX_PATH = 200, 1_000
 REVISION = re.compile(r"[\w.][\w./-]{0,255}")
@@ -134,6 +134,13 @@ def folder_name(repo_id: str) -> str:
     return repo_id.split("/")[-1] if repo_id in PUBLISHED_CHECKPOINTS.values() else repo_id.replace("/", "--")
 
 
+def already_there(name_or_repo: str, root: Path) -> Path | None:
+    """The folder of a checkpoint that was fetched to the end, in whichever version; None where it was not."""
+    folder = root / folder_name(check_repo_id(name_or_repo))
+    begun = next((folder / UNFINISHED).rglob(f"*{SUFFIX}"), None)
+    return folder if begun is None and (folder / CONFIG).is_file() else None
+
+
 def _while_checking(ask: Callable[[], T], check: Check) -> T:
     """What `ask` returns; `check` is called until it does, and may raise to wait no longer."""
     executor = ThreadPoolExecutor(1)
@@ -146,7 +153,7 @@ def _while_checking(ask: Callable[[], T], check: Check) -> T:
         executor.shutdown(wait=False)
 
 
-def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: Check = go_on) -> Download:
+def plan_download(name_or_repo: str, root: Path, revision: str = NEWEST, check: Check = go_on) -> Download:
     """Ask the hub what a checkpoint consists of; only files that the engine reads, nothing executable.
 
     It will lie in root / `folder_name`. `check` is called while the hub is asked and may raise to stop. NextStepError
@@ -314,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}")
     parser.add_argument("--to", type=Path, default=Path("models/nextstep"), help="folder that holds your models")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit")
+    parser.add_argument("--revision", default=NEWEST, help="branch, tag or commit")
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and stop")
     parser.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

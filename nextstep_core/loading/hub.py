@@ -21,6 +21,12 @@ UNREACHABLE = ("ConnectError", "ConnectionError", "TransportError", "Timeout", "
 Answer = TypeVar("Answer")
 
 
+class NotReached(NextStepError):
+    """The hub was not asked, or gave no answer: it may well have what was wanted. `reason` says why, in short."""
+
+    reason = ""
+
+
 def forbidden() -> str | None:
     """The environment variable that forbids the network, if one does."""
     return next((name for name in FORBIDDING if os.environ.get(name, "").upper() in YES), None)
@@ -51,13 +57,14 @@ def reach(repo_id: str, call: Callable[[], Answer], folder: Path | None = None) 
     """
     variable = forbidden()
     if variable is not None:
-        raise refusal(repo_id, f"{variable} is set, which forbids downloads; unset it to allow them", folder)
+        raise _not_reached(repo_id, f"{variable} is set, which forbids downloads; unset it to allow them", folder)
     try:
         return call()
     except NextStepError:
         raise
     except Exception as error:  # the hub's exception types moved between versions
-        raise refusal(repo_id, explain(error), folder) from error
+        refused = _not_reached if _is_away(error) else refusal
+        raise refused(repo_id, explain(error), folder) from error
 
 
 def refusal(repo_id: str, reason: str, folder: Path | None = None) -> NextStepError:
@@ -65,11 +72,25 @@ def refusal(repo_id: str, reason: str, folder: Path | None = None) -> NextStepEr
     return NextStepError(f"{repo_id} was not downloaded: {reason}. {by_hand(repo_id, folder)}")
 
 
+def _not_reached(repo_id: str, reason: str, folder: Path | None) -> NotReached:
+    error = NotReached(str(refusal(repo_id, reason, folder)))
+    error.reason = reason
+    return error
+
+
 def by_hand(repo_id: str, folder: Path | None = None) -> str:
     """How to get a repository without this program."""
     where = f"into {folder}" if folder is not None else "into a folder of the same name, and give that folder's path"
     mirror = "" if endpoint() != PUBLIC else "; the environment variable HF_ENDPOINT can name a mirror"
     return f"By hand: put the files of {endpoint()}/{repo_id} {where}{mirror}."
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an exception means that nobody answered, or that the hub itself is in trouble."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return bool(status >= 500)
+    return any(sign in kind.__name__ for kind in type(error).__mro__ for sign in UNREACHABLE)
 
 
 def explain(error: BaseException) -> str:
@@ -93,7 +114,7 @@ def explain(error: BaseException) -> str:
         return "the disk is full; make room and run it again to resume"
     if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)):
         return f"the folder cannot be written to ({error})"
-    if any(sign in name for name in names for sign in UNREACHABLE):
+    if _is_away(error):
         return f"{at} could not be reached; check the network, a proxy (HTTPS_PROXY) or the mirror (HF_ENDPOINT)"
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -77,3 +77,26 @@ def test_the_mirror_is_named_and_used(monkeypatch: pytest.MonkeyPatch, tmp_path)
     assert "HF_ENDPOINT" in hub.by_hand("a/b", tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     assert f"https://mirror.example/a/b into {tmp_path}" in hub.by_hand("a/b", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (httpx.ConnectError("no route"), True),
+        (failure("ReadTimeout"), True),
+        (failure("HfHubHTTPError", 503), True),
+        (failure("RepositoryNotFoundError", 404), False),
+        (failure("GatedRepoError", 403), False),
+        (failure("HfHubHTTPError", 401), False),
+        (OSError(errno.ENOSPC, "full"), False),
+    ],
+)
+def test_a_hub_that_did_not_answer_is_told_from_one_that_refused(error: Exception, away: bool) -> None:
+    def call() -> None:
+        raise error
+
+    with pytest.raises(NextStepError) as caught:
+        hub.reach("a/b", call)
+    assert isinstance(caught.value, hub.NotReached) == away
+    if away:
+        assert caught.value.reason and caught.value.reason in str(caught.value)
