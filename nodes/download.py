@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
 from ..nextstep_core.loading.meter import Meter
 from . import host
+from .language import Node
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def fetch(checkpoint: str, revision: str = "main") -> Path:
     return download(plan, report)
 
 
-class NextStepDownload(io.ComfyNode):
+class NextStepDownload(Node):
     """Fetch a published checkpoint into the model folder."""
 
     @classmethod

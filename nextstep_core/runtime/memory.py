@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import NextStepError
+from ..sentences import Sentence
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ def plan_memory(
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for streaming "
-            f"weights; the device has {format_bytes(room)}. "
-            "Choose a smaller size, or load the model with quantization int4."
+            "One picture needs {each} of working memory and {streamed} for streaming weights; the device has "
+            "{room}. Choose a smaller size, or load the model with quantization int4.",
+            each=format_bytes(each),
+            streamed=format_bytes(streamed),
+            room=format_bytes(room),
         )
     beside = weights if stay else streamed
     at_once = max(1, min(pictures, (room - beside) // max(1, each)))
@@ -65,18 +68,21 @@ def spare_bytes(swapping: bool = False) -> int:
     return sum(int(entries[name].split()[0]) * 1024 for name in asked)
 
 
-def check_room(needed: int, what: str) -> None:
+def check_room(needed: int, what: Sentence) -> None:
     """NextStepError when `what` takes more of the computer's memory than it can give."""
     if needed > (room := spare_bytes(swapping=True)):
         raise NextStepError(
-            f"{what} would take {format_bytes(needed)} of memory; the computer has {format_bytes(room)} left. Choose a "
-            "smaller size or fewer pictures."
+            "{what} would take {needed} of memory; the computer has {room} left. Choose a smaller size or "
+            "fewer pictures.",
+            what=what,
+            needed=format_bytes(needed),
+            room=format_bytes(room),
         )
 
 
 def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
     """The plan for a CPU, where all weights lie already and `free` bytes are left. One picture may swap; NextStepError
     when it does not even fit with that."""
-    check_room(each, "One picture")
+    check_room(each, Sentence("One picture"))
     at_once = max(1, min(pictures, free // max(1, each)))
     return MemoryPlan(weights, weights, at_once * each, at_once)
