@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -118,3 +119,52 @@ def test_what_can_be_translated_is_allowed(source: str) -> None:
 def test_what_is_to_be_translated_is_told_from_what_is_not() -> None:
     assert has_words("{least} to {most}") and not has_words("{some}: `{one}` 1/2")
     assert places("{a:,} {{x}} {b!r}") == {("a", "", ","), ("b", "r", "")}
+
+
+PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
+IMAGE, LINK = re.compile(r"!\[[^\]]*\]\(([^)]*)\)"), re.compile(r"(?<!!)\[[^\]]*\]\(([^)]*)\)")
+CODE, ENVIRONMENT = re.compile(r"`([^`\n]+)`"), re.compile(r"\b[A-Z]+_[A-Z_]+\b")
+
+
+def form_of(page: str) -> dict[str, list]:
+    """What a page consists of in any language, in order."""
+    lines = page.splitlines()
+    return {
+        "headings": [len(line) - len(line.lstrip("#")) for line in lines if line.startswith("#")],
+        "rows of tables": [line.count("|") for line in lines if line.startswith("|")],
+        "bold words": [line.startswith("**") for line in lines if "**" in line],
+        "fences": [line for line in lines if line.startswith("```")],
+        "pictures": IMAGE.findall(page),
+        "links": LINK.findall(page),
+    }
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_help_page_has_the_same_parts_in_every_language(page: Path, language: str) -> None:
+    english = page.read_text(encoding="utf-8")
+    said = (page.parent / page.stem / f"{language}.md").read_text(encoding="utf-8")
+    nodes = of(language, "nodeDefs.json")
+    assert said.startswith(f"# {nodes[page.stem]['display_name']}\n")
+    assert form_of(said) == form_of(english)
+    sockets = {name for node in nodes.values() for name in node["inputs"]} | {"prompt", "image", "text", "folder"}
+    kept = {word for word in CODE.findall(english) if word not in sockets} | set(ENVIRONMENT.findall(english))
+    assert not [word for word in kept if word not in said], "what is typed or chosen stays as it is"
+    shown = {TITLES[node]: told["display_name"] for node, told in nodes.items()}
+    assert not [title for title in shown if title in english and shown[title] not in said]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_help_page_calls_inputs_by_their_labels(page: Path, language: str) -> None:
+    said = (page.parent / page.stem / f"{language}.md").read_text(encoding="utf-8")
+    first = " ".join(line.split("|")[1] for line in said.splitlines() if line.startswith("|"))
+    labels = [told["name"] for told in of(language, "nodeDefs.json")[page.stem]["inputs"].values()]
+    missing = [label for label in labels if label not in first]
+    assert not missing or " ... " in first
+
+
+def test_no_help_page_is_of_a_node_that_is_gone() -> None:
+    there = {path.relative_to(ROOT / "web" / "docs").as_posix() for path in (ROOT / "web" / "docs").glob("*/*")}
+    assert there == {f"{page.stem}/{language}.md" for page in PAGES for language in LANGUAGES}
+    assert {page.stem for page in PAGES} == set(TITLES)
