@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.sampling.settings import SEED, GenerationSettings
+from ..nextstep_core.sentences import Sentence
 from . import host
 from .latents import check_channels, decode_latent, empty_latent
 from .presets import OFF, applied, preset_input
@@ -44,7 +45,7 @@ class Drawing:
 
     def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
         """Sample and decode; (image, latent, info)."""
-        with torch.inference_mode(), host.memory_told("Drawing"):
+        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
             samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
         info = info_of(self.model, positive, self.negative, self.settings, self.seed, samples)
         return io.NodeOutput(decode_latent(self.vae, samples), samples, info)

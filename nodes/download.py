@@ -11,6 +11,7 @@ from ..nextstep_core.loading.download import NEWEST, PUBLISHED_CHECKPOINTS, alre
 from ..nextstep_core.loading.hub import NotReached
 from ..nextstep_core.loading.meter import Meter
 from . import host
+from .language import Node
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def fetch(checkpoint: str, revision: str = NEWEST) -> Path:
     return download(plan, report)
 
 
-class NextStepDownload(io.ComfyNode):
+class NextStepDownload(Node):
     """Fetch a published checkpoint into the model folder."""
 
     @classmethod

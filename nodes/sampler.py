@@ -22,6 +22,7 @@ from ..nextstep_core.request.masks import kept_tokens
 from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
+from ..nextstep_core.sentences import Sentence, named
 from . import host, unfinished
 from .information import unsuited
 from .saving import INFO_OUTPUT, info_of
@@ -42,7 +43,7 @@ def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **wid
     widgets = known_to(GenerationSettings, widgets)
     for name, value in {"cfg_img": cfg_img, **widgets}.items():
         if value is None:
-            raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")
+            raise NextStepError("{name} is None: the node that is linked to it gives no value.", name=named(name))
     return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
@@ -78,8 +79,10 @@ def images_per_caption(positive: PromptValue, batch: int) -> int:
     captions = len(positive.captions)
     if batch % captions:
         raise NextStepError(
-            f"The latent has a batch of {batch} for {captions} prompts. Set batch_size to {captions} or a multiple of "
-            "it, or use the latent output of the edit node."
+            "The latent has a batch of {batch} for {captions} prompts. Set batch_size to {captions} or a "
+            "multiple of it, or use the latent output of the edit node.",
+            batch=batch,
+            captions=captions,
         )
     return batch // captions
 
@@ -160,7 +163,7 @@ def sample(
         if not mask.any():
             raise
         if not progress.tokens.isfinite().all():
-            raise not_finite("What was drawn until the interrupt") from None
+            raise not_finite(Sentence("What was drawn until the interrupt")) from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     seconds = time.monotonic() - began
@@ -290,7 +293,7 @@ class NextStepSampler(DrawingNode):
         chosen = settings_for(model, positive.editing, **settings)
         asked = model, (positive, negative), latent, _widgets({"seed": seed, "on_interrupt": on_interrupt, **settings})
         left = unfinished.find(*asked)
-        with torch.inference_mode(), host.memory_told("Drawing"):
+        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
             samples = sample(model, positive, negative, left or latent, seed, chosen, on_interrupt)
         unfinished.forget(left)
         part = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ranges import Range
 from ..runtime.memory import check_room
+from ..sentences import Sentence
 from .preview import BACKGROUND, side_by_side
 
 FRAMES, HOLD = Range("frames", 2, 120), Range("hold", 0, 60)
@@ -43,7 +44,10 @@ def drawing_frames(
     scale = min(1.0, longest_side / max(rows * height, columns * width))
     size = [max(EVEN, int(side * scale) // EVEN * EVEN) for side in (height, width)]
     needed = (frames + hold) * rows * columns * size[0] * size[1] * 3 * torch.float32.itemsize
-    check_room(2 * needed, f"{frames + hold} frames of {columns * size[1]}x{rows * size[0]} pixels")
+    what = Sentence(
+        "{count} frames of {width}x{height} pixels", count=frames + hold, width=columns * size[1], height=rows * size[0]
+    )
+    check_room(2 * needed, what)
     small = pictures.float().movedim(-1, 1)
     if size != [height, width]:
         small = F.interpolate(small, size=size, mode="bilinear", antialias=True)

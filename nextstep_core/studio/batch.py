@@ -22,6 +22,7 @@ from ..images.saving import FORMATS, save_picture
 from ..loading.locks import held
 from ..ranges import Range
 from ..runtime.interrupt import Check, go_on
+from ..sentences import Sentence
 from .drawing import Artist, Settled, parameters_of
 from .jobs import BatchJob, Order
 from .manifest import Manifest, Record, read_sidecar, sidecar_of
@@ -114,7 +115,9 @@ class BatchRun:
         token and every picture; it and `check` stop the run by raising.
         """
         together = TOGETHER.check(together)
-        refusal = f"Another run is writing to {self.folder}. Wait for it, or choose another folder."
+        refusal = Sentence(
+            "Another run is writing to {folder}. Wait for it, or choose another folder.", folder=self.folder
+        )
         with held(self.folder / LOCK, refusal):
             started, drawn, failed = time.monotonic(), 0, 0
             missing = [entry for entry in self.entries if not self._is_there(entry)]

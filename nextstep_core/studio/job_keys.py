@@ -14,6 +14,8 @@ from ..request.sizes import RATIO_NAMES
 from ..sampling.guidance import SCHEDULES
 from ..sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS
 from ..sampling.solvers import SAMPLERS
+from ..sentences import Words
+from .lines import at
 from .prompts import COMBINE
 
 
@@ -22,15 +24,15 @@ class Key:
     """What may stand under a key: `check(where, value)` returns the value or raises; `schema` says the same in JSON
     schema."""
 
-    check: Callable[[str, Any], Any]
+    check: Callable[[Words, Any], Any]
     schema: Mapping[str, Any]
 
 
-def number_key(number: Range[Any], name: str = "") -> Key:
+def number_key(number: Range[Any], name: Words = "") -> Key:
     kind = "integer" if isinstance(number.minimum, int) else "number"
     ends = {"minimum": number.minimum, "maximum": number.maximum}
     return Key(
-        lambda where, value: replace(number, name=f"{where}: {name or number.name}").check(value),
+        lambda where, value: replace(number, name=at(where, name or number.name)).check(value),
         {"type": kind, **ends},
     )
 
@@ -38,25 +40,25 @@ def number_key(number: Range[Any], name: str = "") -> Key:
 def _side(side: Range[int]) -> Key:
     unit = PUBLISHED_LATENTS.unit
     return Key(
-        lambda where, value: PUBLISHED_LATENTS.check_side(replace(side, name=f"{where}: {side.name}"), value),
+        lambda where, value: PUBLISHED_LATENTS.check_side(replace(side, name=at(where, side.name)), value),
         {"type": "integer", "minimum": side.minimum, "maximum": side.maximum, "multipleOf": unit},
     )
 
 
 def _choice(name: str, choices: Sequence[str]) -> Key:
-    def check(where: str, value: Any) -> Any:
-        check_choice(f"{where}: {name}", value, choices)
+    def check(where: Words, value: Any) -> Any:
+        check_choice(at(where, name), value, choices)
         return value
 
     return Key(check, {"enum": list(choices)})
 
 
 def _text(name: str) -> Key:
-    return Key(lambda where, value: check_text(f"{where}: {name}", value), {"type": "string"})
+    return Key(lambda where, value: check_text(at(where, name), value), {"type": "string"})
 
 
 def _flag(name: str) -> Key:
-    def check(where: str, value: Any) -> bool:
+    def check(where: Words, value: Any) -> bool:
         if not isinstance(value, bool):
             raise NextStepError(
                 "{where}: {name} is {value}; write true or false.", where=where, name=name, value=shown(value)
@@ -66,7 +68,7 @@ def _flag(name: str) -> Key:
     return Key(check, {"type": "boolean"})
 
 
-def size_of(where: str, value: object) -> tuple[int, int] | str:
+def size_of(where: Words, value: object) -> tuple[int, int] | str:
     """(width, height) as people state it: 512, "768x512" or [768, 512]; a ratio such as "16:9" comes out as it is."""
     if isinstance(value, str) and value in RATIO_NAMES:
         return value

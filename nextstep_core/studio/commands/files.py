@@ -18,6 +18,7 @@ from ...loading.single_file import save_model, save_vae
 from ...loading.store import vae_beside
 from ...runtime.quantization import RECIPES
 from ...runtime.shortage import told
+from ...sentences import Sentence
 from .app import Json, Output, command
 from .model import PLAIN, Device, ModelFolder, find_model, model_folders, pick_device
 
@@ -67,7 +68,11 @@ def convert(
     if to.suffix != ".safetensors":
         raise NextStepError("The file to write is {file}; give it a name that ends in .safetensors.", file=to)
     source, at = find_model(model, models), pick_device(device)
-    with torch.inference_mode(), told("Converting", at, advice="Close other programs."), out.bar("Converting") as show:
+    with (
+        torch.inference_mode(),
+        told(Sentence("Converting"), at, advice=Sentence("Close other programs.")),
+        out.bar("Converting") as show,
+    ):
         if vae:
             is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
             size = save_vae(source if is_vae else vae_beside(source, None), to, DTYPES[dtype])
