@@ -48,6 +48,10 @@ class Output:
         """The result, as JSON or as these lines."""
         print(json.dumps(values, ensure_ascii=False, indent=2) if self.as_json else "\n".join(lines))
 
+    def show(self, table: Any) -> None:
+        """A result that is laid out for the terminal's width."""
+        Console(highlight=False).print(table)
+
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[float, str], None]]:
         """A progress bar; call with the share that is done and a few words."""

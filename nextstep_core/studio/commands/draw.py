@@ -13,6 +13,7 @@ from ...errors import NextStepError, check_choice
 from ...images.saving import FORMATS, save_picture
 from ...runtime.interrupt import go_on
 from ...sampling.solvers import SAMPLERS
+from ...sentences import Sentence
 from ..batch import TOGETHER, BatchProgress, BatchRun
 from ..drawing import parameters_of
 from ..job_file import COMMAND, Wishes, check_picture, job_of_prompts, read_job
@@ -151,7 +152,7 @@ def _files(orders: Sequence[Order], output: Path, format: str | None) -> list[Pa
     endings = {ending: name for name, ending in FORMATS.items()} | {".jpeg": "jpeg"}
     suffix = output.suffix.lower()
     if suffix and not output.is_dir():
-        check_choice("The ending of --output", suffix, endings)
+        check_choice(Sentence("The ending of --output"), suffix, endings)
         if format is not None and endings[suffix] != format:
             raise NextStepError(
                 "--output ends in {suffix}, and --format is {format}. Leave one out.", suffix=suffix, format=format

@@ -17,10 +17,11 @@ from ...loading.build import plan_model
 from ...loading.checkpoint import DTYPES
 from ...loading.download import PUBLISHED_CHECKPOINTS
 from ...loading.kept import weights_hash
-from ...loading.store import EMBEDDED, resolve_source
+from ...loading.store import resolve_source
 from ...pipeline import NextStepPipeline
 from ...runtime.quantization import RECIPES
 from ..drawing import PipelineArtist
+from ..machine import default_dtype
 
 PLAIN = "none"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -65,14 +66,13 @@ class ModelChoice:
         check_choice("--quantization", self.quantization, (PLAIN, AUTO, *RECIPES))
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         limit = None if self.max_memory is None else bytes_of(self.max_memory)
-        path = find_model(self.name or named, self.folder)
-        device = pick_device(self.device)
-        dtype = DTYPES[self.dtype] if self.dtype != "auto" else pick_dtype(device, path)
+        path, device = find_model(self.name or named, self.folder), pick_device(self.device)
+        plan = plan_model(path, None, device)
+        dtype = DTYPES[self.dtype] if self.dtype != "auto" else default_dtype(device, plan.parameters)
         recipe = None if self.quantization == PLAIN else self.quantization
         pipeline = NextStepPipeline.from_pretrained(
             path, device=device, dtype=dtype, quantization=recipe, max_memory=limit
         )
-        plan = plan_model(path, None, device)
         stored = plan.recipe.name if plan.recipe else recipe or str(dtype).removeprefix("torch.")
         digest = weights_hash(plan)
         facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored}
@@ -121,15 +121,6 @@ def pick_device(name: str) -> torch.device:
             reason=(str(error).splitlines() or [type(error).__name__])[0],
         ) from None
     return device
-
-
-def pick_dtype(device: torch.device, path: Path) -> torch.dtype:
-    """float32 for the embedded model, bfloat16 for the others, float16 on CUDA cards without it."""
-    if path == resolve_source(EMBEDDED):
-        return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
 
 
 def bytes_of(text: str) -> int:

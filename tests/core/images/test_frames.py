@@ -83,7 +83,7 @@ def test_pixels_stay_what_they_are_where_nothing_is_reduced() -> None:
 
 def test_more_than_memory_holds_is_one_sentence(monkeypatch) -> None:
     needed = []
-    monkeypatch.setattr(module, "check_room", lambda size, what: needed.append((size, what)))
+    monkeypatch.setattr(module, "check_room", lambda size, what: needed.append((size, str(what))))
     drawing_frames(picture(), ALL, NONE, 4, 1, 512)
     assert needed == [(2 * 5 * 32 * 32 * 3 * 4, "5 frames of 32x32 pixels")]
 
