@@ -20,7 +20,7 @@ from ..request.presets import BUILT_IN, Preset, all_presets
 from ..request.sizes import grid_of_ratio, ratio_name, ratio_size_of_area
 from ..sampling.settings import SEED, GenerationSettings
 from ..sentences import Sentence, Words
-from .job_keys import FILE_KEYS, JOB_KEYS, SETTINGS, number_key
+from .job_keys import FILE_KEYS, JOB_KEYS, SETTINGS, number_key, title_key
 from .jobs import BASE, Asked, BatchJob, Order
 from .lines import Place, at, lines_of, where_of
 from .names import DEFAULT_PATTERN, check_pattern
@@ -81,7 +81,11 @@ class Reader:
         )
 
     def _text(self, stated: Mapping[str, Any], key: str, *place: str | int) -> str:
-        return check_text(at(self.where(*place, key), key), stated[key])
+        where = self.where(*place, key)
+        if key in ("title", "name"):
+            text: str = title_key(key).check(where, stated[key])
+            return text
+        return check_text(at(where, key), stated[key])
 
     def _orders(self, stated: Mapping[str, Any]) -> list[Order]:
         lists = self._lists(stated)

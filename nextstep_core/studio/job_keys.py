@@ -18,6 +18,8 @@ from ..sentences import Words
 from .lines import at
 from .prompts import COMBINE
 
+LONGEST_TITLE = 200  # letters
+
 
 @dataclass(frozen=True)
 class Key:
@@ -57,6 +59,24 @@ def _text(name: str) -> Key:
     return Key(lambda where, value: check_text(at(where, name), value), {"type": "string"})
 
 
+def title_key(name: str) -> Key:
+    """A short text, which is shown in one line."""
+
+    def check(where: Words, value: Any) -> str:
+        text = check_text(at(where, name), value)
+        if len(text) > LONGEST_TITLE:
+            raise NextStepError(
+                "{where}: {name} has {count:,} letters; use at most {most}.",
+                where=where,
+                name=name,
+                count=len(text),
+                most=LONGEST_TITLE,
+            )
+        return text
+
+    return Key(check, {"type": "string", "maxLength": LONGEST_TITLE})
+
+
 def _flag(name: str) -> Key:
     def check(where: Words, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -88,7 +108,7 @@ def size_of(where: Words, value: object) -> tuple[int, int] | str:
 
 SIZE_SCHEMA = {"anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}
 SETTINGS: dict[str, Key] = {
-    "label": _text("label"),
+    "label": title_key("label"),
     "preset": _text("preset"),
     "size": Key(size_of, SIZE_SCHEMA),
     "width": _side(WIDTH),
@@ -130,11 +150,11 @@ JOB_KEYS = {
     "images": TEXTS_SCHEMA,
     "settings": SEVERAL_SETTINGS,
     "seeds": SEEDS_SCHEMA,
-    "name": {"type": "string"},
+    "name": dict(title_key("name").schema),
 }
 FILE_KEYS = {
     "$schema": {"type": "string"},
-    "title": {"type": "string"},
+    "title": dict(title_key("title").schema),
     "model": {"type": "string"},
     "settings": SEVERAL_SETTINGS,
     "seeds": SEEDS_SCHEMA,

@@ -140,6 +140,7 @@ WRONG = [
     ('{"prompts": ["a {x}"], "lists": {"y": ["1"]}}', "{x}"),
     ('{"prompts": ["a"], "lists": []}', "lists is"),
     ('{"prompts": ["{x}"], "lists": {"x": "ab"}}', "x"),
+    ('{"jobs": [{"prompt": "a", "name": "' + "n" * 201 + '"}]}', "201 letters"),
     ('{"prompts": ["a"]', "not readable JSON"),
     ('{"prompts": ["a"], "prompts": ["b"]}', "twice"),
     ('{"prompts": ["a"], "seeds": {"first": 1, "count": 100001}}', "100000"),
