@@ -155,7 +155,7 @@ class NextStepModelLoader(io.ComfyNode):
             display_name="Load NextStep Model",
             category=CATEGORY,
             description="Loads a NextStep-1 checkpoint, a folder or a single file, with its tokenizer and its VAE.",
-            search_aliases=["nextstep", "autoregressive", "load checkpoint"],
+            search_aliases=["nextstep", "stepfun", "autoregressive", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
