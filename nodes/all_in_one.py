@@ -69,7 +69,7 @@ class NextStepTextToImage(DrawingNode):
             display_name="NextStep Text to Image",
             category=CATEGORY,
             description="Prompt to picture in one node: encode, sample and decode.",
-            search_aliases=["nextstep", "text to image", "generate"],
+            search_aliases=["nextstep", "stepfun", "text to image", "generate", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
@@ -114,7 +114,7 @@ class NextStepImageEdit(DrawingNode):
             display_name="NextStep Image Edit",
             category=CATEGORY,
             description="Picture and instruction to edited picture in one node: encode, sample and decode.",
-            search_aliases=["nextstep", "edit", "image to image", "instruction"],
+            search_aliases=["nextstep", "stepfun", "edit", "image to image", "instruction", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),

@@ -49,7 +49,7 @@ class NextStepDownload(Node):
             description="Downloads a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. "
             "Run it again to resume an interrupted download. Only the files that are needed are downloaded, and "
             "no code.",
-            search_aliases=["nextstep", "download", "hugging face"],
+            search_aliases=["nextstep", "stepfun", "download", "hugging face"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(

@@ -124,6 +124,24 @@ def last_saved_latent(filename_prefix: str) -> Path | None:
     return max(files, key=lambda file: file.name, default=None)
 
 
+def check_name(filename_prefix: str) -> None:
+    """NextStepError for a name of files to save that leads out of the host's output folder."""
+    root = os.path.abspath(folder_paths.get_output_directory())
+    folder = os.path.abspath(os.path.join(root, os.path.dirname(os.path.normpath(filename_prefix))))
+    try:
+        inside = "\0" not in filename_prefix and os.path.commonpath([root, folder]) == root
+    except ValueError:  # another drive
+        inside = False
+    if not inside:
+        raise _not_inside(filename_prefix)
+
+
+def _not_inside(filename_prefix: str) -> NextStepError:
+    return NextStepError(
+        "filename_prefix {value} is not a name inside ComfyUI's output folder.", value=shown(filename_prefix)
+    )
+
+
 def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tuple[str, str, int, str, str]:
     """(folder, name, count, folder below the output folder, prefix) as the host's savers have it; NextStepError for a
     prefix that leads out of the output folder."""
@@ -133,9 +151,7 @@ def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tup
     except OSError as error:
         raise NextStepError("ComfyUI's output folder cannot be written to ({reason}).", reason=error) from None
     except Exception:  # the host has no kind of its own for a name outside its folder
-        raise NextStepError(
-            "filename_prefix {value} is not a name inside ComfyUI's output folder.", value=shown(filename_prefix)
-        ) from None
+        raise _not_inside(filename_prefix) from None
     return place
 
 

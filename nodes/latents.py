@@ -117,7 +117,7 @@ class NextStepAspectRatio(Node):
             display_name="NextStep Aspect Ratio",
             category=CATEGORY,
             description="Width and height for one of the 17 ratios that NextStep-1 was trained at.",
-            search_aliases=["nextstep", "aspect ratio", "resolution", "size"],
+            search_aliases=["nextstep", "aspect ratio", "resolution", "size", "16:9"],
             inputs=[
                 io.Combo.Input(
                     "ratio",

@@ -146,7 +146,7 @@ class NextStepModelLoader(Node):
             display_name="Load NextStep Model",
             category=CATEGORY,
             description="Loads a NextStep-1 checkpoint, a folder or a single file, with its tokenizer and its VAE.",
-            search_aliases=["nextstep", "autoregressive", "load checkpoint"],
+            search_aliases=["nextstep", "stepfun", "autoregressive", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -240,7 +240,7 @@ class NextStepSampler(DrawingNode):
             display_name="NextStep Sampler",
             category=CATEGORY,
             description="Draws a picture token by token, from the top left to the bottom right.",
-            search_aliases=["nextstep", "sampler", "generate", "autoregressive"],
+            search_aliases=["nextstep", "stepfun", "sampler", "generate", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 PromptSocket.Input("positive", tooltip="What to draw, or a picture and what to change in it."),

@@ -94,6 +94,17 @@ class NextStepSaveImage(Node):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """True, or what is wrong; a widget that is linked is not known yet."""
+        try:
+            if filename_prefix is not None:
+                check_text("filename_prefix", filename_prefix)
+                host.check_name(filename_prefix)
+        except NextStepError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls, image: Tensor, filename_prefix: str, format: str, quality: int, info: Info | None = None
     ) -> io.NodeOutput:

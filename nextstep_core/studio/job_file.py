@@ -276,10 +276,13 @@ def check_picture(path: Path, where: Words) -> Path:
         with Image.open(path):
             return path
     except FileNotFoundError:
-        raise NextStepError("{where}: {path} does not exist.", where=where, path=path) from None
+        raise NextStepError("{where}: {path} does not exist.", where=where, path=shown(str(path))) from None
     except Exception as error:  # whatever is wrong with whichever kind of file
         raise NextStepError(
-            "{where}: {path} is not a readable picture ({reason}).", where=where, path=path, reason=type(error).__name__
+            "{where}: {path} is not a readable picture ({reason}).",
+            where=where,
+            path=shown(str(path)),
+            reason=type(error).__name__,
         ) from None
 
 
