@@ -43,18 +43,11 @@ class Drawing:
         negative, chosen = encode_prompt(model, negative_prompt), settings_for(model, editing, **settings)
         return cls(model, vae, negative, SEED.check(seed), chosen)
 
-<<<<<<< HEAD
-    def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
-        """Sample and decode; (image, latent, info)."""
-        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
-            samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
-=======
     def draw(self, positive: PromptValue, latent: dict[str, Any], preset: str) -> io.NodeOutput:
         """Sample and decode; (image, latent, info). `preset` says what one put in the place of widgets, which still
         show their own."""
-        with torch.inference_mode(), host.memory_told("Drawing"):
+        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
             samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings, remark=preset)
->>>>>>> tools
         info = info_of(self.model, positive, self.negative, self.settings, self.seed, samples)
         return io.NodeOutput(decode_latent(self.vae, samples), samples, info)
 
