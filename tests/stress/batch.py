@@ -2,8 +2,9 @@
 
     python -m tests.stress.batch --pictures 60 --kills 10
 
-A kill is SIGKILL, at a random moment, such that the run comes a little further each time. At the end there must be exactly the
-pictures of the undisturbed run, each within 1/255 of it, none drawn twice after it was written down, and no more files.
+A kill is SIGKILL, at a random moment, such that the run comes a little further each time. At the end there must be
+exactly the pictures of the undisturbed run, each within 1/255 of it, none drawn twice after it was written down, and no
+more files.
 """
 
 from __future__ import annotations
