@@ -35,6 +35,7 @@ from .runtime.placement import held_bytes, place, send_away
 from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
 from .sampling.noise import Seeds, check_seeds
+from .sentences import Sentence
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
 
@@ -97,7 +98,7 @@ class NextStepPipeline:
             check_choice("quantization", quantization, (*RECIPES, AUTO))
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
-        with told(f"Loading {path.name}", device, advice=LOADING_ADVICE):
+        with told(Sentence("Loading {name}", name=path.name), device, advice=LOADING_ADVICE):
             plan = plan_model(path, None if quantization == AUTO else quantization, device)
             vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
             autoencoder = load_vae(vae_path, device, dtype)
@@ -147,7 +148,9 @@ class NextStepPipeline:
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
         if not prompts:
             raise NextStepError("Nothing to draw: give at least one prompt.")
-        for name, text in (*(("A prompt", text) for text in prompts), *texts.items()):
+        for text in prompts:
+            check_text(Sentence("A prompt"), text)
+        for name, text in texts.items():
             check_text(name, text)
         count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
         check_seeds(seed, PICTURES.check(len(prompts) * count))
@@ -175,7 +178,9 @@ class NextStepPipeline:
                 images_per_caption=count,
                 check=check,
             )
-            what = f"{job.pictures} pictures of {width}x{height} pixels"
+            what = Sentence(
+                "{count} pictures of {width}x{height} pixels", count=job.pictures, width=width, height=height
+            )
             check_room(job.pictures * height * width * PIXEL_BYTES, what)
             if prune is not None:
                 job = self._pruned(job, prune, vae_tile, callback, check)
@@ -229,7 +234,7 @@ class NextStepPipeline:
             run = self._run_vae(vae_tile, *picture_size(image))
             mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)
         if not (mean.isfinite().all() and logvar.isfinite().all()):
-            raise not_finite("An input image that the VAE encoded")
+            raise not_finite(Sentence("An input image that the VAE encoded"))
         std = self.vae.posterior_std(logvar)
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
@@ -267,8 +272,11 @@ class NextStepPipeline:
         slots = [prompt.count(IMAGE_SLOT) for prompt in prompts]
         if sum(slots) != len(pictures):
             raise NextStepError(
-                f"The prompts have {sum(slots)} {IMAGE_SLOT} slot(s) for {len(pictures)} input image(s). Write "
-                f"{IMAGE_SLOT} once for each image, where it belongs in the text."
+                "The prompts have {slots} {slot} slot(s) for {pictures} input image(s). Write {slot} once for "
+                "each image, where it belongs in the text.",
+                slots=sum(slots),
+                slot=IMAGE_SLOT,
+                pictures=len(pictures),
             )
         for prompt, count in zip(prompts, slots):
             if count:  # before its pictures are encoded; the others are read at once afterwards
@@ -283,7 +291,7 @@ class NextStepPipeline:
             run = self._run_vae(vae_tile, height, width, len(tokens))
             pixels = self.vae.decode(latents.to(self.dtype), run).float().cpu()
         if not pixels.isfinite().all():
-            raise not_finite("The picture that the VAE decoded")
+            raise not_finite(Sentence("The picture that the VAE decoded"))
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images, latents.cpu(), tokens.float().cpu())
 

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Generic, TypeVar, cast
 
 from .errors import NextStepError, shown
+from .sentences import Sentence, Words, named
 
 Number = TypeVar("Number", int, float)
 
@@ -16,10 +17,10 @@ class Range(Generic[Number]):
     """A setting's least and greatest value, both allowed; whole numbers only where they are stated as such. `note` is
     told along with them."""
 
-    name: str
+    name: Words
     minimum: Number
     maximum: Number
-    note: str = ""
+    note: Sentence | None = None
 
     def check(self, value: object) -> Number:
         """The value as a plain number; NextStepError, by the setting's name, when it is outside the range.
@@ -30,6 +31,14 @@ class Range(Generic[Number]):
         number: Any = value if isinstance(value, Integral if whole else Real) and not isinstance(value, bool) else None
         if number is not None and self.minimum <= number <= self.maximum:
             return cast(Number, int(number) if whole else float(number))
-        kind = "whole number" if whole else "number"
-        ends = f"from {shown(self.minimum)} to {shown(self.maximum)}"
-        raise NextStepError(f"{self.name} is {shown(value)}; use a {kind} {ends}{self.note and ', ' + self.note}.")
+        raise NextStepError(
+            "{name} is {value}; use {range}.", name=named(self.name), value=shown(value), range=self._in_words()
+        )
+
+    def _in_words(self) -> Sentence:
+        least, most = shown(self.minimum), shown(self.maximum)
+        if isinstance(self.minimum, int):
+            words = Sentence("a whole number from {least} to {most}", least=least, most=most)
+        else:
+            words = Sentence("a number from {least} to {most}", least=least, most=most)
+        return words if self.note is None else Sentence("{range}, {note}", range=words, note=self.note)

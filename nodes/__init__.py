@@ -9,16 +9,19 @@ from comfy_api.latest import ComfyExtension, io
 from .all_in_one import NextStepImageEdit, NextStepTextToImage
 from .compare import NextStepCompare, NextStepLabelledGrid
 from .download import NextStepDownload
+from .frames import NextStepDrawingFrames
 from .host import offer_pictures, register_model_folder
 from .information import NextStepModelInfo
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
 from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .presets import NextStepPreset
+from .prompt_sets import NextStepPromptList, NextStepPromptTemplate
 from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .resume import NextStepResume
 from .sampler import NextStepSampler
 from .saving import NextStepSaveImage
+from .studio import NextStepBatchStudio, offer_reports
 
 NODES: list[type[io.ComfyNode]] = [
     NextStepModelLoader,
@@ -41,6 +44,10 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepSaveImage,
     NextStepPreset,
     NextStepModelInfo,
+    NextStepDrawingFrames,
+    NextStepPromptList,
+    NextStepPromptTemplate,
+    NextStepBatchStudio,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 
@@ -56,4 +63,5 @@ async def comfy_entrypoint() -> NextStepExtension:
     """Called once by the host when it loads the pack."""
     register_model_folder()
     offer_pictures(PICTURES)
+    offer_reports()
     return NextStepExtension()

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..nextstep_core.sampling.settings import SEED, GenerationSettings
+from ..nextstep_core.sentences import Sentence
 from . import host
 from .latents import check_channels, decode_latent, empty_latent
 from .presets import OFF, applied, preset_input
@@ -44,7 +45,7 @@ class Drawing:
 
     def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
         """Sample and decode; (image, latent, info)."""
-        with torch.inference_mode(), host.memory_told("Drawing"):
+        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
             samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
         info = info_of(self.model, positive, self.negative, self.settings, self.seed, samples)
         return io.NodeOutput(decode_latent(self.vae, samples), samples, info)
@@ -68,7 +69,7 @@ class NextStepTextToImage(DrawingNode):
             display_name="NextStep Text to Image",
             category=CATEGORY,
             description="Prompt to picture in one node: encode, sample and decode.",
-            search_aliases=["nextstep", "text to image", "generate"],
+            search_aliases=["nextstep", "stepfun", "text to image", "generate", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),
@@ -113,7 +114,7 @@ class NextStepImageEdit(DrawingNode):
             display_name="NextStep Image Edit",
             category=CATEGORY,
             description="Picture and instruction to edited picture in one node: encode, sample and decode.",
-            search_aliases=["nextstep", "edit", "image to image", "instruction"],
+            search_aliases=["nextstep", "stepfun", "edit", "image to image", "instruction", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model (NextStep-1-Large-Edit)."),
                 io.Vae.Input("vae", tooltip="The checkpoint's VAE."),

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.loading import catalog, hub, offers
 from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS
+from ..nextstep_core.sentences import Sentence, any_of, in_a_row
 from . import host
 
 EMBEDDED_LABEL = offers.EMBEDDED_LABEL
@@ -20,13 +21,21 @@ MOST_NAMED = 3
 class Kind:
     """What a dropdown lists: its word in a sentence, what of it is published, and a single file as an example."""
 
-    word: str
+    word: Sentence
     published: Sequence[str]
-    file: str
+    file: Sentence
 
 
-MODEL = Kind("model", offers.CHECKPOINTS, "such as nextstep-1.1-int8.safetensors in models/diffusion_models")
-VAE = Kind("VAE", (offers.VAE_ALONE,), "nextstep-vae.safetensors in models/vae")
+MODEL = Kind(
+    Sentence("model"),
+    offers.CHECKPOINTS,
+    Sentence("such as {file} in {folder}", file="nextstep-1.1-int8.safetensors", folder="models/diffusion_models"),
+)
+VAE = Kind(
+    Sentence("VAE"),
+    (offers.VAE_ALONE,),
+    Sentence("{file} in {folder}", file="nextstep-vae.safetensors", folder="models/vae"),
+)
 
 
 def models() -> dict[str, Path]:
@@ -93,14 +102,19 @@ def _find(name: str, there: dict[str, Path], kind: Kind, wanted: str, fitting: l
         if found is not None or (offers.asked_for(name, kind.published) and hub.forbidden() is None):
             return found
         name = offers.bare(name)
-    what = "" if name == NOTHING_FOUND else f" {shown(name)}"
-    said = [f"There is no NextStep {kind.word}{what}."]
+    if name == NOTHING_FOUND:
+        said = [Sentence("There is no NextStep {kind}.", kind=kind.word)]
+    else:
+        said = [Sentence("There is no NextStep {kind} {name}.", kind=kind.word, name=shown(name))]
     if fitting:
-        said.append(f"Of those you have, {' or '.join(fitting[:MOST_NAMED])} will do: choose one in the node.")
+        named = any_of(fitting[:MOST_NAMED])
+        said.append(Sentence("Of those you have, {these} will do: choose one in the node.", these=named))
     if offers.find(wanted, there) is None:
         forbids = hub.forbidden()
-        allow = f"unset {forbids}, which forbids downloads, and " if forbids else ""
-        said.append(f"To get {wanted}: {allow}choose {offers.offer(wanted)} in the node and press Run.")
+        how = Sentence("choose {offer} in the node and press Run", offer=offers.offer(wanted))
+        if forbids:
+            how = Sentence("unset {variable}, which forbids downloads, and {how}", variable=forbids, how=how)
+        said.append(Sentence("To get {wanted}: {how}.", wanted=wanted, how=how))
         said.append(hub.by_hand(PUBLISHED_CHECKPOINTS[wanted], host.model_roots()[0] / wanted))
-    said.append(f"A single file ({kind.file}) works too. Then press R to refresh the node.")
-    raise NextStepError(" ".join(said))
+    said.append(Sentence("A single file ({file}) works too. Then press R to refresh the node.", file=kind.file))
+    raise NextStepError.of(in_a_row(said))

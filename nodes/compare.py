@@ -14,7 +14,9 @@ from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.sampling.settings import GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
+from ..nextstep_core.sentences import Sentence, named
 from . import host
+from .language import Node
 from .loaders import STORED
 from .types import CATEGORY
 from .widgets import AUTO, ends, with_widgets
@@ -25,7 +27,7 @@ MOST_LETTERS = 200  # of a label; so many do not fit under a picture, and are se
 ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
 KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
-
+WORDS = {int: Sentence("whole numbers"), float: Sentence("numbers"), str: Sentence("names")}
 DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quantization": AUTO}
 
 
@@ -38,8 +40,10 @@ def values_of(name: str, text: str) -> list[Any]:
         except ValueError:
             values.append(None)
         if values[-1] is None:
-            what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-            raise NextStepError(f"{name} lists {shown(word)}; write {what}, separated by commas.")
+            what = WORDS[kind]
+            raise NextStepError(
+                "{name} lists {word}; write {what}, separated by commas.", name=named(name), word=shown(word), what=what
+            )
     return values
 
 
@@ -50,7 +54,9 @@ def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
     for values in lists.values():
         most *= len(values)
     if most > MOST_PICTURES:
-        raise NextStepError(f"These values make {most:,} pictures; at most {MOST_PICTURES} are compared at once.")
+        raise NextStepError(
+            "These values make {count:,} pictures; at most {most} are compared at once.", count=most, most=MOST_PICTURES
+        )
     rows = product(*(lists[name] for name in reversed(KINDS)))
     found = [dict(zip(reversed(KINDS), row)) for row in rows]
     for settings in found:
@@ -67,7 +73,7 @@ def in_short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class NextStepCompare(io.ComfyNode):
+class NextStepCompare(Node):
     """Lists of settings, for a sampler that runs once for each."""
 
     @classmethod
@@ -113,12 +119,8 @@ class NextStepCompare(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **texts: str | None) -> bool | str:
-        """True, or what is wrong; a widget that is linked is not known yet."""
-        try:
-            given = {name: text for name, text in texts.items() if text is not None}
-            combinations(DEFAULTS | given)
-        except NextStepError as error:
-            return str(error)
+        """NextStepError for what is wrong; a widget that is linked is not known yet."""
+        combinations(DEFAULTS | {name: text for name, text in texts.items() if text is not None})
         return True
 
     @classmethod
@@ -130,7 +132,7 @@ class NextStepCompare(io.ComfyNode):
         return io.NodeOutput(*([settings[name] for settings in found] for name in KINDS), labels, columns)
 
 
-class NextStepLabelledGrid(io.ComfyNode):
+class NextStepLabelledGrid(Node):
     """Pictures in rows, with what they are written under them."""
 
     @classmethod
@@ -158,7 +160,9 @@ class NextStepLabelledGrid(io.ComfyNode):
     @classmethod
     def execute(cls, image: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
         batches = [to_rgb(batch) for batch in image]
-        texts = [check_text("A label", label)[:MOST_LETTERS] for label in labels or []] + [""] * len(batches)
+        texts = [check_text(Sentence("A label"), label)[:MOST_LETTERS] for label in labels or []] + [""] * len(batches)
         named = [(picture, text) for batch, text in zip(batches, texts) for picture in batch]
-        with host.memory_told("The grid", advice="Choose smaller or fewer pictures, or close other programs."):
+        with host.memory_told(
+            Sentence("The grid"), advice=Sentence("Choose smaller or fewer pictures, or close other programs.")
+        ):
             return io.NodeOutput(contact_sheet(*zip(*named), COLUMNS.check(columns[0])))

@@ -7,15 +7,17 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
+from ..nextstep_core.loading.download import NEWEST, PUBLISHED_CHECKPOINTS, already_there, download, plan_download
+from ..nextstep_core.loading.hub import NotReached
 from ..nextstep_core.loading.meter import Meter
 from . import host
+from .language import Node
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
 
 
-def fetch(checkpoint: str, revision: str = "main") -> Path:
+def fetch(checkpoint: str, revision: str = NEWEST) -> Path:
     """Fetch a published checkpoint into the first model folder, with progress on the running node; where it lies.
 
     An interrupt ends it and keeps what is there. NextStepError when it cannot be had.
@@ -35,7 +37,7 @@ def fetch(checkpoint: str, revision: str = "main") -> Path:
     return download(plan, report)
 
 
-class NextStepDownload(io.ComfyNode):
+class NextStepDownload(Node):
     """Fetch a published checkpoint into the model folder."""
 
     @classmethod
@@ -47,7 +49,7 @@ class NextStepDownload(io.ComfyNode):
             description="Downloads a published checkpoint from Hugging Face into models/nextstep, about 29 GB each. "
             "Run it again to resume an interrupted download. Only the files that are needed are downloaded, and "
             "no code.",
-            search_aliases=["nextstep", "download", "hugging face"],
+            search_aliases=["nextstep", "stepfun", "download", "hugging face"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
@@ -58,7 +60,7 @@ class NextStepDownload(io.ComfyNode):
                 ),
                 io.String.Input(
                     "revision",
-                    default="main",
+                    default=NEWEST,
                     optional=True,
                     tooltip="Branch, tag or commit. A commit always gives the same files.",
                 ),
@@ -67,7 +69,14 @@ class NextStepDownload(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, checkpoint: str, revision: str = "main") -> io.NodeOutput:
-        folder = fetch(checkpoint, revision)
-        text = f"{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model."
+    def execute(cls, checkpoint: str, revision: str = NEWEST) -> io.NodeOutput:
+        try:
+            folder, remark = fetch(checkpoint, revision), ""
+        except NotReached as error:
+            there = already_there(checkpoint, host.model_roots()[0]) if revision == NEWEST else None
+            if there is None:
+                raise
+            folder, remark = there, f" It was not looked for a newer version: {error.reason}."
+            log.warning("%s is in %s.%s", checkpoint, folder, remark)
+        text = f"{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model.{remark}"
         return io.NodeOutput(str(folder), ui=ui.PreviewText(text))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -29,9 +30,10 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor, nn
 
-from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, is_out_of_memory, shown
+from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, check_text, is_out_of_memory, shown
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
+from ..nextstep_core.loading.files import can_be_shown, read_all
 from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
@@ -40,15 +42,19 @@ from ..nextstep_core.runtime.interrupt import leaves
 from ..nextstep_core.runtime.memory import MemoryPlan, format_bytes, plan_host_memory
 from ..nextstep_core.runtime.quantization import QuantizedLinear
 from ..nextstep_core.runtime.shortage import LOADING_ADVICE, reason_of, told
+from ..nextstep_core.sentences import Sentence
 
 Interrupted = mm.InterruptProcessingException
 
 MODEL_FOLDER = "nextstep"
+SETTINGS = Path("default", "comfy.settings.json")  # below the folder of users
+LONGEST_SETTINGS = 1 << 24  # bytes
 DTYPE_CHOICES = ("auto", *DTYPES)
 # float16 overflows in this model's residual stream on some prompts, so it is never chosen, only obeyed.
 PREFERRED_DTYPES = [torch.bfloat16, torch.float32]
 TEXT_SECONDS = 0.5
 TOLERATED = 0.05  # share of the weights that may be away where all fit: hosts round
+DRAWING_ADVICE = Sentence("Choose a smaller size or fewer pictures, or close other programs.")
 log = logging.getLogger(__name__)
 NATIVE_SHAPE = (128, (1, 2, 4, 4), 2)  # the one width, multiplier list and depth that the host infers from keys
 
@@ -66,6 +72,34 @@ def register_model_folder() -> None:
 def user_folder() -> Path:
     """Where the host keeps what belongs to its users."""
     return Path(folder_paths.get_user_directory())
+
+
+def user_language() -> str:
+    """The language that the user reads, as the frontend names it, such as "ko"; empty where nobody can tell.
+
+    It is a setting of the user's. Where it was never set, the frontend goes by the browser, and so does this, if all
+    that are connected agree. Which of several users has queued a workflow, the host does not tell its nodes.
+    """
+    if args.multi_user:
+        return ""
+    try:
+        settings = json.loads(read_all(user_folder() / SETTINGS, LONGEST_SETTINGS))
+    except (OSError, ValueError, RecursionError):  # not there yet, or half written
+        settings = None
+    chosen = settings.get("Comfy.Locale") if isinstance(settings, dict) else None
+    return chosen if isinstance(chosen, str) and chosen else _language_of_browsers()
+
+
+def _language_of_browsers() -> str:
+    sockets = list(getattr(_server(), "sockets", {}).values())
+    headers = [getattr(getattr(socket, "_req", None), "headers", {}) for socket in sockets]
+    told = {str(header.get("Accept-Language", "")).split(",")[0].split(";")[0].strip() for header in headers}
+    return told.pop() if len(told) == 1 else ""
+
+
+def _server() -> Any:
+    """The host's server; None where it runs as a library."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def model_roots() -> list[Path]:
@@ -90,6 +124,24 @@ def last_saved_latent(filename_prefix: str) -> Path | None:
     return max(files, key=lambda file: file.name, default=None)
 
 
+def check_name(filename_prefix: str) -> None:
+    """NextStepError for a name of files to save that leads out of the host's output folder."""
+    root = os.path.abspath(folder_paths.get_output_directory())
+    folder = os.path.abspath(os.path.join(root, os.path.dirname(os.path.normpath(filename_prefix))))
+    try:
+        inside = "\0" not in filename_prefix and os.path.commonpath([root, folder]) == root
+    except ValueError:  # another drive
+        inside = False
+    if not inside:
+        raise _not_inside(filename_prefix)
+
+
+def _not_inside(filename_prefix: str) -> NextStepError:
+    return NextStepError(
+        "filename_prefix {value} is not a name inside ComfyUI's output folder.", value=shown(filename_prefix)
+    )
+
+
 def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tuple[str, str, int, str, str]:
     """(folder, name, count, folder below the output folder, prefix) as the host's savers have it; NextStepError for a
     prefix that leads out of the output folder."""
@@ -97,12 +149,68 @@ def _place_to_save(filename_prefix: str, width: int = 0, height: int = 0) -> tup
         root = folder_paths.get_output_directory()
         place: tuple[str, str, int, str, str] = folder_paths.get_save_image_path(filename_prefix, root, width, height)
     except OSError as error:
-        raise NextStepError(f"ComfyUI's output folder cannot be written to ({error}).") from None
+        raise NextStepError("ComfyUI's output folder cannot be written to ({reason}).", reason=error) from None
     except Exception:  # the host has no kind of its own for a name outside its folder
-        raise NextStepError(
-            f"filename_prefix {shown(filename_prefix)} is not a name inside ComfyUI's output folder."
-        ) from None
+        raise _not_inside(filename_prefix) from None
     return place
+
+
+def output_folder(name: str) -> Path:
+    """A folder below the host's output folder; NextStepError for a name that leads out of it."""
+    check_text("folder", name)
+    try:
+        root = Path(folder_paths.get_output_directory()).resolve()
+        folder = (root / name).resolve()
+        inside = folder.is_relative_to(root) and folder != root
+    except (OSError, RuntimeError, ValueError):  # what can be no name, or a circle of links
+        inside = False
+    if not inside:
+        raise NextStepError(
+            "folder is {name}; write a name for a folder inside ComfyUI's output folder.", name=shown(name)
+        )
+    return folder
+
+
+def shown_output(path: Path) -> dict[str, str]:
+    """How the frontend is told of a file below the output folder."""
+    below = path.relative_to(Path(folder_paths.get_output_directory()).resolve())
+    return {"filename": below.name, "subfolder": below.parent.as_posix().removeprefix("."), "type": "output"}
+
+
+def input_files(*endings: str) -> list[str]:
+    """Names of the files with these endings that lie in the host's input folder itself."""
+    try:
+        found = sorted(os.listdir(folder_paths.get_input_directory()))
+    except OSError:
+        return []
+    return [name for name in found if name.lower().endswith(endings) and can_be_shown(name)]
+
+
+def input_file(name: str) -> Path:
+    """The path of such a file; NextStepError for a name that is none of the input folder's."""
+    check_text("file", name)
+    if Path(name).name != name or name in ("", ".."):
+        raise NextStepError("{name} is not the name of a file in ComfyUI's input folder.", name=shown(name))
+    return input_folder() / name
+
+
+def input_folder() -> Path:
+    """Where the host keeps what its users bring."""
+    return Path(folder_paths.get_input_directory())
+
+
+def serve(address: str, answer: Callable[[Mapping[str, str]], tuple[int, str]]) -> None:
+    """Answer GET requests at an address: `answer` takes the query and returns a status and a page of HTML."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is None:  # the host runs as a library
+        return
+    from aiohttp import web
+
+    async def handle(request: web.Request) -> web.Response:
+        status, page = await asyncio.to_thread(answer, request.query)
+        return web.Response(status=status, text=page, content_type="text/html", headers={"X-Frame-Options": "DENY"})
+
+    server.routes.get(address)(handle)
 
 
 @dataclass(frozen=True)
@@ -175,9 +283,9 @@ class ProgressReporter:
 
 def show_text(text: str) -> None:
     """Put a line of text on the running node, where the host has a server (it has none when it runs as a library)."""
-    server, context = getattr(sys.modules.get("server"), "PromptServer", None), get_executing_context()
-    if server is not None and getattr(server, "instance", None) is not None and context is not None:
-        server.instance.send_progress_text(text, context.node_id)
+    server, context = _server(), get_executing_context()
+    if server is not None and context is not None:
+        server.send_progress_text(text, context.node_id)
 
 
 def note_in_picture(node: type[io.ComfyNode], facts: dict[str, Any]) -> None:
@@ -337,7 +445,7 @@ def send_away(patcher: Any) -> bool:
 
 
 @contextmanager
-def memory_told(work: str, needed: int | None = None, advice: str = LOADING_ADVICE) -> Iterator[None]:
+def memory_told(work: Sentence, needed: int | None = None, advice: Sentence = LOADING_ADVICE) -> Iterator[None]:
     """Inside, memory that runs out is one sentence; every model has left the device then, so that the next run can go
     on, as the host does it for errors of the device's own kind."""
     try:
@@ -362,7 +470,7 @@ def _in_tiles(
     whole: Callable[[Tensor], Tensor], tiled: Callable[..., Tensor] | None, x: Tensor, sides: list[int]
 ) -> Any:
     """The host tries tiles by itself, but only after its device's own kind of error, and only of one size."""
-    with memory_told("The VAE", advice="Choose a smaller size or fewer pictures, or close other programs."):
+    with memory_told(Sentence("The VAE"), advice=DRAWING_ADVICE):
         for side in [None, *sides[:-1]] if tiled is not None else []:
             try:
                 return whole(x) if side is None else tiled(x, tile_x=side, tile_y=side, overlap=side // 4)

@@ -13,8 +13,9 @@ from ..nextstep_core.loading.published import purpose_of
 from ..nextstep_core.request.layout import Caption
 from ..nextstep_core.runtime.memory import format_bytes
 from . import host
+from .language import Node
 from .types import CATEGORY, HostModel, ModelSocket, check_sockets
-from .widgets import checked_sides, side_inputs
+from .widgets import check_sides, side_inputs
 
 PURPOSES = {"editing": "for editing pictures", "text to image": "for pictures from text", None: "for text and editing"}
 TYPICAL = "A photograph of a lighthouse on a rocky coast at dusk, waves below, warm light in the lantern room."
@@ -55,7 +56,7 @@ def described(model: HostModel, width: int, height: int) -> str:
     )
 
 
-class NextStepModelInfo(io.ComfyNode):
+class NextStepModelInfo(Node):
     """A checkpoint's card."""
 
     @classmethod
@@ -74,7 +75,8 @@ class NextStepModelInfo(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        return checked_sides(width, height)
+        check_sides(width, height)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:

@@ -11,9 +11,11 @@ from ..nextstep_core.decoding.job import BATCH_SIZE
 from ..nextstep_core.errors import NextStepError, not_finite, shown
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS, LatentSpace
 from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, grid_of_ratio, ratio_size
+from ..nextstep_core.sentences import Sentence
 from . import host
+from .language import Node
 from .types import CATEGORY, check_sockets
-from .widgets import base_of, canvas_inputs, checked_sides
+from .widgets import base_of, canvas_inputs, check_sides
 
 
 def empty_latent(width: int, height: int, batch: int) -> dict[str, Any]:
@@ -28,8 +30,10 @@ def check_channels(vae: Any, space: LatentSpace) -> None:
     channels = getattr(vae, "latent_channels", space.channels)
     if channels != space.channels:
         raise NextStepError(
-            f"This VAE makes latents of {shown(channels)} channels; the model needs {space.channels} channels. "
-            "Connect the vae output of Load NextStep Model."
+            "This VAE makes latents of {channels} channels; the model needs {wanted} channels. Connect the "
+            "vae output of Load NextStep Model.",
+            channels=shown(channels),
+            wanted=space.channels,
         )
 
 
@@ -43,11 +47,12 @@ def encode_pictures(vae: Any, pictures: torch.Tensor, space: LatentSpace | None 
     if not isinstance(latents, torch.Tensor) or (wanted is not None and latents.shape != wanted):
         given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else shown(latents)
         raise NextStepError(
-            f"The VAE gives latents of the shape {given}, not {wanted or 'pictures'}. Connect the vae output of Load "
-            "NextStep Model."
+            "The VAE gives latents of the shape {given}, not {wanted}. Connect the vae output of Load NextStep Model.",
+            given=given,
+            wanted=wanted or Sentence("pictures"),
         )
     if not latents.isfinite().all():
-        raise not_finite("An input image that the VAE encoded")
+        raise not_finite(Sentence("An input image that the VAE encoded"))
     return latents
 
 
@@ -57,24 +62,27 @@ def decode_latent(vae: Any, samples: dict[str, Any]) -> torch.Tensor:
     channels = getattr(vae, "latent_channels", PUBLISHED_LATENTS.channels)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise NextStepError(
-            f"This latent has the shape {tuple(latents.shape)}, but the VAE decodes {channels} channels. Connect the "
-            "vae output of Load NextStep Model, and a latent that NextStep Sampler made."
+            "This latent has the shape {shape}, but the VAE decodes {channels} channels. Connect the vae "
+            "output of Load NextStep Model, and a latent that NextStep Sampler made.",
+            shape=tuple(latents.shape),
+            channels=channels,
         )
     if not latents.isfinite().all():
-        raise not_finite("This latent")
+        raise not_finite(Sentence("This latent"))
     pictures = host.decode(vae, latents)
-    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4:
+    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4 or len(pictures) != len(latents):
         given = tuple(pictures.shape) if isinstance(pictures, torch.Tensor) else shown(pictures)
         raise NextStepError(
-            f"The VAE gives {given} and no pictures. Connect the vae output of Load NextStep Model, or the VAE of a "
-            "model for pictures."
+            "The VAE gives {given} and no pictures. Connect the vae output of Load NextStep Model, or the "
+            "VAE of a model for pictures.",
+            given=given,
         )
     if not pictures.isfinite().all():
-        raise not_finite("The picture that the VAE decoded")
+        raise not_finite(Sentence("The picture that the VAE decoded"))
     return pictures
 
 
-class NextStepEmptyLatent(io.ComfyNode):
+class NextStepEmptyLatent(Node):
     """An empty canvas."""
 
     @classmethod
@@ -91,14 +99,15 @@ class NextStepEmptyLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        return checked_sides(width, height)
+        check_sides(width, height)
+        return True
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
         return io.NodeOutput(empty_latent(width, height, batch_size))
 
 
-class NextStepAspectRatio(io.ComfyNode):
+class NextStepAspectRatio(Node):
     """A size by the name of its ratio."""
 
     @classmethod
@@ -108,7 +117,7 @@ class NextStepAspectRatio(io.ComfyNode):
             display_name="NextStep Aspect Ratio",
             category=CATEGORY,
             description="Width and height for one of the 17 ratios that NextStep-1 was trained at.",
-            search_aliases=["nextstep", "aspect ratio", "resolution", "size"],
+            search_aliases=["nextstep", "aspect ratio", "resolution", "size", "16:9"],
             inputs=[
                 io.Combo.Input(
                     "ratio",
@@ -138,7 +147,7 @@ class NextStepAspectRatio(io.ComfyNode):
         return io.NodeOutput(width, height)
 
 
-class NextStepVAEDecode(io.ComfyNode):
+class NextStepVAEDecode(Node):
     """Latent to picture."""
 
     @classmethod

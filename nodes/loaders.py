@@ -20,9 +20,11 @@ from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.model.nextstep import NextStepModel
 from ..nextstep_core.runtime.quantization import RECIPES
+from ..nextstep_core.sentences import Sentence, all_of
 from . import catalog, host
 from .download import fetch
 from .keeping import KEEP_AUTO, KEEP_OFF, KEEPING, Keeper
+from .language import Node, in_users_language
 from .types import CATEGORY, HostModel, ModelSocket
 from .widgets import AUTO, known_to
 
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 UNQUANTIZED = "none"
 STORED = (UNQUANTIZED, *RECIPES, AUTO)
 TO_FETCH = "to be fetched"
+NO_VAE = Sentence("This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def load_model(name: str, options: LoadOptions, keeping: str = KEEP_OFF) -> Host
     key = catalog.fingerprint(path), options
     model = _loaded.get(key)
     if model is None:
-        with host.memory_told(f"Loading {name}"):
+        with host.memory_told(Sentence("Loading {name}", name=name)):
             model = _loaded[key] = _load(path, options, keeping)
     return model
 
@@ -114,8 +117,10 @@ def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
         return left.get((room is not None and fitting_recipe(plan, storage, compute, room)) or UNQUANTIZED, smallest)
     if options.quantization not in left:
         raise NextStepError(
-            f"{path} no longer has its weights; they are kept only as {' and '.join(left)}. Choose one of these or "
-            "auto as quantization, or get the checkpoint again with Download NextStep Model."
+            "{path} no longer has its weights; they are kept only as {kept}. Choose one of these or auto as "
+            "quantization, or get the checkpoint again with Download NextStep Model.",
+            path=path,
+            kept=all_of(left),
         )
     return left[options.quantization]
 
@@ -131,7 +136,7 @@ def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:
     return host.native_vae(vae_config, state), latents
 
 
-class NextStepModelLoader(io.ComfyNode):
+class NextStepModelLoader(Node):
     """Checkpoint to model and VAE."""
 
     @classmethod
@@ -141,7 +146,7 @@ class NextStepModelLoader(io.ComfyNode):
             display_name="Load NextStep Model",
             category=CATEGORY,
             description="Loads a NextStep-1 checkpoint, a folder or a single file, with its tokenizer and its VAE.",
-            search_aliases=["nextstep", "autoregressive", "load checkpoint"],
+            search_aliases=["nextstep", "stepfun", "autoregressive", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -197,11 +202,8 @@ class NextStepModelLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        try:
-            if model_name is not None:
-                catalog.find_model(model_name)
-        except NextStepError as error:
-            return str(error)
+        if model_name is not None:
+            catalog.find_model(model_name)
         return True
 
     @classmethod
@@ -212,11 +214,10 @@ class NextStepModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str, keep_quantized: str = KEEP_AUTO, **options: Any) -> io.NodeOutput:
         model = load_model(model_name, LoadOptions(**known_to(LoadOptions, options)), keep_quantized)
-        missing = "This checkpoint has no VAE of its own. Use a Load NextStep VAE node instead of this output."
-        return io.NodeOutput(model, model.vae or host.NoOutput(missing))
+        return io.NodeOutput(model, model.vae or host.NoOutput(in_users_language(NO_VAE)))
 
 
-class NextStepVAELoader(io.ComfyNode):
+class NextStepVAELoader(Node):
     """A NextStep tokenizer as a native VAE."""
 
     @classmethod
@@ -241,11 +242,8 @@ class NextStepVAELoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae_name: str | None = None) -> bool | str:
-        try:
-            if vae_name is not None:
-                catalog.find_vae(vae_name)
-        except NextStepError as error:
-            return str(error)
+        if vae_name is not None:
+            catalog.find_vae(vae_name)
         return True
 
     @classmethod
@@ -256,5 +254,5 @@ class NextStepVAELoader(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
         path = catalog.find_vae(vae_name) or fetch(offers.bare(vae_name))
-        with host.memory_told(f"Loading {vae_name}"):
+        with host.memory_told(Sentence("Loading {name}", name=vae_name)):
             return io.NodeOutput(host.native_vae(*load_vae_state(path)))

@@ -14,15 +14,17 @@ from ..nextstep_core.images.placement import CROP, PAD, RESIZE, Box, Placement, 
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES, RATIO_NAMES, check_encodable, nearest_ratio, ratio_size
+from ..nextstep_core.sentences import Sentence
 from . import host
+from .language import Node, in_users_language
 from .latents import encode_pictures
 from .types import CATEGORY, Original, OriginalSocket, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, base_of, ends, side_inputs
 
 WHOLE, AROUND_MASK = "whole picture", "around the mask"
+NEEDS_VAE = Sentence("Connect a VAE to NextStep Prepare Picture: its latent output needs one.")
 MARGIN = Range("margin", 0.0, 10.0)  # shares of the masked area's longer side
 FEATHER = Range("feather", 0, 256)  # pixels of the picture that is drawn
-ADVICE = "Choose a smaller size or fewer pictures, or close other programs."
 
 
 def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
@@ -38,12 +40,18 @@ def mask_of(mask: Tensor | None, pictures: Tensor) -> Tensor | None:
     count, height, width, _ = pictures.shape
     if len(mask) not in (1, count):
         raise NextStepError(
-            f"There are {len(mask)} masks for {count} pictures. Connect one mask for all, or one for each."
+            "There are {masks} masks for {count} pictures. Connect one mask for all, or one for each.",
+            masks=len(mask),
+            count=count,
         )
     if mask.shape[-1] * height != mask.shape[-2] * width:
         raise NextStepError(
-            f"The mask is {mask.shape[-1]}x{mask.shape[-2]}, but the picture is {width}x{height}. Use the mask that "
-            "was painted on this picture."
+            "The mask is {mask_width}x{mask_height}, but the picture is {width}x{height}. Use the mask that "
+            "was painted on this picture.",
+            mask_width=mask.shape[-1],
+            mask_height=mask.shape[-2],
+            width=width,
+            height=height,
         )
     return F.adaptive_max_pool2d(mask, (height, width))
 
@@ -88,7 +96,7 @@ def report(placement: Placement) -> str:
     return f"{', '.join(steps)}: {tokens:,} tokens"
 
 
-class NextStepPreparePicture(io.ComfyNode):
+class NextStepPreparePicture(Node):
     """Any picture to one that can be drawn."""
 
     @classmethod
@@ -181,7 +189,7 @@ class NextStepPreparePicture(io.ComfyNode):
         margin = MARGIN.check(margin)
         pictures = to_rgb(image)
         mask = mask_of(mask, pictures)
-        with host.memory_told("Preparing a picture", advice=ADVICE):
+        with host.memory_told(Sentence("Preparing a picture"), advice=host.DRAWING_ADVICE):
             placement = place(pictures, mask, mode, area, margin, size=size, base=base, width=width, height=height)
             return cls._prepared(pictures, mask, placement, vae)
 
@@ -193,13 +201,13 @@ class NextStepPreparePicture(io.ComfyNode):
         fitted = placement.take_mask(drawn)
         original = Original(pictures, placement, fitted if mask is not None else None)
         taken = placement.take(pictures)
-        latent = host.NoOutput("Connect a VAE to NextStep Prepare Picture: its latent output needs one.")
+        latent = host.NoOutput(in_users_language(NEEDS_VAE))
         if vae is not None:
             latent = {"samples": encode_pictures(vae, taken), "noise_mask": fitted}
         return io.NodeOutput(taken, fitted, original, *placement.canvas, said, latent)
 
 
-class NextStepPasteBack(io.ComfyNode):
+class NextStepPasteBack(Node):
     """What was drawn, into the picture that it came from."""
 
     @classmethod
@@ -229,7 +237,7 @@ class NextStepPasteBack(io.ComfyNode):
     def execute(cls, image: Tensor, original: Original, feather: int) -> io.NodeOutput:
         check_sockets(original=original)
         feather = FEATHER.check(feather)
-        with host.memory_told("Pasting a picture back", advice=ADVICE):
+        with host.memory_told(Sentence("Pasting a picture back"), advice=host.DRAWING_ADVICE):
             return io.NodeOutput(cls._pasted(to_rgb(image), original, feather))
 
     @staticmethod
@@ -237,8 +245,9 @@ class NextStepPasteBack(io.ComfyNode):
         pictures, mask = original.pictures, original.mask
         if len(drawn) % len(pictures):
             raise NextStepError(
-                f"{len(drawn)} pictures do not match {len(pictures)} originals. Connect all pictures that were "
-                "drawn from them."
+                "{drawn} pictures do not match {pictures} originals. Connect all pictures that were drawn from them.",
+                drawn=len(drawn),
+                pictures=len(pictures),
             )
         each = len(drawn) // len(pictures)
         if mask is not None and len(mask) > 1:

@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..nextstep_core.errors import NextStepError
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.request.presets import Preset, find_preset, preset_names
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
+from .language import Node
 from .types import CATEGORY, HostModel, ModelSocket, check_sockets
 
 FILE = "nextstep_presets.json"
@@ -64,7 +64,7 @@ def in_words(preset: Preset, chosen: GenerationSettings) -> str:
     return "\n".join(part for part in (line, preset.note) if part)
 
 
-class NextStepPreset(io.ComfyNode):
+class NextStepPreset(Node):
     """Size and settings by a name, for the widgets of other nodes."""
 
     @classmethod
@@ -101,12 +101,8 @@ class NextStepPreset(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, preset: str | None = None) -> bool | str:
-        if preset is None:  # linked
-            return True
-        try:
+        if preset is not None:  # as it is while it is linked
             find_preset(preset, preset_file())
-        except NextStepError as error:
-            return str(error)
         return True
 
     @classmethod

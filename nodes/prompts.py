@@ -14,6 +14,7 @@ from ..nextstep_core.images.rgb import cover, to_rgb
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption, EncodedImage
 from ..nextstep_core.request.sizes import check_encodable, nearest_ratio, ratio_size_of_area
 from . import host
+from .language import Node
 from .latents import empty_latent, encode_pictures
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import FIT, KEEP_SIZE, NEAREST, SIZES, size_inputs
@@ -65,8 +66,11 @@ def encode_edit(
     slots, count = instruction.count(IMAGE_SLOT), len(pixels)
     if slots not in (1, count):
         raise NextStepError(
-            f"The instruction has {slots} {IMAGE_SLOT} slots for {count} input image(s). Write {IMAGE_SLOT} once, "
-            "where the picture belongs in the text, or once for each picture of the batch."
+            "The instruction has {slots} {slot} slots for {count} input image(s). Write {slot} once, where "
+            "the picture belongs in the text, or once for each picture of the batch.",
+            slots=slots,
+            slot=IMAGE_SLOT,
+            count=count,
         )
     new_width, new_height = target_size(pixels, size, width, height, model.engine.latents)
     check_encodable(new_width, new_height)
@@ -79,7 +83,7 @@ def encode_edit(
     return PromptValue(tuple(captions)), canvas
 
 
-class NextStepTextEncode(io.ComfyNode):
+class NextStepTextEncode(Node):
     """Prompt text for the sampler."""
 
     @classmethod
@@ -115,7 +119,7 @@ class NextStepTextEncode(io.ComfyNode):
         return io.NodeOutput(encode_prompt(model, prompt, positive_suffix))
 
 
-class NextStepPromptBatch(io.ComfyNode):
+class NextStepPromptBatch(Node):
     """Several prompts in one run."""
 
     @classmethod
@@ -140,7 +144,7 @@ class NextStepPromptBatch(io.ComfyNode):
         return io.NodeOutput(PromptValue(first.captions + second.captions))
 
 
-class NextStepEditEncode(io.ComfyNode):
+class NextStepEditEncode(Node):
     """Picture and instruction for the sampler."""
 
     @classmethod

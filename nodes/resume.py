@@ -16,6 +16,7 @@ from ..nextstep_core.loading.documents import check_header
 from ..nextstep_core.loading.files import check_regular
 from ..nextstep_core.request.masks import undrawn_tokens
 from . import host
+from .language import Node
 from .sampler import PARTIAL
 from .types import CATEGORY, check_sockets
 
@@ -42,7 +43,7 @@ def unfinished(filename_prefix: str) -> tuple[Path, Tensor, Tensor] | None:
     return (file, samples, undrawn) if undrawn.any() else None
 
 
-class NextStepResume(io.ComfyNode):
+class NextStepResume(Node):
     """A canvas, with what an interrupted run left on it."""
 
     @classmethod

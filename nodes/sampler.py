@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ..nextstep_core.request.masks import kept_tokens
 from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.streaming import streamed_bytes
 from ..nextstep_core.sampling.settings import GenerationSettings
+from ..nextstep_core.sentences import Sentence, named
 from . import host, unfinished
 from .information import unsuited
 from .saving import INFO_OUTPUT, info_of
@@ -41,7 +43,7 @@ def settings_for(model: HostModel, editing: bool, *, cfg_img: float = 1.0, **wid
     widgets = known_to(GenerationSettings, widgets)
     for name, value in {"cfg_img": cfg_img, **widgets}.items():
         if value is None:
-            raise NextStepError(f"{name} is None: the node that is linked to it gives no value.")
+            raise NextStepError("{name} is None: the node that is linked to it gives no value.", name=named(name))
     return with_widgets(model.engine.recommended(editing), cfg_img=cfg_img, **widgets)
 
 
@@ -56,14 +58,20 @@ def known_tokens(model: HostModel, latent: dict[str, Any], grid: Grid) -> KnownT
     mask = latent.get("noise_mask")
     if mask is None:
         return None
-    masks = mask.reshape(-1, *mask.shape[-2:])
-    if len(masks) > 1 and not (masks == masks[:1]).all():
-        raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
+    mask = shared_mask(mask)
     if not latent["samples"].isfinite().all():
         raise NextStepError("The latent holds NaN or infinite values. Encode the picture again.")
     space = model.engine.latents
-    tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(masks[0], grid, space)
+    tokens, keep = space.to_tokens(latent["samples"].float()), kept_tokens(mask, grid, space)
     return KnownTokens(tokens, keep, token_by_token=PARTIAL in latent)
+
+
+def shared_mask(mask: Tensor) -> Tensor:
+    """The mask (h, w) of all pictures of a batch; NextStepError where they have different ones."""
+    masks = mask.reshape(-1, *mask.shape[-2:])
+    if len(masks) > 1 and not (masks == masks[:1]).all():
+        raise NextStepError("The pictures of the batch have different masks. Use one mask for the whole batch.")
+    return masks[0]
 
 
 def images_per_caption(positive: PromptValue, batch: int) -> int:
@@ -71,8 +79,10 @@ def images_per_caption(positive: PromptValue, batch: int) -> int:
     captions = len(positive.captions)
     if batch % captions:
         raise NextStepError(
-            f"The latent has a batch of {batch} for {captions} prompts. Set batch_size to {captions} or a multiple of "
-            "it, or use the latent output of the edit node."
+            "The latent has a batch of {batch} for {captions} prompts. Set batch_size to {captions} or a "
+            "multiple of it, or use the latent output of the edit node.",
+            batch=batch,
+            captions=captions,
         )
     return batch // captions
 
@@ -101,6 +111,26 @@ def make_job(
     )
 
 
+Shown = tuple["Tensor | None", tuple[int, int]]  # a preview, and its size as width and height
+
+
+def steps_of(model: HostModel, job: Job) -> Iterator[tuple[Progress, Shown]]:
+    """Draw a job on the host's device, as much at once as its memory allows: after every token, where it stands."""
+    each = model.engine.working_bytes(job.part([0]), model.dtype)
+    streamed = streamed_bytes(model.engine.model)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
+    shape = (job.pictures, *model.engine.latents.shape(job.grid))
+    decoding = host.vae_bytes(model.vae, shape)
+    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
+    preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
+    device = host.bring_to_device(model.patcher, plan)
+    make_room = partial(host.send_away, model.patcher)
+    drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
+    with closing(drawing) as run:
+        for progress in run:
+            yield progress, preview.update(progress)
+
+
 def sample(
     model: HostModel,
     positive: PromptValue,
@@ -118,21 +148,12 @@ def sample(
     """
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP_PARTIAL))
     job = make_job(model, positive, negative, latent, seed, settings)
-    each = model.engine.working_bytes(job.part([0]), model.dtype)
-    streamed = streamed_bytes(model.engine.model)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
-    decoding = host.vae_bytes(model.vae, latent["samples"].shape)
-    log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
-    preview = Preview(model, job)  # fits its colors with the VAE, which may take the device's memory until here
-    device = host.bring_to_device(model.patcher, plan)
-    make_room = partial(host.send_away, model.patcher)
     reporter = host.ProgressReporter(job.total)
     progress, began = None, time.monotonic()
     try:
-        drawing = model.engine.decode(job, device, model.dtype, plan.at_once, host.check_interrupt, make_room)
-        with closing(drawing) as run:
-            for progress in run:
-                reporter.update(progress.done, *preview.update(progress), rate_text(progress))
+        with closing(steps_of(model, job)) as run:
+            for progress, shown in run:
+                reporter.update(progress.done, *shown, rate_text(progress))
     except host.Interrupted:
         if progress is not None:
             host.show_text(f"stopped at {progress.done:,} of {progress.total:,} tokens")
@@ -142,7 +163,7 @@ def sample(
         if not mask.any():
             raise
         if not progress.tokens.isfinite().all():
-            raise not_finite("What was drawn until the interrupt") from None
+            raise not_finite(Sentence("What was drawn until the interrupt")) from None
         before = latent.get(PARTIAL, latent.get("noise_mask"))
         return {**latent, "samples": to_latents(model, job, progress.tokens), "noise_mask": mask, PARTIAL: before}
     seconds = time.monotonic() - began
@@ -190,7 +211,7 @@ class Preview:
         if model.rgb_map is None and model.vae is not None:
             model.rgb_map = fit_latent_to_rgb(model.vae.encode)
 
-    def update(self, progress: Progress) -> tuple[Tensor | None, tuple[int, int]]:
+    def update(self, progress: Progress) -> Shown:
         """(the pictures side by side, or None where nothing new is due; size in pixels as width and height)."""
         _, columns = self.job.grid
         finished = progress.start, progress.step.done // columns
@@ -219,7 +240,7 @@ class NextStepSampler(DrawingNode):
             display_name="NextStep Sampler",
             category=CATEGORY,
             description="Draws a picture token by token, from the top left to the bottom right.",
-            search_aliases=["nextstep", "sampler", "generate", "autoregressive"],
+            search_aliases=["nextstep", "stepfun", "sampler", "generate", "autoregressive"],
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load NextStep Model."),
                 PromptSocket.Input("positive", tooltip="What to draw, or a picture and what to change in it."),
@@ -272,7 +293,7 @@ class NextStepSampler(DrawingNode):
         chosen = settings_for(model, positive.editing, **settings)
         asked = model, (positive, negative), latent, _widgets({"seed": seed, "on_interrupt": on_interrupt, **settings})
         left = unfinished.find(*asked)
-        with torch.inference_mode(), host.memory_told("Drawing"):
+        with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
             samples = sample(model, positive, negative, left or latent, seed, chosen, on_interrupt)
         unfinished.forget(left)
         part = {}

@@ -14,6 +14,7 @@ from ..nextstep_core.images.saving import FORMATS, QUALITY, save_picture
 from ..nextstep_core.request.parameters import PRODUCT, parameters_text
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
+from .language import Node
 from .types import CATEGORY, HostModel, Info, InfoSocket, PromptValue, check_sockets
 from .widgets import ends
 
@@ -45,7 +46,7 @@ def info_of(
     return Info(tuple(text for text in texts for _ in range(each)))
 
 
-class NextStepSaveImage(io.ComfyNode):
+class NextStepSaveImage(Node):
     """Pictures to files, with what they were made with."""
 
     @classmethod
@@ -93,6 +94,17 @@ class NextStepSaveImage(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        """True, or what is wrong; a widget that is linked is not known yet."""
+        try:
+            if filename_prefix is not None:
+                check_text("filename_prefix", filename_prefix)
+                host.check_name(filename_prefix)
+        except NextStepError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls, image: Tensor, filename_prefix: str, format: str, quality: int, info: Info | None = None
     ) -> io.NodeOutput:
@@ -116,7 +128,9 @@ def _texts(info: Info, pictures: int) -> tuple[str, ...]:
         return info.texts * pictures
     if len(info.texts) != pictures:
         raise NextStepError(
-            f"info tells of {len(info.texts)} pictures, and {pictures} are to be saved. Connect the info of the "
-            "sampler that drew these pictures."
+            "info tells of {told} pictures, and {pictures} are to be saved. Connect the info of the sampler "
+            "that drew these pictures.",
+            told=len(info.texts),
+            pictures=pictures,
         )
     return info.texts

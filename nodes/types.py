@@ -15,6 +15,7 @@ from ..nextstep_core.errors import NextStepError, shown
 from ..nextstep_core.images.placement import Placement
 from ..nextstep_core.images.rgb import is_plain
 from ..nextstep_core.request.layout import Caption
+from ..nextstep_core.sentences import Sentence, Words, named
 from .host import stays_cached
 
 CATEGORY = "NextStep"
@@ -87,17 +88,24 @@ def check_sockets(**inputs: Any) -> None:
         SOCKETS[name](name, value)
 
 
-def _carries(kind: type, source: str) -> Callable[[str, Any], None]:
+def _carries(kind: type, source: Sentence) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if not isinstance(value, kind):
-            raise NextStepError(f"{name} is {shown(value)}; connect the output of {source}.")
+            raise NextStepError(
+                "{name} is {value}; connect the output of {source}.",
+                name=named(name),
+                value=shown(value),
+                source=source,
+            )
 
     return check
 
 
 def _check_vae(name: str, value: Any) -> None:
     if not all(callable(getattr(value, call, None)) for call in ("encode", "decode")):
-        raise NextStepError(f"{name} is {shown(value)}; connect the vae output of Load NextStep Model.")
+        raise NextStepError(
+            "{name} is {value}; connect the vae output of Load NextStep Model.", name=named(name), value=shown(value)
+        )
 
 
 def _check_latent(name: str, value: Any) -> None:
@@ -105,10 +113,18 @@ def _check_latent(name: str, value: Any) -> None:
     if isinstance(samples, Tensor) and _holds_pictures(samples):
         _check_mask(value.get("noise_mask"))
         return
-    what = shown(samples if isinstance(value, dict) else value)
-    if isinstance(samples, Tensor):
-        what = f"of the shape {tuple(samples.shape)} with {samples.dtype} values"
-    raise NextStepError(f"{name} is {what}, not pictures. Connect NextStep Empty Latent or VAE Encode.")
+    what = _described(samples if isinstance(value, dict) else value)
+    raise NextStepError(
+        "{name} is {what}, not pictures. Connect NextStep Empty Latent or VAE Encode.", name=named(name), what=what
+    )
+
+
+def _described(value: Any) -> Words:
+    """A value that may be a tensor, as a message shows it."""
+    if not isinstance(value, Tensor):
+        return shown(value)
+    shape, dtype = tuple(value.shape), value.dtype
+    return Sentence("of the shape {shape} with {dtype} values", shape=shape, dtype=dtype)
 
 
 def _holds_pictures(samples: Tensor) -> bool:
@@ -117,16 +133,19 @@ def _holds_pictures(samples: Tensor) -> bool:
 
 def _check_mask(mask: Any) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and is_plain(mask) and mask.ndim >= 2 and mask.numel()):
-        what = f"of the shape {tuple(mask.shape)} with {mask.dtype} values" if isinstance(mask, Tensor) else shown(mask)
-        raise NextStepError(f"The mask is {what}; expected (height, width). Connect a mask that was painted.")
+        raise NextStepError(
+            "The mask is {what}; expected (height, width). Connect a mask that was painted.", what=_described(mask)
+        )
 
 
 SOCKETS: dict[str, Callable[[str, Any], None]] = {
-    "model": _carries(HostModel, "Load NextStep Model"),
-    **dict.fromkeys(("positive", "negative", "first", "second"), _carries(PromptValue, "a NextStep Encode node")),
+    "model": _carries(HostModel, Sentence("Load NextStep Model")),
+    **dict.fromkeys(
+        ("positive", "negative", "first", "second"), _carries(PromptValue, Sentence("a NextStep Encode node"))
+    ),
     **dict.fromkeys(("latent", "samples"), _check_latent),
     "vae": _check_vae,
-    "info": _carries(Info, "NextStep Sampler"),
-    "original": _carries(Original, "NextStep Prepare Picture"),
+    "info": _carries(Info, Sentence("NextStep Sampler")),
+    "original": _carries(Original, Sentence("NextStep Prepare Picture")),
     "mask": lambda _, value: _check_mask(value),
 }

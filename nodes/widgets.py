@@ -8,13 +8,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..nextstep_core.decoding.job import BATCH_SIZE
-from ..nextstep_core.errors import NextStepError, check_choice
+from ..nextstep_core.errors import check_choice
 from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS, GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
+from .language import Node
 
 AUTO = "auto"
 USE_NORM = {AUTO: None, "on": True, "off": False}
@@ -38,7 +39,7 @@ def with_widgets(
     return settings.override(sampler=sampler, use_norm=USE_NORM[use_norm], **widgets)
 
 
-class DrawingNode(io.ComfyNode):
+class DrawingNode(Node):
     """What all nodes that draw share: their sampling widgets are checked when the graph is queued."""
 
     @classmethod
@@ -51,14 +52,12 @@ class DrawingNode(io.ComfyNode):
         sampler: str | None = None,
         cfg_img: float | None = None,
     ) -> bool | str:
-        """True, or what is wrong. None is a widget that is linked and so not known yet, or one the node lacks."""
-        try:
-            base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
-            with_widgets(
-                base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
-            )
-        except NextStepError as error:
-            return str(error)
+        """NextStepError for what is wrong. None is a widget that is linked and so not known yet, or one the node
+        lacks."""
+        base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
+        with_widgets(
+            base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
+        )
         return True
 
 
@@ -152,18 +151,14 @@ def side_inputs() -> list[io.Input]:
     ]
 
 
-def checked_sides(width: int | None, height: int | None) -> bool | str:
-    """True, or what is wrong with a size; None is a side that is linked and so not known yet."""
-    try:
-        if width is not None and height is not None:
-            PUBLISHED_LATENTS.grid(height, width)
-        elif width is not None:
-            PUBLISHED_LATENTS.check_side(WIDTH, width)
-        elif height is not None:
-            PUBLISHED_LATENTS.check_side(HEIGHT, height)
-    except NextStepError as error:
-        return str(error)
-    return True
+def check_sides(width: int | None, height: int | None) -> None:
+    """NextStepError for a size that cannot be; None is a side that is linked and so not known yet."""
+    if width is not None and height is not None:
+        PUBLISHED_LATENTS.grid(height, width)
+    elif width is not None:
+        PUBLISHED_LATENTS.check_side(WIDTH, width)
+    elif height is not None:
+        PUBLISHED_LATENTS.check_side(HEIGHT, height)
 
 
 def canvas_inputs() -> list[io.Input]:

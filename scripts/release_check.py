@@ -51,6 +51,13 @@ def requirements() -> str:
     return "pip would install nothing"
 
 
+def pack_files(archive: Path) -> None:
+    """Write the archive that `comfy node pack` would."""
+    ensure((ROOT / ".git").exists(), "not a git checkout, so it cannot be told which files belong to the pack")
+    command = "import sys; from comfy_cli.file_utils import zip_files; zip_files(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", command, str(archive)], cwd=ROOT, check=True, capture_output=True)
+
+
 class ReleaseCheck:
     """The checks in their order; each returns what it found, or raises Failed."""
 
@@ -81,9 +88,7 @@ class ReleaseCheck:
 
     def pack(self) -> str:
         """The archive, with everything that is needed and nothing else."""
-        ensure((ROOT / ".git").exists(), "not a git checkout, so it cannot be told which files belong to the pack")
-        command = "import sys; from comfy_cli.file_utils import zip_files; zip_files(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", command, str(self.archive)], cwd=ROOT, check=True, capture_output=True)
+        pack_files(self.archive)
         names = zipfile.ZipFile(self.archive).namelist()
         for needed in NEEDED:
             ensure(needed in names, f"{needed} is not in the archive")

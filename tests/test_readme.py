@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from sentences_in_source import said_in
 
 from nextstep_core.sampling.solvers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VALUES = re.compile(r"…(\s…)+")
+PLACE = re.compile(r"{[^{}]+}")
 
 
 def texts() -> list[str]:
-    """Every string of the code, with … where a value is filled in."""
-    found = []
-    for path in (*ROOT.glob("nextstep_core/**/*.py"), *ROOT.glob("nodes/*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-                found.append(VALUES.sub("…", "".join(parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+    """Every sentence of the code, with … where a value is filled in."""
+    files = (*ROOT.glob("nextstep_core/**/*.py"), *ROOT.glob("nodes/*.py"))
+    said = (said for path in files for said in said_in(path.read_text(encoding="utf-8"), path.name))
+    return [VALUES.sub("…", PLACE.sub("…", one.template)) for one in said]
 
 
 def test_troubleshooting_quotes_the_code() -> None:

@@ -15,9 +15,10 @@ from ..model.nextstep import NextStepModel
 from ..model.vae import AutoencoderKL
 from ..runtime.cpu import PackedLinear
 from ..runtime.devices import room_bytes, total_bytes
-from ..runtime.memory import MemoryPlan, plan_memory, plan_within
+from ..runtime.memory import DEVICE_HAS, MemoryPlan, plan_memory, plan_within
 from ..runtime.placement import HOST, held_bytes
 from ..runtime.streaming import passing_bytes, streamed_bytes
+from ..sentences import Sentence
 from .memory import PICTURE_512, RunSize, with_fitting_recipe, working_bytes
 
 SMALLEST = RunSize(rows=1, length=1, fed_at_once=1, steps=1)
@@ -132,7 +133,7 @@ class Budget:
             return None
         if self.device.type == "cpu":
             return plan_within(room, weights, pictures, each)
-        whose = "the device has" if self.limit is None else "max_memory leaves"
+        whose = DEVICE_HAS if self.limit is None else Sentence("max_memory leaves")
         return plan_memory(weights, room, pictures, each, streamed, spare=vae, whose=whose)
 
 

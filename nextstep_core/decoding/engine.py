@@ -30,6 +30,7 @@ from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream, Seeds
 from ..sampling.settings import GenerationSettings
+from ..sentences import Sentence
 from .job import PICTURES, Job, KnownTokens
 from .loop import decode
 from .memory import Piece, RunSize, working_bytes
@@ -77,20 +78,28 @@ class NextStepEngine:
         """(rows, columns) of tokens for a picture in pixels; NextStepError when it cannot be drawn, with what can."""
         grid = self.latents.grid(height, width)
         if self.config.use_gen_pos_embed and not has_codes(self.config, grid):
-            raise NextStepError(self._too_large(grid))
+            raise self._too_large(grid)
         return grid
 
-    def _too_large(self, grid: Grid) -> str:
+    def _too_large(self, grid: Grid) -> NextStepError:
         side, (width, height) = grid_side(self.config), self.latents.size(grid)
         if self.config.base_image_grid_size is not None:
             held = "{}x{}".format(*self.latents.size((side, side)))
-            return (
-                f"This checkpoint has positions for {side}x{side} tokens ({held} pixels); {width}x{height} pixels is "
-                "larger. Choose a smaller size."
+            return NextStepError(
+                "This checkpoint has positions for {side}x{side} tokens ({held} pixels); {width}x{height} pixels is "
+                "larger. Choose a smaller size.",
+                side=side,
+                held=held,
+                width=width,
+                height=height,
             )
-        return (
-            f"This checkpoint has positions for {side * side} image tokens; {width}x{height} pixels needs "
-            f"{grid[0] * grid[1]}. Choose a smaller size."
+        return NextStepError(
+            "This checkpoint has positions for {held} image tokens; {width}x{height} pixels needs {needed}. Choose a "
+            "smaller size.",
+            held=side * side,
+            width=width,
+            height=height,
+            needed=grid[0] * grid[1],
         )
 
     def make_job(
@@ -139,7 +148,7 @@ class NextStepEngine:
     def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
         """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
         model's context by itself."""
-        words = self.tokenizer.check_length("The prompt", text).replace(IMAGE_SLOT, "")
+        words = self.tokenizer.check_length(Sentence("The prompt"), text).replace(IMAGE_SLOT, "")
         limit = context_of(self.config)
         ids = self.tokenizer.encode(words)
         if IMAGE_SLOT in text:
@@ -147,7 +156,9 @@ class NextStepEngine:
         length = len(ids) + sum(rows * columns for rows, columns in grids)
         if length > limit:
             raise NextStepError(
-                f"The prompt is {length} tokens long; the limit of this model is {limit}. Shorten the prompt."
+                "The prompt is {length} tokens long; the limit of this model is {limit}. Shorten the prompt.",
+                length=length,
+                limit=limit,
             )
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
@@ -185,7 +196,8 @@ class NextStepEngine:
         at = torch.empty(0, device=device).device
         width, height = self.latents.size(job.grid)
         needed = self.working_bytes(job.part([0]), dtype)
-        with told(f"A picture of {width}x{height} pixels, on top of the weights,", at, needed):
+        work = Sentence("A picture of {width}x{height} pixels, on top of the weights,", width=width, height=height)
+        with told(work, at, needed):
             start, wanted = 0, min(at_once or job.pictures, job.pictures)
             piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
             tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
@@ -238,7 +250,8 @@ class NextStepEngine:
         the program instead of refusing."""
         if device.type != "cpu":
             return wanted
-        check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, f"{job.pictures} pictures")
+        what = Sentence("{count} pictures", count=job.pictures)
+        check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, what)
         return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part([0]), dtype)).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:

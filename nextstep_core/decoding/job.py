@@ -15,9 +15,10 @@ from ..ranges import Range
 from ..request.layout import PromptRows
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
+from ..sentences import Sentence
 
 BATCH_SIZE = Range("batch_size", 1, 64)  # of a canvas; prompts and latents from elsewhere may make larger batches
-PICTURES = Range("The number of pictures in one call", 1, 4096)
+PICTURES = Range(Sentence("The number of pictures in one call"), 1, 4096)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..model.positions import generation_codes
 from ..sampling.guidance import SCHEDULES
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
+from ..sentences import Sentence
 from .job import Job
 from .prefill import PrefillCache
 from .progress import TokenStep
@@ -92,9 +93,9 @@ class Run:
         if self.prefilled is not None:
             self.prefilled.forget(self.key)
         if not self.hidden.isfinite().all():
-            raise not_finite("What the model reads from the prompt")
+            raise not_finite(Sentence("What the model reads from the prompt"))
         (bad,) = self.tokens.isfinite().all(dim=-1).all(dim=0).logical_not().nonzero(as_tuple=True)
-        raise not_finite(f"Token {int(bad[0]) + 1} of {len(self.keep)}")
+        raise not_finite(Sentence("Token {number} of {count}", number=int(bad[0]) + 1, count=len(self.keep)))
 
 
 def decode(

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..errors import NextStepError, shown
 from ..images.latents import Grid
 from ..ranges import Range
+from ..sentences import Sentence
 
-DRAWN = Range("The share of a picture that is drawn before some are dropped", 0.01, 1.0)
+DRAWN = Range(Sentence("The share of a picture that is drawn before some are dropped"), 0.01, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class Pruning:
         """The pictures that go on; NextStepError when `choose` names none, or what is not there."""
         chosen, numbers = self.choose(pictures), range(len(pictures))
         if not isinstance(chosen, (list, tuple)) or not chosen:
-            raise NextStepError(f"What is to go on is {shown(chosen)}; name at least one picture, in a list.")
+            raise NextStepError(
+                "What is to go on is {value}; name at least one picture, in a list.", value=shown(chosen)
+            )
         for number in chosen:
             whole = isinstance(number, Integral) and not isinstance(number, bool)
             if not whole or number not in numbers or chosen.count(number) > 1:
                 raise NextStepError(
-                    f"Picture {shown(number)} is to go on; use numbers from 0 to {numbers[-1]}, each once."
+                    "Picture {number} is to go on; use numbers from 0 to {most}, each once.",
+                    number=shown(number),
+                    most=numbers[-1],
                 )
         return [int(number) for number in chosen]

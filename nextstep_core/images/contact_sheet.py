@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.memory import check_room
+from ..sentences import Sentence
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -46,7 +47,8 @@ def contact_sheet(pictures: Sequence[Tensor], labels: Sequence[str], columns: in
     columns = max(1, min(columns, len(pictures)))
     rows = -(-len(pictures) // columns)
     size = columns * (width + GAP) + GAP, rows * (height + line + GAP) + GAP
-    check_room(size[0] * size[1] * PIXEL_BYTES, f"A grid of {size[0]}x{size[1]} pixels")
+    what = Sentence("A grid of {width}x{height} pixels", width=size[0], height=size[1])
+    check_room(size[0] * size[1] * PIXEL_BYTES, what)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     for n, picture in enumerate(pictures):

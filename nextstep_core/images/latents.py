@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import NextStepError
 from ..model.config import NextStepConfig, VAEConfig
 from ..ranges import Range
+from ..sentences import named
 
 Grid: TypeAlias = tuple[int, int]  # (rows, columns) of tokens
 
@@ -46,9 +47,12 @@ class LatentSpace:
             return replace(PUBLISHED_LATENTS, channels=config.latent_channels, patch=config.latent_patch_size)
         if vae.z_channels != config.latent_channels or vae.downscale != PUBLISHED_LATENTS.downscale:
             raise NextStepError(
-                f"This VAE has {vae.z_channels} latent channels at 1/{vae.downscale} of the size; the model needs "
-                f"{config.latent_channels} at 1/{PUBLISHED_LATENTS.downscale}. "
-                "Use the VAE that came with the checkpoint."
+                "This VAE has {channels} latent channels at 1/{downscale} of the size; the model needs "
+                "{wanted_channels} at 1/{wanted_downscale}. Use the VAE that came with the checkpoint.",
+                channels=vae.z_channels,
+                downscale=vae.downscale,
+                wanted_channels=config.latent_channels,
+                wanted_downscale=PUBLISHED_LATENTS.downscale,
             )
         return cls(vae.z_channels, config.latent_patch_size, vae.downscale, vae.scaling_factor, vae.shift_factor)
 
@@ -62,7 +66,11 @@ class LatentSpace:
         value = side.check(value)
         if value % self.unit:
             raise NextStepError(
-                f"{side.name} is {value}; use a multiple of {self.unit}, such as {self._nearest(value)}."
+                "{name} is {value}; use a multiple of {unit}, such as {nearest}.",
+                name=named(side.name),
+                value=value,
+                unit=self.unit,
+                nearest=self._nearest(value),
             )
         return value
 
@@ -74,8 +82,13 @@ class LatentSpace:
         unit, width, height = self.unit, WIDTH.check(width), HEIGHT.check(height)
         if width % unit or height % unit:
             raise NextStepError(
-                f"A picture of {width}x{height} pixels is not possible: width and height must be multiples of {unit}. "
-                f"The nearest size is {self._nearest(width)}x{self._nearest(height)}."
+                "A picture of {width}x{height} pixels is not possible: width and height must be multiples of "
+                "{unit}. The nearest size is {near_width}x{near_height}.",
+                width=width,
+                height=height,
+                unit=unit,
+                near_width=self._nearest(width),
+                near_height=self._nearest(height),
             )
         return height // unit, width // unit
 
@@ -83,8 +96,11 @@ class LatentSpace:
         """(rows, columns) of latents (B, channels, h, w), as `grid`; NextStepError for another number of channels."""
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise NextStepError(
-                f"The latent has the shape {tuple(latents.shape)}; this model draws (batch, {self.channels}, height / "
-                f"{self.downscale}, width / {self.downscale}). Use NextStep Empty Latent."
+                "The latent has the shape {shape}; this model draws (batch, {channels}, height / {downscale}, "
+                "width / {downscale}). Use NextStep Empty Latent.",
+                shape=tuple(latents.shape),
+                channels=self.channels,
+                downscale=self.downscale,
             )
         return self.grid(latents.shape[-2] * self.downscale, latents.shape[-1] * self.downscale)
 

@@ -71,8 +71,12 @@ class Placement:
         other = abs(width * self.canvas[1] - height * self.canvas[0]) > max(*self.canvas, width, height)
         if other or not all(_cut(drawn.movedim(-1, 1), area).shape[-2:]):
             raise NextStepError(
-                f"The drawn picture is {width}x{height}, but {self.canvas[0]}x{self.canvas[1]} was prepared. "
-                "Connect the picture that was drawn from the prepared one."
+                "The drawn picture is {width}x{height}, but {wanted_width}x{wanted_height} was prepared. Connect "
+                "the picture that was drawn from the prepared one.",
+                width=width,
+                height=height,
+                wanted_width=self.canvas[0],
+                wanted_height=self.canvas[1],
             )
         left, top, right, bottom = self.box
         new = _resized(_cut(drawn.movedim(-1, 1), area), size_of(self.box))

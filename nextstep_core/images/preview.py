@@ -44,10 +44,11 @@ def latents_to_rgb(latents: Tensor, rgb_map: Tensor, finished_rows: Sequence[int
 
 
 def side_by_side(pictures: Tensor) -> Tensor:
-    """Pictures (B, h, w, 3) uint8 in rows of equal length, about as many as columns, as one (H, W, 3)."""
+    """Pictures (B, h, w, 3), uint8 or in [0, 1], in rows of about as many as there are rows, as one (H, W, 3)."""
     columns = math.ceil(math.sqrt(len(pictures)))
     empty = -len(pictures) % columns
-    filled = F.pad(pictures, (0, 0) * 3 + (0, empty), value=round(BACKGROUND * 255))
+    gray = BACKGROUND if pictures.is_floating_point() else round(BACKGROUND * 255)
+    filled = F.pad(pictures, (0, 0) * 3 + (0, empty), value=gray)
     return rearrange(filled, "(r c) h w d -> (r h) (c w) d", c=columns)
 
 

@@ -26,7 +26,7 @@ def to_rgb(images: Tensor) -> Tensor:
     NextStepError for what is no picture, empty ones, another number of channels, other kinds of numbers, or NaN.
     """
     if not isinstance(images, Tensor):
-        raise NextStepError(f"An input image is {shown(images)}, not a picture.")
+        raise NextStepError("An input image is {what}, not a picture.", what=shown(images))
     _check_plain(images)
     if images.ndim != 4 or not images.numel() or images.shape[-1] not in (1, 2, 3, 4):
         raise _no_shape(images)
@@ -71,7 +71,9 @@ def to_pixels(image: ImageInput) -> Tensor:
     try:
         pixels = torch.as_tensor(image)
     except (TypeError, ValueError) as error:  # of NumPy's kinds of numbers, PyTorch knows most
-        raise NextStepError(f"An input image of {image.dtype} numbers cannot be read ({error}).") from None
+        raise NextStepError(
+            "An input image of {kind} numbers cannot be read ({reason}).", kind=image.dtype, reason=error
+        ) from None
     _check_plain(pixels)
     return to_rgb(pixels[None] if pixels.ndim == 3 else pixels[:1]).movedim(-1, 1) * 2 - 1
 
@@ -99,7 +101,9 @@ def _read(image: Image.Image) -> np.ndarray:
     except Exception as error:  # whatever is wrong with whichever kind of file
         if is_out_of_memory(error):
             raise
-        raise NextStepError(f"An input image cannot be read ({str(error)[:REASON]}). Save it anew as PNG.") from None
+        raise NextStepError(
+            "An input image cannot be read ({reason}). Save it anew as PNG.", reason=str(error)[:REASON]
+        ) from None
 
 
 def _is_array(image: object) -> bool:
@@ -107,12 +111,14 @@ def _is_array(image: object) -> bool:
 
 
 def _no_shape(image: np.ndarray | Tensor) -> NextStepError:
-    return NextStepError(f"An input image has the shape {tuple(image.shape)}; expected (batch, height, width, 3).")
+    return NextStepError(
+        "An input image has the shape {shape}; expected (batch, height, width, 3).", shape=tuple(image.shape)
+    )
 
 
 def _no_picture(image: object) -> NextStepError:
     return NextStepError(
-        f"An input image is {shown(image)}; expected a picture, or an array of the shape (height, width, 3)."
+        "An input image is {what}; expected a picture, or an array of the shape (height, width, 3).", what=shown(image)
     )
 
 
@@ -130,4 +136,4 @@ def _is_for_storage(dtype: torch.dtype) -> bool:
 def _check_plain(images: Tensor) -> None:
     if not images.is_floating_point() or not is_plain(images):
         kind = images.dtype if images.layout is torch.strided else images.layout
-        raise NextStepError(f"An input image holds {kind} values; expected plain fractions between 0 and 1.")
+        raise NextStepError("An input image holds {kind} values; expected plain fractions between 0 and 1.", kind=kind)

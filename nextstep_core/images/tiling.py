@@ -20,13 +20,14 @@ from ..errors import NextStepError, is_out_of_memory
 from ..model.config import VAEConfig
 from ..ranges import Range
 from ..runtime.shortage import reason_of, told
+from ..sentences import Sentence
 
 Network = Callable[[Tensor], Tensor]
 
 log = logging.getLogger(__name__)
 
 SIDES = (512, 256, 128)  # of tiles, in the order in which they are tried; NextStep-1 was trained at the first
-TILE = Range("The side of the VAE's tile", SIDES[-1], 4096)  # in pixels
+TILE = Range(Sentence("The side of the VAE's tile"), SIDES[-1], 4096)  # in pixels
 LAYERS_AT_ONCE = 9  # of the largest: what went in, normalized, through a convolution and added, with its own workspace
 OVERLAP = 4  # neighbours share at least one part in so many of a side
 
@@ -34,7 +35,7 @@ OVERLAP = 4  # neighbours share at least one part in so many of a side
 def check_tile(tile: int, unit: int) -> None:
     """NextStepError for a side that cannot be: tiles are whole latent positions of `unit` pixels, and not too small."""
     if TILE.check(tile) % unit:
-        raise NextStepError(f"{TILE.name} is {tile} pixels; use a multiple of {unit}.")
+        raise NextStepError("{name} is {tile} pixels; use a multiple of {unit}.", name=TILE.name, tile=tile, unit=unit)
 
 
 def pixel_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
@@ -54,7 +55,7 @@ def run_in_tiles(
     NextStepError for a side that cannot be, or where not even the smallest tile fits. Fits `model.vae.Runner`."""
     if tile is not None:
         check_tile(tile, max(pixels_in, pixels_out))
-    with told(f"The VAE, even in tiles of {tile or SIDES[-1]} pixels,", x.device):
+    with told(Sentence("The VAE, even in tiles of {tile} pixels,", tile=tile or SIDES[-1]), x.device):
         if tile is None:
             return within_memory(network, x, pixels_in, pixels_out, at_once)
         return in_tiles(network, x, pixels_in, pixels_out, tile)
@@ -98,7 +99,12 @@ def _blend(network: Network, x: Tensor, pixels_in: int, pixels_out: int, side: i
         return network(x)
     unit = max(pixels_in, pixels_out)
     if height % unit or width % unit:
-        raise NextStepError(f"A picture of {width}x{height} cannot be cut into tiles; use multiples of {unit} pixels.")
+        raise NextStepError(
+            "A picture of {width}x{height} cannot be cut into tiles; use multiples of {unit} pixels.",
+            width=width,
+            height=height,
+            unit=unit,
+        )
     rows, columns = _spans(height, side, unit), _spans(width, side, unit)
     blended = torch.empty(0)  # made when the first piece tells how many channels there are
     for row, down in zip(rows, _feathers(rows, pixels_out)):

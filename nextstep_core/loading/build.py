@@ -177,7 +177,9 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
         held = find_recipe(documents.quantization, torch.device(device))
         if recipe not in (None, held):
             raise NextStepError(
-                f"{path} is already quantized to {held.name}. Choose no quantization, or quantize the original."
+                "{path} is already quantized to {format}. Choose no quantization, or quantize the original.",
+                path=path,
+                format=held.name,
             )
         recipe = held
     stored = documents.quantization is not None
@@ -228,8 +230,9 @@ def find_vae(path: Path) -> tuple[Path, Documents]:
         if is_file(path / name):
             return path / name, Documents(path)
     raise NextStepError(
-        f"{path} holds no VAE: expected config.json and checkpoint.pt there. "
-        "The published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
+        "{path} holds no VAE: expected config.json and checkpoint.pt there. The published one is "
+        "stepfun-ai/NextStep-1-f8ch16-Tokenizer.",
+        path=path,
     )
 
 

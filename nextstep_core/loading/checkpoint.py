@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import SHOWN, NextStepError, damaged, is_out_of_memory, shown
 from ..runtime.interrupt import Check, go_on
+from ..sentences import Words
 from . import gguf_file, torch_file
 from .documents import INDEX_NAME, Documents, check_header
 from .files import check_regular, is_file
@@ -67,7 +68,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise NextStepError(f"{path} is missing. Download the checkpoint again; finished files are kept.") from None
+        raise NextStepError(
+            "{path} is missing. Download the checkpoint again; finished files are kept.", path=path
+        ) from None
     except NextStepError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
@@ -136,7 +139,9 @@ READERS: dict[str, Reader] = {
 def reader_of(path: Path) -> Reader:
     """The reader for a file's kind; NextStepError for a kind that holds no weights."""
     if path.suffix not in READERS:
-        raise NextStepError(f"{path} is not a weights file; expected one that ends in {', '.join(READERS)}.")
+        raise NextStepError(
+            "{path} is not a weights file; expected one that ends in {endings}.", path=path, endings=", ".join(READERS)
+        )
     return READERS[path.suffix]
 
 
@@ -160,22 +165,37 @@ def find_model_files(path: Path) -> TensorFiles:
     if not is_file(index):
         if is_file(path / SINGLE_NAME):
             return find_model_files(path / SINGLE_NAME)
-        raise NextStepError(f"{path} holds neither {INDEX_NAME} nor {SINGLE_NAME}: the weights are missing.")
+        raise NextStepError(
+            "{path} holds neither {index} nor {single}: the weights are missing.",
+            path=path,
+            index=INDEX_NAME,
+            single=SINGLE_NAME,
+        )
     weight_map = Documents(path).read(INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise NextStepError(f"{index} has no `weight_map` from tensor to file. Download the file again.")
+        raise NextStepError("{index} has no `weight_map` from tensor to file. Download the file again.", index=index)
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
         raise NextStepError(
-            f"{index} names {len(names):,} files; at most {MAX_SHARDS:,} are allowed. Download it again."
+            "{index} names {count:,} files; at most {most:,} are allowed. Download it again.",
+            index=index,
+            count=len(names),
+            most=MAX_SHARDS,
         )
     for name in names:
         if Path(name).name != name or not name.isprintable() or len(name) > MAX_FILE_NAME:
-            raise NextStepError(f"{index} points outside its folder ({shown(name)}). Do not use this checkpoint.")
+            raise NextStepError(
+                "{index} points outside its folder ({name}). Do not use this checkpoint.", index=index, name=shown(name)
+            )
     shards = {path / name: _held(path / name) for name in names}
     for tensor, name in weight_map.items():
         if tensor not in shards[path / name]:
-            raise NextStepError(f"{path / name} lacks {shown(tensor)}, which {INDEX_NAME} says it holds.")
+            raise NextStepError(
+                "{file} lacks {tensor}, which {index} says it holds.",
+                file=path / name,
+                tensor=shown(tensor),
+                index=INDEX_NAME,
+            )
     return _from_held(path, shards)
 
 
@@ -244,8 +264,10 @@ def check_complete(
     ]
     if problems:
         raise NextStepError(
-            f"The tensors in {files.where} do not fit its config.json ({'; '.join(problems)}). "
-            "Check that weights and config belong to the same checkpoint, or download it again."
+            "The tensors in {where} do not fit its config.json ({problems}). Check that weights and config "
+            "belong to the same checkpoint, or download it again.",
+            where=files.where,
+            problems="; ".join(problems),
         )
 
 
@@ -253,7 +275,7 @@ def _file(files: TensorFiles, name: str) -> str:
     return files.locations[name][0][0].name
 
 
-def _name(name: str) -> str:
+def _name(name: str) -> Words:
     """A name that may be anything, as a message shows it."""
     return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
@@ -321,8 +343,11 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
     if not tensor.is_floating_point() or _is_finite(tensor):
         return
     raise NextStepError(
-        f"{path}: {_name(name)} holds NaN, or numbers that {str(tensor.dtype).removeprefix('torch.')} cannot hold. "
-        "Download the file again, or choose another dtype."
+        "{path}: {name} holds NaN, or numbers that {dtype} cannot hold. Download the file again, or "
+        "choose another dtype.",
+        path=path,
+        name=_name(name),
+        dtype=str(tensor.dtype).removeprefix("torch."),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import NextStepError, damaged, shown
+from ..sentences import Sentence, Words
 from .files import is_file, is_folder, read_all, read_head
 
 CONFIG = "config.json"
@@ -76,9 +77,11 @@ class Documents:
         recipe, _, layout = (self.carried or {}).get(QUANTIZATION, "").partition(IN_LAYOUT)
         return recipe or None, layout or None
 
-    def where(self, name: str) -> str:
+    def where(self, name: str) -> Words:
         """What an error message calls a document."""
-        return str(self.folder / name) if self.carried is None else f"{self.file} ({name} in its metadata)"
+        if self.carried is None:
+            return str(self.folder / name)
+        return Sentence("{file} ({name} in its metadata)", file=self.file, name=name)
 
     def has(self, name: str) -> bool:
         """Whether there is such a document."""
@@ -92,13 +95,19 @@ class Documents:
                 return read_all(self.folder / name, limit).decode("utf-8")
             text = self.carried[name]
         except (FileNotFoundError, NotADirectoryError, KeyError):
-            raise NextStepError(f"{self.where(name)} does not exist. A NextStep checkpoint needs it.") from None
+            raise NextStepError(
+                "{where} does not exist. A NextStep checkpoint needs it.", where=self.where(name)
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise NextStepError(f"{self.where(name)} is not readable ({error}). Download the file again.") from None
+            raise NextStepError(
+                "{where} is not readable ({reason}). Download the file again.", where=self.where(name), reason=error
+            ) from None
         if len(text) > limit:
             raise NextStepError(
-                f"{self.where(name)} holds {len(text):,} characters; such a document has at most {limit:,}. "
-                "Download the file again."
+                "{where} holds {count:,} characters; such a document has at most {limit:,}. Download the file again.",
+                where=self.where(name),
+                count=len(text),
+                limit=limit,
             )
         return text
 
@@ -118,20 +127,33 @@ class Documents:
         return parse_object(self.text(name), self.where(name))
 
 
-def parse_object(text: str, where: str, advice: str = "Download the file again.") -> dict[str, Any]:
+DOWNLOAD_AGAIN = Sentence("Download the file again.")
+
+
+def parse_object(text: str, where: Words, advice: Sentence = DOWNLOAD_AGAIN) -> dict[str, Any]:
     """The JSON object in `text`; NextStepError, naming `where`, when it is something else or none that means anything:
     nested without end, with numbers that are none, with a key that has two values. `advice` ends the sentence."""
     values = sum(map(text.count, ",[{"))
     if values > MAX_VALUES:
-        raise NextStepError(f"{where} holds {values:,} values; at most {MAX_VALUES:,} are allowed. {advice}")
+        raise NextStepError(
+            "{where} holds {count:,} values; at most {most:,} are allowed. {advice}",
+            where=where,
+            count=values,
+            most=MAX_VALUES,
+            advice=advice,
+        )
     try:
         data = _DECODER.decode(text)
     except RecursionError:
-        raise NextStepError(f"{where} is nested too deeply. {advice}") from None
+        raise NextStepError("{where} is nested too deeply. {advice}", where=where, advice=advice) from None
     except ValueError as error:
-        raise NextStepError(f"{where} is not readable JSON ({error}). {advice}") from None
+        raise NextStepError(
+            "{where} is not readable JSON ({reason}). {advice}", where=where, reason=error, advice=advice
+        ) from None
     if not isinstance(data, dict):
-        raise NextStepError(f"{where} holds a JSON {type(data).__name__}, not an object. {advice}")
+        raise NextStepError(
+            "{where} holds a JSON {kind}, not an object. {advice}", where=where, kind=type(data).__name__, advice=advice
+        )
     return data
 
 

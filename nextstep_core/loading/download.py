@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import NextStepError, check_choice, not_written, shown
 from ..runtime.interrupt import Check, go_on
+from ..sentences import Sentence
 from .hub import check_form, reach, refusal
 from .locks import held
 from .meter import Meter
@@ -54,7 +55,7 @@ PUBLISHED_CHECKPOINTS = {
 POLL_SECONDS = 0.25
 HUB_SECONDS = 30.0  # that the hub may take to answer a question
 HASH_BLOCK = 1 << 24
-CONFIG = "config.json"
+CONFIG, NEWEST = "config.json", "main"
 # Bytes; file systems take 255, and what is unfinished has a longer name. Characters of it with its folders.
 MAX_FILE_NAME, MAX_PATH = 200, 1_000
 REVISION = re.compile(r"[\w.][\w./-]{0,255}")
@@ -134,6 +135,13 @@ def folder_name(repo_id: str) -> str:
     return repo_id.split("/")[-1] if repo_id in PUBLISHED_CHECKPOINTS.values() else repo_id.replace("/", "--")
 
 
+def already_there(name_or_repo: str, root: Path) -> Path | None:
+    """The folder of a checkpoint that was fetched to the end, in whichever version; None where it was not."""
+    folder = root / folder_name(check_repo_id(name_or_repo))
+    begun = next((folder / UNFINISHED).rglob(f"*{SUFFIX}"), None)
+    return folder if begun is None and (folder / CONFIG).is_file() else None
+
+
 def _while_checking(ask: Callable[[], T], check: Check) -> T:
     """What `ask` returns; `check` is called until it does, and may raise to wait no longer."""
     executor = ThreadPoolExecutor(1)
@@ -146,7 +154,7 @@ def _while_checking(ask: Callable[[], T], check: Check) -> T:
         executor.shutdown(wait=False)
 
 
-def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: Check = go_on) -> Download:
+def plan_download(name_or_repo: str, root: Path, revision: str = NEWEST, check: Check = go_on) -> Download:
     """Ask the hub what a checkpoint consists of; only files that the engine reads, nothing executable.
 
     It will lie in root / `folder_name`. `check` is called while the hub is asked and may raise to stop. NextStepError
@@ -157,7 +165,7 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
 
     repo_id = check_repo_id(name_or_repo)
     if not isinstance(revision, str) or not REVISION.fullmatch(revision):
-        raise NextStepError(f"revision is {shown(revision)}; give a branch, a tag or a commit.")
+        raise NextStepError("revision is {revision}; give a branch, a tag or a commit.", revision=shown(revision))
     folder = root / folder_name(repo_id)
 
     def ask() -> ModelInfo:
@@ -167,12 +175,13 @@ def plan_download(name_or_repo: str, root: Path, revision: str = "main", check: 
     wanted = [s for s in info.siblings or () if any(fnmatch.fnmatch(s.rfilename, pattern) for pattern in HUB_FILES)]
     files = tuple(_remote_file(sibling) for sibling in wanted)
     if CONFIG not in {file.path for file in files}:
-        raise NextStepError(f"{repo_id} has no {CONFIG}, so it is not a NextStep checkpoint.")
+        raise NextStepError("{repo_id} has no config.json, so it is not a NextStep checkpoint.", repo_id=repo_id)
     for file in files:
         if not _is_inside(file.path):
             raise NextStepError(
-                f"{repo_id} names a file outside its folder, or one that no folder can hold ({shown(file.path)}). Do "
-                "not use it."
+                "{repo_id} names a file outside its folder, or one that no folder can hold ({file}). Do not use it.",
+                repo_id=repo_id,
+                file=shown(file.path),
             )
     plan = Download(repo_id, info.sha or revision, folder, files)
     check_room(plan)
@@ -190,7 +199,11 @@ def _is_inside(path: str) -> bool:
 def _remote_file(sibling: RepoSibling) -> RemoteFile:
     sha256, size = sibling.lfs["sha256"] if sibling.lfs else None, sibling.size or 0
     if not isinstance(size, int) or size < 0:
-        raise NextStepError(f"The hub says that {shown(sibling.rfilename)} has a size of {shown(size)}. Do not use it.")
+        raise NextStepError(
+            "The hub says that {file} has a size of {size}. Do not use it.",
+            file=shown(sibling.rfilename),
+            size=shown(size),
+        )
     return RemoteFile(sibling.rfilename, size, sha256, sibling.blob_id)
 
 
@@ -200,8 +213,12 @@ def check_room(plan: Download) -> None:
     missing, free = plan.size - plan.fetched, shutil.disk_usage(existing).free
     if missing > free:
         raise NextStepError(
-            f"{plan.repo_id} needs {missing / 1e9:.2f} GB more, and {existing} has {free / 1e9:.2f} GB free. "
-            "Make room, or put the model folder on another disk with extra_model_paths.yaml."
+            "{repo_id} needs {missing:.2f} GB more, and {disk} has {free:.2f} GB free. Make room, or put the "
+            "model folder on another disk with extra_model_paths.yaml.",
+            repo_id=plan.repo_id,
+            missing=missing / 1e9,
+            disk=existing,
+            free=free / 1e9,
         )
 
 
@@ -224,7 +241,7 @@ def download(plan: Download, on_progress: Callable[[int, int], None]) -> Path:
 
     try:
         own.mkdir(parents=True, exist_ok=True)
-        with held(own / "nextstep.lock", "", wait_for_the_other):
+        with held(own / "nextstep.lock", wait_for_the_other):
             _transfer(plan, on_progress)
             verify(plan, on_progress)
     except OSError as error:
@@ -257,11 +274,21 @@ def _transfer(plan: Download, on_progress: Callable[[int, int], None]) -> None:
             with suppress(BrokenPipeError):
                 process.stdin.close()
         said.seek(0)
-        reason = (said.read().strip().splitlines() or ["it stopped"])[-1]
+        lines = said.read().strip().splitlines()
     if process.returncode != 0:
-        known = reason.startswith(plan.repo_id)  # the child's own sentence, not the end of a traceback
-        error = NextStepError(reason) if known else refusal(plan.repo_id, reason.rstrip("."), plan.folder)
-        raise NextStepError(f"{error} What has arrived is kept, and the next run resumes the download.")
+        raise NextStepError(
+            "{reason} What has arrived is kept, and the next run resumes the download.", reason=_why(plan, lines)
+        )
+
+
+def _why(plan: Download, said: list[str]) -> Sentence:
+    """Why the child failed, by its last line: its own sentence, or the end of a traceback."""
+    if not said:
+        return refusal(plan.repo_id, Sentence("it stopped"), plan.folder).sentence
+    try:
+        return Sentence.from_data(json.loads(said[-1]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return refusal(plan.repo_id, Sentence("{reason}", reason=said[-1].rstrip(".")), plan.folder).sentence
 
 
 def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
@@ -276,7 +303,9 @@ def verify(plan: Download, on_progress: Callable[[int, int], None]) -> None:
         right = plan.is_whole(file) and (told is None or _checksum(file, path, plan, on_progress) == told)
         if not right:
             path.unlink(missing_ok=True)
-            raise NextStepError(f"{path} was damaged during the download and was removed. Run the download again.")
+            raise NextStepError(
+                "{path} was damaged during the download and was removed. Run the download again.", path=path
+            )
     on_progress(plan.size, plan.size)
 
 
@@ -290,15 +319,15 @@ def _checksum(file: RemoteFile, path: Path, plan: Download, on_progress: Callabl
 
 
 def _fetch(request: dict[str, Any]) -> None:
-    """The child process: one file after another, until done or until the parent is gone; its last line is the reason
-    where it fails."""
+    """The child process: one file after another, until done or until the parent is gone; where it fails, its last line
+    is the sentence that says why, as JSON."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     repo, commit, folder = request["repo"], request["commit"], Path(request["folder"])
     try:
         for _, path, size, content in request["files"]:
             reach(repo, partial(fetch_file, repo, commit, path, size, content, folder), folder)
     except NextStepError as error:
-        sys.exit(str(error))
+        sys.exit(json.dumps(error.sentence.as_data()))
 
 
 def _exit_with_parent() -> None:
@@ -314,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}")
     parser.add_argument("--to", type=Path, default=Path("models/nextstep"), help="folder that holds your models")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit")
+    parser.add_argument("--revision", default=NEWEST, help="branch, tag or commit")
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and stop")
     parser.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

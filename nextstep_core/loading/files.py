@@ -33,7 +33,9 @@ def is_folder(path: Path) -> bool:
 def check_regular(path: Path) -> None:
     """NextStepError for what is there but no regular file. OSError where nothing is there."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise NextStepError(f"{path} is not a regular file (but a pipe, a device or a folder). Replace it with one.")
+        raise NextStepError(
+            "{path} is not a regular file (but a pipe, a device or a folder). Replace it with one.", path=path
+        )
 
 
 def read_head(path: Path, count: int) -> bytes:
@@ -43,7 +45,7 @@ def read_head(path: Path, count: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NextStepError(f"{path} is not a regular file. Replace it with one.")
+            raise NextStepError("{path} is not a regular file. Replace it with one.", path=path)
         return file.read(count) or b""  # None where a read would have waited
 
 
@@ -54,7 +56,9 @@ def read_all(path: Path, limit: int) -> bytes:
     data = read_head(path, limit + 1) if size <= limit else b""
     if size > limit or len(data) > limit:  # some files tell no size, or not the true one
         raise NextStepError(
-            f"{path} holds {max(size, len(data)):,} bytes; a file of this name has at most {limit:,}. "
-            "Download the file again."
+            "{path} holds {size:,} bytes; a file of this name has at most {limit:,}. Download the file again.",
+            path=path,
+            size=max(size, len(data)),
+            limit=limit,
         )
     return data

@@ -53,21 +53,26 @@ def _header(path: Path) -> Header:
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
-        raise NextStepError(f"{path.name} needs the Python package gguf. Install it with: pip install gguf") from None
+        raise NextStepError(
+            "{name} needs the Python package gguf. Install it with: pip install gguf", name=path.name
+        ) from None
     blocks = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
     header = read_header(path, blocks)
     if header.architecture == "llama":
         raise NextStepError(
-            f"{path} has the architecture llama, which reorders the rows of q and k. Convert the checkpoint as qwen2, "
-            "or with its original tensor names."
+            "{path} has the architecture llama, which reorders the rows of q and k. Convert the checkpoint "
+            "as qwen2, or with its original tensor names.",
+            path=path,
         )
     for kind in {entry.kind for entry in header.tensors.values()}:
         try:
             _floats(np.zeros(blocks[kind][1], np.uint8), kind)
         except NotImplementedError:
             raise NextStepError(
-                f"{path} holds tensors in the format {kind}, which the package gguf cannot turn into floats. Convert "
-                "the checkpoint to another format."
+                "{path} holds tensors in the format {kind}, which the package gguf cannot turn into floats. "
+                "Convert the checkpoint to another format.",
+                path=path,
+                kind=kind,
             ) from None
     return header
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..runtime.interrupt import Check, go_on
+from ..sentences import Sentence
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, file_metadata, is_marked
@@ -200,7 +201,7 @@ class _Copy:
         assert self._file is not None, "nothing has failed yet"
         with self._given_up_on_failure():
             self._open.enter_context(
-                held(self._path.with_name(f".{self._path.name}.lock"), "another run is writing it")
+                held(self._path.with_name(f".{self._path.name}.lock"), Sentence("another run is writing it"))
             )
             for left in self._path.parent.glob(f"{escape(self._path.name)}.*{PART}"):
                 left.unlink()  # by a run that was killed: none is alive, or it would hold the lock

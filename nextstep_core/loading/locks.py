@@ -13,25 +13,26 @@ from filelock import FileLock, Timeout
 
 from ..errors import NextStepError
 from ..runtime.interrupt import Check
+from ..sentences import Sentence
 
 POLL_SECONDS = 0.2
 
 
 @contextmanager
-def held(path: Path, refusal: str, waiting: Check | None = None) -> Iterator[None]:
+def held(path: Path, taken: Sentence | Check) -> Iterator[None]:
     """Hold the lock that lies at `path`, whose folder must exist.
 
-    While another holds it, `waiting` is called a few times a second and may raise to stop; without one, NextStepError
-    with the sentence `refusal`.
+    While another holds it, `taken` is called a few times a second and may raise to stop; where it is a sentence,
+    NextStepError with that.
     """
     lock = FileLock(path)
     while True:
         try:
-            lock.acquire(timeout=0 if waiting is None else POLL_SECONDS)
+            lock.acquire(timeout=0 if isinstance(taken, Sentence) else POLL_SECONDS)
         except Timeout:
-            if waiting is None:
-                raise NextStepError(refusal) from None
-            waiting()
+            if isinstance(taken, Sentence):
+                raise NextStepError.of(taken) from None
+            taken()
             continue
         if path.exists():
             break

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import NextStepError
 from ..model.config import NextStepConfig
 from ..sampling.settings import NUMBERS, GenerationSettings
+from ..sentences import Sentence, Words
 from .documents import GENERATION_CONFIG, Documents
 
 log = logging.getLogger(__name__)
@@ -70,13 +71,13 @@ def published_settings(is_1_1: bool, name: str, editing: bool) -> GenerationSett
     return TEXT_TO_IMAGE_PRETRAIN if name.lower().endswith("pretrain") else TEXT_TO_IMAGE_1_0
 
 
-def _with_stated(settings: GenerationSettings, stated: dict[str, Any], where: str) -> GenerationSettings:
+def _with_stated(settings: GenerationSettings, stated: dict[str, Any], where: Words) -> GenerationSettings:
     """What `generation_config.json` states, over the published settings."""
     keys = {f.name: FILE_KEYS.get(f.name, f.name) for f in fields(GenerationSettings)}
     for name, number in NUMBERS.items():
         if stated.get(keys[name]) is not None:
-            replace(number, name=f"{where}: `{keys[name]}`").check(stated[keys[name]])
+            replace(number, name=Sentence("{where}: `{key}`", where=where, key=keys[name])).check(stated[keys[name]])
     try:
         return settings.override(**{name: stated.get(key) for name, key in keys.items()})
     except NextStepError as error:
-        raise NextStepError(f"{where}: {error}") from None
+        raise NextStepError("{where}: {reason}", where=where, reason=error) from None

@@ -29,6 +29,7 @@ from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from ..runtime.shortage import told
+from ..sentences import Sentence
 from .build import ModelPlan, find_vae, load_vae_state, plan_model
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, IN_LAYOUT, MARK, NAME, QUANTIZATION, VERSION
@@ -124,7 +125,7 @@ def save_model(
     another run is writing it.
     """
     if plan.stored:
-        raise NextStepError(f"{plan.files.where} is already a single file of this kind. Copy it instead.")
+        raise NextStepError("{where} is already a single file of this kind. Copy it instead.", where=plan.files.where)
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
     tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
     return _save(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
@@ -156,7 +157,7 @@ def _save(
 ) -> int:
     _check_name(path)
     file = StreamedFile(path, like, metadata)
-    taken = f"Another run is writing {path}. Wait until it has finished, or choose another name."
+    taken = Sentence("Another run is writing {path}. Wait until it has finished, or choose another name.", path=path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -180,7 +181,7 @@ def _check_name(path: Path) -> None:
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise NextStepError(f"{shown(str(path))} cannot be the name of a file. Choose another.")
+        raise NextStepError("{name} cannot be the name of a file. Choose another.", name=shown(str(path)))
 
 
 def empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -207,9 +208,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.to.suffix != ".safetensors":
-            raise NextStepError(f"--to is {options.to}; give it a name that ends in .safetensors.")
+            raise NextStepError("--to is {name}; give it a name that ends in .safetensors.", name=options.to)
         source = resolve_source(options.source)
-        with torch.inference_mode(), told("Converting", torch.device(options.device), advice="Close other programs."):
+        with (
+            torch.inference_mode(),
+            told(Sentence("Converting"), torch.device(options.device), advice=Sentence("Close other programs.")),
+        ):
             if options.vae:
                 is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
                 size = save_vae(source if is_vae else vae_beside(source, None), options.to, DTYPES[options.dtype])

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import SHOWN, NextStepError, shown
+from ..sentences import Words
 from .files import is_folder
 from .hub import check_form, reach
 
@@ -25,7 +26,9 @@ def resolve_source(source: str | Path) -> Path:
     it is nothing of all this or cannot be fetched.
     """
     if not isinstance(source, (str, Path)):
-        raise NextStepError(f"The checkpoint is {shown(source)}. Give a folder, a .safetensors file or a hub id.")
+        raise NextStepError(
+            "The checkpoint is {what}. Give a folder, a .safetensors file or a hub id.", what=shown(source)
+        )
     with suppress(RuntimeError, OSError, ValueError):  # of a user who is not there, and of what can be no path
         if (path := Path(source).expanduser()).exists():
             return path.resolve()
@@ -33,12 +36,13 @@ def resolve_source(source: str | Path) -> Path:
         return ASSETS / EMBEDDED
     if not HUB_ID.fullmatch(str(source)):
         raise NextStepError(
-            f"{_in_a_line(str(source))} does not exist. Give a checkpoint folder, a .safetensors file or a hub id."
+            "{source} does not exist. Give a checkpoint folder, a .safetensors file or a hub id.",
+            source=_in_a_line(str(source)),
         )
     return _from_hub(str(source))
 
 
-def _in_a_line(name: str) -> str:
+def _in_a_line(name: str) -> Words:
     return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
@@ -64,6 +68,8 @@ def vae_beside(checkpoint: Path, stated: str | None) -> Path:
     if inside and is_folder(wanted):
         return wanted
     raise NextStepError(
-        f"{folder} holds no VAE ({shown(stated or 'vae')}). Put the checkpoint's vae folder there, or name a VAE: "
-        "the published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer."
+        "{folder} holds no VAE ({stated}). Put the checkpoint's vae folder there, or name a VAE: the "
+        "published one is stepfun-ai/NextStep-1-f8ch16-Tokenizer.",
+        folder=folder,
+        stated=shown(stated or "vae"),
     )

@@ -38,7 +38,9 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             raise
         raise damaged(path, error) from None
     if not isinstance(state, dict) or not all(type(v) in (Tensor, torch.nn.Parameter) for v in state.values()):
-        raise NextStepError(f"{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.")
+        raise NextStepError(
+            "{path} is not a plain dictionary of tensors, so it is not a NextStep weights file.", path=path
+        )
     _check_tensors(path, state)
     return state
 

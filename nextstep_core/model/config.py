@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import NextStepError, shown
+from ..sentences import Sentence, Words, any_of
 
 MODEL_TYPES = ("nextstep", "stepx_llama")
 
@@ -51,7 +52,7 @@ MAX_LEVELS, MAX_MULTIPLIER = 6, 32  # 4 and 4
 MAX_WIDTH = 8_192  # 512; channels of a level, ch times its multiplier
 
 
-def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
+def _check_types(cls: type, values: dict[str, Any], source: Words) -> None:
     """Reject values whose JSON type is not the field's: an int field takes no string, a float field takes an int."""
     checks = {
         "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -67,22 +68,38 @@ def _check_types(cls: type, values: dict[str, Any], source: str) -> None:
         if value is None and str(field.type).endswith("| None"):
             continue
         if not checks[kind](value):
-            raise NextStepError(f"{source}: `{field.name}` is {shown(value)}, expected {kind}.")
+            raise NextStepError(
+                "{source}: `{name}` is {value}, expected {kind}.",
+                source=source,
+                name=field.name,
+                value=shown(value),
+                kind=kind,
+            )
 
 
-def _check_limits(values: dict[str, Any], limits: dict[str, tuple[float, float]], source: str) -> None:
+def _check_limits(values: dict[str, Any], limits: dict[str, tuple[float, float]], source: Words) -> None:
     """Reject numbers outside their limits. What is None is left to its default."""
     for name, (least, most) in limits.items():
         value = values.get(name)
         if value is not None and not least <= value <= most:  # NaN is neither
-            wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-            raise NextStepError(f"{source}: `{name}` is {shown(value)}, expected {wanted}.")
+            wanted = f"{least:,}" if least == most else Sentence("{least:,} to {most:,}", least=least, most=most)
+            raise NextStepError(
+                "{source}: `{name}` is {value}, expected {wanted}.",
+                source=source,
+                name=name,
+                value=shown(value),
+                wanted=wanted,
+            )
 
 
-def _require(values: dict[str, Any], names: tuple[str, ...], source: str) -> None:
+def _require(values: dict[str, Any], names: tuple[str, ...], source: Words) -> None:
     missing = [name for name in names if values.get(name) is None]
     if missing:
-        raise NextStepError(f"{source} lacks {', '.join(f'`{name}`' for name in missing)}; the model needs it.")
+        raise NextStepError(
+            "{source} lacks {names}; the model needs it.",
+            source=source,
+            names=", ".join(f"`{name}`" for name in missing),
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class NextStepConfig:
         return self.latent_channels * self.latent_patch_size**2
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str = "config.json") -> NextStepConfig:
+    def from_dict(cls, data: dict[str, Any], source: Words = "config.json") -> NextStepConfig:
         """From the parsed `config.json`; unknown keys are ignored.
 
         NextStepError names `source` and the key that is missing, of a wrong type or contradictory.
@@ -129,8 +146,10 @@ class NextStepConfig:
         model_type = data.get("model_type")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise NextStepError(
-                f"{source} describes a model of type {shown(model_type)}, not a NextStep model "
-                f"(expected model_type {' or '.join(map(repr, MODEL_TYPES))})."
+                "{source} describes a model of type {model_type}, not a NextStep model (expected model_type {known}).",
+                source=source,
+                model_type=shown(model_type),
+                known=any_of(map(repr, MODEL_TYPES)),
             )
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         rope = _table(data, "rope_parameters", source)
@@ -155,53 +174,80 @@ class NextStepConfig:
         config._check_consistency(source)
         return config
 
-    def _check_consistency(self, source: str) -> None:
+    def _check_consistency(self, source: Words) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise NextStepError(
-                f"{source}: `num_attention_heads` ({self.num_attention_heads}) is not a multiple of "
-                f"`num_key_value_heads` ({self.num_key_value_heads})."
+                "{source}: `num_attention_heads` ({heads}) is not a multiple of `num_key_value_heads` "
+                "({key_value_heads}).",
+                source=source,
+                heads=self.num_attention_heads,
+                key_value_heads=self.num_key_value_heads,
             )
         if self.head_dim % 2:
-            raise NextStepError(f"{source}: `head_dim` is {self.head_dim}; rotary embedding needs an even number.")
+            raise NextStepError(
+                "{source}: `head_dim` is {value}; rotary embedding needs an even number.",
+                source=source,
+                value=self.head_dim,
+            )
         if self.token_dim > MAX_TOKEN_DIM:
             raise NextStepError(
-                f"{source}: a token of `latent_channels` ({self.latent_channels}) times the area of a patch of "
-                f"`latent_patch_size` ({self.latent_patch_size}) has {self.token_dim:,} numbers, expected at most "
-                f"{MAX_TOKEN_DIM:,}."
+                "{source}: a token of `latent_channels` ({channels}) times the area of a patch of "
+                "`latent_patch_size` ({patch}) has {count:,} numbers, expected at most {most:,}.",
+                source=source,
+                channels=self.latent_channels,
+                patch=self.latent_patch_size,
+                count=self.token_dim,
+                most=MAX_TOKEN_DIM,
             )
         codes = (self.base_image_grid_size or 0) ** 2 * self.hidden_size  # the default grid is never too much
         if self.use_gen_pos_embed and (self.hidden_size % 4 or codes > MAX_CODES):
             raise NextStepError(
-                f"{source}: `use_gen_pos_embed` needs a `hidden_size` ({self.hidden_size}) that is a multiple of 4, "
-                f"and at most {MAX_CODES:,} when multiplied by the area of the `base_image_grid_size` "
-                f"({self.base_image_grid_size})."
+                "{source}: `use_gen_pos_embed` needs a `hidden_size` ({hidden}) that is a multiple of 4, and at "
+                "most {most:,} when multiplied by the area of the `base_image_grid_size` ({grid}).",
+                source=source,
+                hidden=self.hidden_size,
+                most=MAX_CODES,
+                grid=self.base_image_grid_size,
             )
         for name in ("boi", "eoi", "image_placeholder_id", "pad_token_id_added"):
             value = getattr(self, name)
             if not 0 <= value < self.vocab_size:
                 raise NextStepError(
-                    f"{source}: `{name}` is {shown(value)}, outside the vocabulary of {self.vocab_size} tokens."
+                    "{source}: `{name}` is {value}, outside the vocabulary of {count} tokens.",
+                    source=source,
+                    name=name,
+                    value=shown(value),
+                    count=self.vocab_size,
                 )
 
 
-def _table(data: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+def _table(data: dict[str, Any], name: str, source: Words) -> dict[str, Any]:
     """A JSON object that may be absent, empty then."""
     value = data.get(name)
     if value is not None and not isinstance(value, dict):
-        raise NextStepError(f"{source}: `{name}` is {shown(value)}, expected an object.")
+        raise NextStepError(
+            "{source}: `{name}` is {value}, expected an object.", source=source, name=name, value=shown(value)
+        )
     return value or {}
 
 
-def _divide(values: dict[str, Any], above: str, below: str, source: str) -> int:
+def _divide(values: dict[str, Any], above: str, below: str, source: Words) -> int:
     stated = {name: values[name] for name in (above, below)}
     _check_types(NextStepConfig, stated, source)
     _check_limits(stated, LIMITS, source)
     if values[above] % values[below]:
-        raise NextStepError(f"{source}: `{above}` ({values[above]}) is not a multiple of `{below}` ({values[below]}).")
+        raise NextStepError(
+            "{source}: `{above}` ({above_value}) is not a multiple of `{below}` ({below_value}).",
+            source=source,
+            above=above,
+            above_value=values[above],
+            below=below,
+            below_value=values[below],
+        )
     return int(values[above] // values[below])
 
 
-def _linear_rope_factor(scaling: dict[str, Any], source: str) -> float:
+def _linear_rope_factor(scaling: dict[str, Any], source: Words) -> float:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return 1.0
@@ -211,8 +257,11 @@ def _linear_rope_factor(scaling: dict[str, Any], source: str) -> float:
         if least <= factor <= most:
             return float(factor)
     raise NextStepError(
-        f"{source}: `rope_scaling` of the type {shown(kind)} with the factor {shown(factor)} is not supported (only "
-        "none, or linear with a factor)."
+        "{source}: `rope_scaling` of the type {kind} with the factor {factor} is not supported (only "
+        "none, or linear with a factor).",
+        source=source,
+        kind=shown(kind),
+        factor=shown(factor),
     )
 
 
@@ -238,7 +287,7 @@ class VAEConfig:
         return int(2 ** (len(self.ch_mult) - 1))
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str = "vae/config.json") -> VAEConfig:
+    def from_dict(cls, data: dict[str, Any], source: Words = "vae/config.json") -> VAEConfig:
         """From the VAE's parsed `config.json`; NextStepError names a missing or wrong key."""
         values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         _require(values, ("ch", "ch_mult", "num_res_blocks", "z_channels"), source)
@@ -251,16 +300,27 @@ class VAEConfig:
             or not all(map(_is_multiplier, mult))
         ):
             raise NextStepError(
-                f"{source}: `ch_mult` is {shown(mult)}, expected up to {MAX_LEVELS} whole numbers from 1 to "
-                f"{MAX_MULTIPLIER}."
+                "{source}: `ch_mult` is {value}, expected up to {levels} whole numbers from 1 to {most}.",
+                source=source,
+                value=shown(mult),
+                levels=MAX_LEVELS,
+                most=MAX_MULTIPLIER,
             )
         values["ch_mult"] = tuple(mult)
         if values["ch"] % 32:
-            raise NextStepError(f"{source}: `ch` is {values['ch']}; group norm with 32 groups needs a multiple of 32.")
+            raise NextStepError(
+                "{source}: `ch` is {value}; group norm with 32 groups needs a multiple of 32.",
+                source=source,
+                value=values["ch"],
+            )
         if values["ch"] * max(mult) > MAX_WIDTH:
             raise NextStepError(
-                f"{source}: `ch` ({values['ch']}) times the largest of `ch_mult` ({max(mult)}) is more than the "
-                f"{MAX_WIDTH:,} channels that a level may have."
+                "{source}: `ch` ({value}) times the largest of `ch_mult` ({largest}) is more than the {most:,} "
+                "channels that a level may have.",
+                source=source,
+                value=values["ch"],
+                largest=max(mult),
+                most=MAX_WIDTH,
             )
         return cls(**values)
 

@@ -17,6 +17,7 @@ from ..images.latents import Grid
 from ..model.config import NextStepConfig
 from ..runtime.interrupt import Check, go_on
 from ..runtime.memory import check_room
+from ..sentences import Sentence
 from .tokenizer import IMAGE_AREA, LONGEST, NextStepTokenizer, context_of
 
 IMAGE_SLOT = "<image>"
@@ -50,11 +51,15 @@ class Caption:
     images: tuple[EncodedImage, ...] = ()
 
     def __post_init__(self) -> None:
-        slots = check_text("The prompt", self.text).count(IMAGE_SLOT)
+        slots = check_text(Sentence("The prompt"), self.text).count(IMAGE_SLOT)
         if slots != len(self.images):
             raise NextStepError(
-                f"The prompt has {slots} {IMAGE_SLOT} slot(s) for {len(self.images)} input image(s). Write "
-                f"{IMAGE_SLOT} once for each image, where it belongs in the text. The prompt was: {shown(self.text)}"
+                "The prompt has {slots} {slot} slot(s) for {pictures} input image(s). Write {slot} once for each "
+                "image, where it belongs in the text. The prompt was: {text}",
+                slots=slots,
+                slot=IMAGE_SLOT,
+                pictures=len(self.images),
+                text=shown(self.text),
             )
 
 
@@ -140,7 +145,10 @@ def build_rows(
         ids.append(read[text])
     width = max(map(len, ids))
     _check_context(config, width + len(prefix), grid)
-    check_room(len(ids) * (width + len(prefix)) * POSITION_BYTES, f"{len(ids)} prompts of {width:,} tokens")
+    check_room(
+        len(ids) * (width + len(prefix)) * POSITION_BYTES,
+        Sentence("{count} prompts of {length:,} tokens", count=len(ids), length=width),
+    )
     padded = torch.full((len(ids), width + len(prefix)), config.pad_token_id_added)
     valid = torch.zeros(padded.shape, dtype=torch.bool)
     for n, row_ids in enumerate(ids):
@@ -157,21 +165,26 @@ def check_placeholders(tokenizer: NextStepTokenizer, config: NextStepConfig, ids
     if ids.count(config.image_placeholder_id) != wanted:
         spelled = tokenizer.decode([config.image_placeholder_id])
         raise NextStepError(
-            f"The prompt spells {shown(spelled)}, which stands for a part of an input image. Take it out; write "
-            f"{IMAGE_SLOT} where a picture belongs."
+            "The prompt spells {spelled}, which stands for a part of an input image. Take it out; write "
+            "{slot} where a picture belongs.",
+            spelled=shown(spelled),
+            slot=IMAGE_SLOT,
         )
 
 
 def _check_texts(
     tokenizer: NextStepTokenizer, captions: Sequence[Caption], negative_prompt: str, positive_prompt: str
 ) -> None:
-    texts = [tokenizer.check_length("The prompt", caption.text) for caption in captions]
-    texts.append(tokenizer.check_length("The negative prompt", negative_prompt))
-    texts += [tokenizer.check_length("The positive prompt", positive_prompt)] * len(captions)
+    texts = [tokenizer.check_length(Sentence("The prompt"), caption.text) for caption in captions]
+    texts.append(tokenizer.check_length(Sentence("The negative prompt"), negative_prompt))
+    texts += [tokenizer.check_length(Sentence("The positive prompt"), positive_prompt)] * len(captions)
     if (size := sum(map(len, texts))) > LONGEST:
         raise NextStepError(
-            f"The {len(captions)} prompts are {size:,} characters long together; one call takes at most {LONGEST:,}. "
-            "Split them into several calls."
+            "The {count} prompts are {size:,} characters long together; one call takes at most {most:,}. "
+            "Split them into several calls.",
+            count=len(captions),
+            size=size,
+            most=LONGEST,
         )
 
 
@@ -185,6 +198,10 @@ def _check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> No
     limit, needed = context_of(config), prompt_length + grid[0] * grid[1]
     if needed > limit:
         raise NextStepError(
-            f"The prompt is {prompt_length} tokens long and the image {grid[0] * grid[1]}; together {needed} are more "
-            f"than the {limit} that this model allows. Shorten the prompt or choose a smaller image."
+            "The prompt is {prompt_length} tokens long and the image {picture}; together {needed} are more "
+            "than the {limit} that this model allows. Shorten the prompt or choose a smaller image.",
+            prompt_length=prompt_length,
+            picture=grid[0] * grid[1],
+            needed=needed,
+            limit=limit,
         )

@@ -21,14 +21,22 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
     rows, columns = grid
     if mask.ndim != 2 or mask.is_complex() or mask.layout is not torch.strided or mask.device.type == "meta":
         kind = str(mask.dtype).removeprefix("torch.")
-        raise NextStepError(f"A mask has the shape {tuple(mask.shape)} and {kind} values; expected (height, width).")
+        raise NextStepError(
+            "A mask has the shape {shape} and {kind} values; expected (height, width).",
+            shape=tuple(mask.shape),
+            kind=kind,
+        )
     mask = mask.float()
     height, width = mask.shape
     if not height or not width or height < rows or width < columns or height * columns != width * rows:
         drawn_width, drawn_height = latents.size(grid)
         raise NextStepError(
-            f"The mask is {width}x{height}, but the latent is a picture of {drawn_width}x{drawn_height}. Make the mask "
-            "from the same picture that was encoded."
+            "The mask is {width}x{height}, but the latent is a picture of {wanted_width}x{wanted_height}. "
+            "Make the mask from the same picture that was encoded.",
+            width=width,
+            height=height,
+            wanted_width=drawn_width,
+            wanted_height=drawn_height,
         )
     if not mask.isfinite().all():
         raise NextStepError("The mask holds NaN or infinite values.")
@@ -39,10 +47,15 @@ def kept_tokens(mask: Tensor, grid: Grid, latents: LatentSpace = PUBLISHED_LATEN
 
 
 def undrawn_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
-    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet.
+    """(rows, columns) bool, True where a token of any picture of latents (B, C, h, w) was not drawn yet."""
+    return blank_tokens(latents, space).any(0)
+
+
+def blank_tokens(latents: Tensor, space: LatentSpace = PUBLISHED_LATENTS) -> Tensor:
+    """(B, rows, columns) bool, True where a token of latents (B, C, h, w) was not drawn yet.
 
     The tokens of an interrupted run that are still to come are all zero, and no token that was drawn is of one value.
     """
     rows, columns = space.grid_of(latents)
     tokens = space.cut(latents)
-    return (tokens.amin(-1) == tokens.amax(-1)).any(0).reshape(rows, columns)
+    return (tokens.amin(-1) == tokens.amax(-1)).reshape(-1, rows, columns)

@@ -13,11 +13,12 @@ from ..images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..loading.documents import SMALL_DOCUMENT, parse_object
 from ..loading.files import can_be_shown, read_all
 from ..sampling.settings import NUMBERS, GenerationSettings
+from ..sentences import Sentence
 
 log = logging.getLogger(__name__)
 
 MOST_PRESETS, LONGEST_NAME = 100, 60
-SIDES = {side.name: side for side in (WIDTH, HEIGHT)}
+SIDES = {str(side.name): side for side in (WIDTH, HEIGHT)}
 TEXTS = ("negative_prompt", "note")
 
 
@@ -76,30 +77,42 @@ def all_presets(file: Path) -> dict[str, Preset]:
     except (FileNotFoundError, NotADirectoryError):
         return BUILT_IN
     except (OSError, UnicodeDecodeError) as error:
-        raise NextStepError(f"{file} is not readable ({error}). Mend it, or remove it.") from None
-    stated = parse_object(text, str(file), "Mend it, or remove it.")
+        raise NextStepError(
+            "{file} is not readable ({reason}). Mend it, or remove it.", file=file, reason=error
+        ) from None
+    stated = parse_object(text, str(file), Sentence("Mend it, or remove it."))
     if len(stated) > MOST_PRESETS:
-        raise NextStepError(f"{file} holds {len(stated):,} presets; at most {MOST_PRESETS} are allowed.")
+        raise NextStepError(
+            "{file} holds {count:,} presets; at most {most} are allowed.",
+            file=file,
+            count=len(stated),
+            most=MOST_PRESETS,
+        )
     return BUILT_IN | {name: _checked(name, values, str(file)) for name, values in stated.items()}
 
 
-def _checked(name: str, values: object, where: str) -> Preset:
+def _checked(name: str, values: object, file: str) -> Preset:
     if not 0 < len(name) <= LONGEST_NAME or not can_be_shown(name) or name != name.strip():
         raise NextStepError(
-            f"{where}: {shown(name)} cannot be the name of a preset. Use 1 to {LONGEST_NAME} letters, with none of "
-            "them a space at an end."
+            "{where}: {name} cannot be the name of a preset. Use 1 to {most} letters, with none of them a "
+            "space at an end.",
+            where=file,
+            name=shown(name),
+            most=LONGEST_NAME,
         )
-    where = f"{where}: {shown(name)}"
+    where = Sentence("{file}: {name}", file=file, name=shown(name))
     if not isinstance(values, Mapping):
-        raise NextStepError(f'{where} is {shown(values)}; write an object, such as {{"width": 640}}.')
+        raise NextStepError(
+            '{where} is {what}; write an object, such as {{"width": 640}}.', where=where, what=shown(values)
+        )
     known = [field.name for field in fields(Preset)]
     for key in values:
-        check_choice(f"{where}: a key", key, known)
+        check_choice(Sentence("{where}: a key", where=where), key, known)
     return replace(BUILT_IN.get(name, Preset()), **{key: _value(key, value, where) for key, value in values.items()})
 
 
-def _value(key: str, value: Any, where: str) -> Any:
-    where = f"{where}: {key}"
+def _value(key: str, value: Any, preset: Sentence) -> Any:
+    where = Sentence("{preset}: {key}", preset=preset, key=key)
     if key in SIDES:
         return PUBLISHED_LATENTS.check_side(replace(SIDES[key], name=where), value)
     if key in TEXTS:
@@ -107,5 +120,5 @@ def _value(key: str, value: Any, where: str) -> Any:
     if key in NUMBERS:
         return None if value is None else replace(NUMBERS[key], name=where).check(value)
     if not isinstance(value, bool):
-        raise NextStepError(f"{where} is {shown(value)}; write true or false.")
+        raise NextStepError("{where} is {value}; write true or false.", where=where, value=shown(value))
     return value

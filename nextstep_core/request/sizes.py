@@ -58,8 +58,12 @@ def check_encodable(width: int, height: int) -> None:
     columns, rows = width // PUBLISHED_LATENTS.unit, height // PUBLISHED_LATENTS.unit
     if columns * rows > MOST_TOKENS:
         raise NextStepError(
-            f"A picture of {width}x{height} is {columns * rows:,} tokens; at most {MOST_TOKENS:,} can be encoded, such "
-            "as 1440x1440. Make it smaller with NextStep Prepare Picture, to a base of 512 at best."
+            "A picture of {width}x{height} is {count:,} tokens; at most {most:,} can be encoded, such as "
+            "1440x1440. Make it smaller with NextStep Prepare Picture, to a base of 512 at best.",
+            width=width,
+            height=height,
+            count=columns * rows,
+            most=MOST_TOKENS,
         )
 
 

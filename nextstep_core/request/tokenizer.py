@@ -14,6 +14,7 @@ from typing import Any, cast
 from ..errors import NextStepError, check_text, shown
 from ..loading.documents import TOKENIZER, TOKENIZER_CONFIG, Documents
 from ..model.config import NextStepConfig
+from ..sentences import Sentence, Words, named
 from .tokenizer_file import ADDED, check_token, checked
 
 IMAGE_AREA = "<|image_area|>"
@@ -31,7 +32,7 @@ def context_of(config: NextStepConfig) -> int:
 
 
 @contextmanager
-def _library(wrong: str) -> Iterator[None]:
+def _library(wrong: Sentence) -> Iterator[None]:
     """Whatever the library raises inside as a NextStepError that begins with `wrong`.
 
     It raises bare `Exception`, and where it panics something that is no `Exception`, which no caller is prepared for.
@@ -41,7 +42,7 @@ def _library(wrong: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise NextStepError(f"{wrong} ({str(error)[:200]!r}).") from None
+        raise NextStepError("{wrong} ({reason!r}).", wrong=wrong, reason=str(error)[:200]) from None
 
 
 class NextStepTokenizer:
@@ -62,11 +63,11 @@ class NextStepTokenizer:
         parts = checked(documents.read(TOKENIZER), where)
         settings = documents.read(TOKENIZER_CONFIG)
         special = {
-            name: _special(settings.get(name), f"{stated}: `{name}`")
+            name: _special(settings.get(name), Sentence("{where}: `{key}`", where=stated, key=name))
             for name in ("bos_token", "eos_token", "pad_token")
         }
         declared = _declared(settings.get("added_tokens_decoder") or {}, stated)
-        with _library(f"{where} is not a usable tokenizer; download the file again"):
+        with _library(Sentence("{where} is not a usable tokenizer; download the file again", where=where)):
             backend = Tokenizer.from_str(json.dumps(parts))
             backend.add_special_tokens([token for token in special.values() if token])
             backend.add_tokens(
@@ -76,17 +77,20 @@ class NextStepTokenizer:
         tokenizer._check_special_tokens(config, where)
         return tokenizer
 
-    def _check_special_tokens(self, config: NextStepConfig, where: str) -> None:
+    def _check_special_tokens(self, config: NextStepConfig, where: Words) -> None:
         ids = [self._backend.token_to_id(IMAGE_AREA), config.boi, config.eoi, config.image_placeholder_id]
         texts = [IMAGE_AREA, *map(self.decode, ([i] for i in ids[1:]))]
         for token_id, text in zip(ids, texts):
             if token_id is None or not text or self.encode(text, special=False) != [token_id]:
                 raise NextStepError(
-                    f"{where} does not know the special token {shown(text or token_id)} as the id {token_id} of "
-                    "config.json: the two belong to different checkpoints."
+                    "{where} does not know the special token {token} as the id {number} of config.json: the two "
+                    "belong to different checkpoints.",
+                    where=where,
+                    token=shown(text or token_id),
+                    number=token_id,
                 )
 
-    def check_length(self, name: str, text: object) -> str:
+    def check_length(self, name: Words, text: object) -> str:
         """The text; NextStepError for what is no text, or longer than any that fits the model's context."""
         limit = min(self._context * BYTES_PER_TOKEN, LONGEST)
         size = len(text) if isinstance(text, str) else 0
@@ -95,8 +99,12 @@ class NextStepTokenizer:
             size = len(text.encode())
         if size > limit:
             raise NextStepError(
-                f"{name} is {size:,} bytes long; for this model, which can hold {self._context:,} tokens, the "
-                f"limit is {limit:,}. Shorten it."
+                "{name} is {size:,} bytes long; for this model, which can hold {context:,} tokens, the limit is "
+                "{limit:,}. Shorten it.",
+                name=named(name),
+                size=size,
+                context=self._context,
+                limit=limit,
             )
         return cast(str, text)
 
@@ -105,35 +113,46 @@ class NextStepTokenizer:
 
         Takes a second for some megabytes: what a user wrote is first given to `check_length`.
         """
-        with _library("The tokenizer cannot read this text; shorten it"):
+        with _library(Sentence("The tokenizer cannot read this text; shorten it")):
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         if ids and max(ids) >= self._known:
             raise NextStepError(
-                f"The tokenizer gives the id {max(ids)}, but the model knows only {self._known} tokens: the two belong "
-                "to different checkpoints."
+                "The tokenizer gives the id {number}, but the model knows only {known} tokens: the two belong to "
+                "different checkpoints.",
+                number=max(ids),
+                known=self._known,
             )
         return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens written out."""
-        with _library("The tokenizer cannot write these ids as text"):
+        with _library(Sentence("The tokenizer cannot write these ids as text")):
             text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
 
-def _special(token: Any, where: str) -> str | None:
+def _special(token: Any, where: Words) -> str | None:
     """A special token's text, which is stated as such or in an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return None if content is None else check_token(content, where)
 
 
-def _declared(tokens: Any, where: str) -> list[dict[str, Any]]:
+def _declared(tokens: Any, where: Words) -> list[dict[str, Any]]:
     """What `added_tokens_decoder` declares, in the order of its ids."""
-    where = f"{where}: `added_tokens_decoder`"
+    where = Sentence("{where}: `{key}`", where=where, key="added_tokens_decoder")
     if not isinstance(tokens, dict) or len(tokens) > ADDED.maximum:
-        raise NextStepError(f"{where} is not an object of at most {ADDED.maximum} tokens. Download the file again.")
+        raise NextStepError(
+            "{where} is not an object of at most {most} tokens. Download the file again.",
+            where=where,
+            most=ADDED.maximum,
+        )
     for number, token in tokens.items():
         if not (number.isascii() and number.isdecimal() and len(number) <= 10 and isinstance(token, dict)):
-            raise NextStepError(f"{where} has {shown(token)} for the id {shown(number)}. Download the file again.")
+            raise NextStepError(
+                "{where} has {token} for the id {number}. Download the file again.",
+                where=where,
+                token=shown(token),
+                number=shown(number),
+            )
         check_token(token.get("content"), where)
     return [token for _, token in sorted(tokens.items(), key=lambda item: int(item[0]))]

@@ -8,10 +8,12 @@ checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import NextStepError, check_text, shown
 from ..ranges import Range
+from ..sentences import Sentence, Words
 
 # Where text is split into words: the patterns of Qwen2 and of Llama 3, letter by letter.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -20,9 +22,9 @@ PATTERNS = (_WORDS + r"\p{N}" + _REST, _WORDS + r"\p{N}{1,3}" + _REST)
 
 # More than published checkpoints have: 152 thousand tokens, the longest of 128 bytes, and 30 added ones. Others have
 # 280 thousand merges. So many take 200 MB while they are read.
-VOCABULARY = Range("The number of tokens", 1, 200_000)
-MERGES = Range("The number of merges", 0, 300_000)
-ADDED = Range("The number of added tokens", 0, 1_000)
+VOCABULARY = Range(Sentence("the number of tokens"), 1, 200_000)
+MERGES = Range(Sentence("the number of merges"), 0, 300_000)
+ADDED = Range(Sentence("the number of added tokens"), 0, 1_000)
 TOKEN_LENGTH = 256
 PARTS = 8  # of a sequence of steps, or of a template
 
@@ -56,7 +58,7 @@ KINDS: dict[str, dict[str, Check]] = {
 SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
 
 
-def checked(data: dict[str, Any], where: str) -> dict[str, Any]:
+def checked(data: dict[str, Any], where: Words) -> dict[str, Any]:
     """The parts of a parsed `tokenizer.json` that make a tokenizer; NextStepError names what is not accepted.
 
     Truncation and padding are left out: what a caption's ids are does not hang on them.
@@ -67,71 +69,115 @@ def checked(data: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("type") == "Sequence":
             steps = part.get(SEQUENCES.get(name, ""))
         if not isinstance(steps, list) or len(steps) > PARTS:
-            raise NextStepError(f"{where}: its {name} is not a sequence of at most {PARTS} steps. {_ADVICE}")
+            raise NextStepError(
+                "{where}: its {name} is not a sequence of at most {most} steps. {advice}",
+                where=where,
+                name=name,
+                most=PARTS,
+                advice=_ADVICE,
+            )
         for step in steps:
             _check_step(name, step, kinds, where)
     model, added = _checked_model(data.get("model"), where), data.get("added_tokens") or []
     if not isinstance(added, list):
-        raise NextStepError(f"{where}: `added_tokens` is {shown(added)}, not a list. {_ADVICE}")
+        raise NextStepError(
+            "{where}: `added_tokens` is {what}, not a list. {advice}", where=where, what=shown(added), advice=_ADVICE
+        )
     _count(ADDED, added, where)
     for token in added:
         if not isinstance(token, dict):
-            raise NextStepError(f"{where}: an added token is {shown(token)}. {_ADVICE}")
+            raise NextStepError(
+                "{where}: an added token is {token}. {advice}", where=where, token=shown(token), advice=_ADVICE
+            )
         check_token(token.get("content"), where)
     _check_ids({**model["vocab"], **{token["content"]: token.get("id") for token in added}}, where)
     return {"version": "1.0", "added_tokens": added, "model": model} | {name: data.get(name) for name in KINDS}
 
 
-_ADVICE = "Use the tokenizer of a published NextStep checkpoint."
+_ADVICE = Sentence("Use the tokenizer of a published NextStep checkpoint.")
 
 
-def _check_step(name: str, step: Any, kinds: dict[str, Check], where: str) -> None:
+def _check_step(name: str, step: Any, kinds: dict[str, Check], where: Words) -> None:
     kind = step.get("type") if isinstance(step, dict) else step
     check = kinds.get(kind) if isinstance(kind, str) else None
     if check is None:
         raise NextStepError(
-            f"{where}: its {name} is {shown(kind)}; only {', '.join(kinds)} can be used here. {_ADVICE}"
+            "{where}: its {name} is {kind}; only {known} can be used here. {advice}",
+            where=where,
+            name=name,
+            kind=shown(kind),
+            known=", ".join(kinds),
+            advice=_ADVICE,
         )
     if not check(step):
-        raise NextStepError(f"{where}: its {name} {kind} has an unknown pattern or template. {_ADVICE}")
+        raise NextStepError(
+            "{where}: its {name} {kind} has an unknown pattern or template. {advice}",
+            where=where,
+            name=name,
+            kind=kind,
+            advice=_ADVICE,
+        )
 
 
-def _checked_model(model: Any, where: str) -> dict[str, Any]:
+def _checked_model(model: Any, where: Words) -> dict[str, Any]:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else model
-        raise NextStepError(f"{where}: its model is {shown(kind)}; only BPE can be used here. {_ADVICE}")
+        raise NextStepError(
+            "{where}: its model is {kind}; only BPE can be used here. {advice}",
+            where=where,
+            kind=shown(kind),
+            advice=_ADVICE,
+        )
     vocabulary, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
-        raise NextStepError(f"{where} has no vocabulary and merges. {_ADVICE}")
+        raise NextStepError("{where} has no vocabulary and merges. {advice}", where=where, advice=_ADVICE)
     _count(VOCABULARY, vocabulary, where)
     _count(MERGES, merges, where)
     if model.get("dropout"):
         raise NextStepError(
-            f"{where}: its model drops merges at random, so the same prompt would be read differently each time."
+            "{where}: its model drops merges at random, so the same prompt would be read differently each time.",
+            where=where,
         )
     for token in vocabulary:
         check_token(token, where)
     return model
 
 
-def _count(limit: Range[int], some: Any, where: str) -> None:
-    Range(f"{where}: {limit.name.lower()}", limit.minimum, limit.maximum).check(len(some))
+def _count(limit: Range[int], some: Any, where: Words) -> None:
+    replace(limit, name=Sentence("{where}: {what}", where=where, what=limit.name)).check(len(some))
 
 
-def check_token(token: Any, where: str) -> str:
+def check_token(token: Any, where: Words) -> str:
     """A token's text; NextStepError when it is none or too long for one."""
-    text = check_text(f"{where}: a token", token)
+    text = check_text(Sentence("{where}: a token", where=where), token)
     if len(text) > TOKEN_LENGTH:
-        raise NextStepError(f"{where}: the token {shown(text)} is longer than {TOKEN_LENGTH}. {_ADVICE}")
+        raise NextStepError(
+            "{where}: the token {token} is longer than {most}. {advice}",
+            where=where,
+            token=shown(text),
+            most=TOKEN_LENGTH,
+            advice=_ADVICE,
+        )
     return text
 
 
-def _check_ids(ids: dict[str, Any], where: str) -> None:
+def _check_ids(ids: dict[str, Any], where: Words) -> None:
     owners: dict[int, str] = {}
     for token, number in ids.items():
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
-            raise NextStepError(f"{where}: the id of {shown(token)} is {shown(number)}. {_ADVICE}")
+            raise NextStepError(
+                "{where}: the id of {token} is {number}. {advice}",
+                where=where,
+                token=shown(token),
+                number=shown(number),
+                advice=_ADVICE,
+            )
         if owners.setdefault(number, token) != token:
             raise NextStepError(
-                f"{where}: {shown(token)} and {shown(owners[number])} have the same id {number}. {_ADVICE}"
+                "{where}: {token} and {other} have the same id {number}. {advice}",
+                where=where,
+                token=shown(token),
+                other=shown(owners[number]),
+                number=number,
+                advice=_ADVICE,
             )

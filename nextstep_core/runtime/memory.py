@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ..errors import NextStepError
 from ..ranges import Range
+from ..sentences import Sentence
 
 # What a pipeline may take of its device. Nothing can be drawn in less, and a number of gigabytes is told from bytes.
-MAX_MEMORY = Range("max_memory", 1_000_000, 1 << 50, "in bytes")
+MAX_MEMORY = Range("max_memory", 1_000_000, 1 << 50, Sentence("in bytes"))
+DEVICE_HAS = Sentence("the device has")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def plan_memory(
     *,
     spare: int = 0,
     stay: bool = True,
-    whose: str = "the device has",
+    whose: Sentence = DEVICE_HAS,
 ) -> MemoryPlan:
     """How many of `pictures` to draw together, each needing `each` bytes beside the weights, and what stays where.
 
@@ -53,9 +55,12 @@ def plan_memory(
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            f"One picture needs {format_bytes(each)} of working memory and {format_bytes(streamed)} for streaming "
-            f"weights; {whose} {format_bytes(max(0, room))}. "
-            "Choose a smaller size, or load the model with quantization int4."
+            "One picture needs {each} of working memory and {streamed} for streaming weights; {whose} "
+            "{room}. Choose a smaller size, or load the model with quantization int4.",
+            each=format_bytes(each),
+            streamed=format_bytes(streamed),
+            whose=whose,
+            room=format_bytes(max(0, room)),
         )
     beside = weights if stay else streamed
     at_once = max(1, min(pictures, (room - beside) // max(1, each)))
@@ -77,19 +82,22 @@ def spare_bytes(swapping: bool = False) -> int:
     return sum(int(entries[name].split()[0]) * 1024 for name in asked)
 
 
-def check_room(needed: int, what: str) -> None:
+def check_room(needed: int, what: Sentence) -> None:
     """NextStepError when `what` takes more of the computer's memory than it can give."""
     if needed > (room := spare_bytes(swapping=True)):
         raise NextStepError(
-            f"{what} would take {format_bytes(needed)} of memory; the computer has {format_bytes(room)} left. Choose a "
-            "smaller size or fewer pictures."
+            "{what} would take {needed} of memory; the computer has {room} left. Choose a smaller size or "
+            "fewer pictures.",
+            what=what,
+            needed=format_bytes(needed),
+            room=format_bytes(room),
         )
 
 
 def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> MemoryPlan:
     """The plan for a CPU, where all weights lie already and `free` bytes are left. One picture may swap; NextStepError
     when it does not even fit with that."""
-    check_room(each, "One picture")
+    check_room(each, Sentence("One picture"))
     at_once = max(1, min(pictures, free // max(1, each)))
     return MemoryPlan(weights, weights, at_once * each, at_once)
 
@@ -99,8 +107,10 @@ def plan_within(limit: int, weights: int, pictures: int, each: int) -> MemoryPla
     weights lie in that memory already, so there is nothing to stream."""
     if weights + each > limit:
         raise NextStepError(
-            f"On a CPU a picture takes {format_bytes(weights)} for the weights, which cannot be streamed there, and "
-            f"{format_bytes(each)} of working memory; max_memory leaves {format_bytes(max(0, limit))}. Choose "
-            "quantization int8 or int4, a smaller size, or more memory."
+            "On a CPU a picture takes {weights} for the weights, which cannot be streamed there, and {each} of working "
+            "memory; max_memory leaves {room}. Choose quantization int8 or int4, a smaller size, or more memory.",
+            weights=format_bytes(weights),
+            each=format_bytes(each),
+            room=format_bytes(max(0, limit)),
         )
     return plan_host_memory(weights, limit - weights, pictures, each)

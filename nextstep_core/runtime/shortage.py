@@ -8,17 +8,20 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import OutOfMemory, is_out_of_memory
+from ..sentences import Sentence
 from .devices import free_bytes
 from .memory import format_bytes
 
 CPU = torch.device("cpu")
 REASON_LENGTH = 200
-ADVICE = "Choose a smaller size or fewer pictures, quantization int8 or int4, or close other programs."
-LOADING_ADVICE = "Choose quantization int8 or int4, or close other programs."
+ADVICE = Sentence("Choose a smaller size or fewer pictures, quantization int8 or int4, or close other programs.")
+LOADING_ADVICE = Sentence("Choose quantization int8 or int4, or close other programs.")
 
 
 @contextmanager
-def told(work: str, device: torch.device = CPU, needed: int | None = None, advice: str = ADVICE) -> Iterator[None]:
+def told(
+    work: Sentence, device: torch.device = CPU, needed: int | None = None, advice: Sentence = ADVICE
+) -> Iterator[None]:
     """Inside, memory that runs out on `device` is an OutOfMemory that names `work` and the bytes that it needs.
 
     It is raised when the device's own error is gone, whose traceback would hold on to all that was allocated.
@@ -30,10 +33,23 @@ def told(work: str, device: torch.device = CPU, needed: int | None = None, advic
         if not is_out_of_memory(error):
             raise
         reason = reason_of(error)
-    size = "more memory than there is" if needed is None else f"about {format_bytes(needed)} of memory"
+    size = Sentence("more memory than there is")
+    if needed is not None:
+        size = Sentence("about {bytes} of memory", bytes=format_bytes(needed))
     free = free_bytes(device)
-    there = "" if free is None else f", and {device} has {format_bytes(free)} free"
-    raise OutOfMemory(f"{work} needs {size}{there} ({reason}). {advice}")
+    if free is None:
+        raise OutOfMemory(
+            "{work} needs {size} ({reason}). {advice}", work=work, size=size, reason=reason, advice=advice
+        )
+    raise OutOfMemory(
+        "{work} needs {size}, and {device} has {free} free ({reason}). {advice}",
+        work=work,
+        size=size,
+        device=device,
+        free=format_bytes(free),
+        reason=reason,
+        advice=advice,
+    )
 
 
 def reason_of(error: Exception) -> str:

@@ -32,7 +32,9 @@ def check_seeds(seed: Seeds, pictures: int) -> int | list[int]:
     if len(seeds) != pictures:
         count = f"more than {pictures}" if len(seeds) > pictures else len(seeds)
         raise NextStepError(
-            f"seed holds {count} number(s) for {pictures} picture(s). Give one seed for all of them, or one for each."
+            "seed holds {count} number(s) for {pictures} picture(s). Give one seed for all of them, or one for each.",
+            count=count,
+            pictures=pictures,
         )
     return [SEED.check(value) for value in seeds]
 

@@ -7,15 +7,16 @@ from typing import Any
 
 from ..errors import NextStepError, check_choice, shown
 from ..ranges import Range
+from ..sentences import Sentence
 from .guidance import SCHEDULES
 from .solvers import SAMPLERS
 
 STEPS = Range("steps", 1, 1000)
-CFG = Range("cfg", 1.0, 100.0, "where 1 turns this guidance off")
+CFG = Range("cfg", 1.0, 100.0, Sentence("where 1 turns this guidance off"))
 CFG_IMG = Range("cfg_img", 1.0, 100.0, CFG.note)
 SHIFT = Range("shift", 0.01, 100.0)
 SEED = Range("seed", 0, 2**64 - 1)
-NUMBERS: dict[str, Range[Any]] = {number.name: number for number in (STEPS, CFG, CFG_IMG, SHIFT)}
+NUMBERS: dict[str, Range[Any]] = {str(number.name): number for number in (STEPS, CFG, CFG_IMG, SHIFT)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class GenerationSettings:
         check_choice("cfg_schedule", self.cfg_schedule, SCHEDULES)
         check_choice("sampler", self.sampler, SAMPLERS)
         if not isinstance(self.use_norm, bool):
-            raise NextStepError(f"use_norm is {shown(self.use_norm)}; use True or False.")
+            raise NextStepError("use_norm is {value}; use True or False.", value=shown(self.use_norm))
         least = SAMPLERS[self.sampler].min_steps
         if self.steps < least:
-            raise NextStepError(f"steps is {self.steps}; {self.sampler} needs at least {least}.")
+            raise NextStepError(
+                "steps is {steps}; {sampler} needs at least {least}.",
+                steps=self.steps,
+                sampler=self.sampler,
+                least=least,
+            )

@@ -16,15 +16,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import __version__
 from ..decoding.progress import Progress
 from ..errors import NextStepError, not_written
 from ..images.saving import FORMATS, save_picture
 from ..loading.locks import held
 from ..ranges import Range
-from ..request.parameters import PRODUCT, parameters_text
 from ..runtime.interrupt import Check, go_on
-from .drawing import Artist, Settled
+from ..sentences import Sentence
+from .drawing import Artist, Settled, parameters_of
 from .jobs import BatchJob, Order
 from .manifest import Manifest, Record, read_sidecar, sidecar_of
 from .names import file_name
@@ -61,6 +60,13 @@ class BatchProgress:
     record: Record | None = None
 
     @property
+    def share(self) -> float:
+        """Of all pictures, what is done."""
+        drawing = self.drawing
+        within = 0.0 if drawing is None else drawing.done / drawing.total * len(drawing.tokens)
+        return (self.done + self.failed + within) / self.total
+
+    @property
     def seconds_left(self) -> float | None:
         """Time that the rest will take at the rate so far; None before the first picture."""
         return (self.total - self.done - self.failed) * self.seconds / self.drawn if self.drawn else None
@@ -91,6 +97,12 @@ class BatchRun:
         self.manifest = Manifest(folder)
         self.entries = list(self._entries(settled))
 
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The pictures that are there, and those that failed, in the order of the job."""
+        found = (self.manifest.records.get(entry.key) for entry in self.entries)
+        return tuple(record for record in found if record is not None)
+
     def run(
         self,
         together: int = 8,
@@ -103,7 +115,9 @@ class BatchRun:
         token and every picture; it and `check` stop the run by raising.
         """
         together = TOGETHER.check(together)
-        refusal = f"Another run is writing to {self.folder}. Wait for it, or choose another folder."
+        refusal = Sentence(
+            "Another run is writing to {folder}. Wait for it, or choose another folder.", folder=self.folder
+        )
         with held(self.folder / LOCK, refusal):
             started, drawn, failed = time.monotonic(), 0, 0
             missing = [entry for entry in self.entries if not self._is_there(entry)]
@@ -119,8 +133,7 @@ class BatchRun:
                 for record in self._draw(group, tell, check):
                     failed, drawn = failed + bool(record.error), drawn + (not record.error)
                     tell(record=record)
-            records = tuple(self.manifest.records[entry.key] for entry in self.entries)
-            return Summary(records, drawn, kept, failed, time.monotonic() - started)
+            return Summary(self.records, drawn, kept, failed, time.monotonic() - started)
 
     def _entries(self, settled: Sequence[Settled]) -> Iterator[Entry]:
         """A file for every order: the one that it has already, else a name that nothing else has."""
@@ -186,7 +199,6 @@ class BatchRun:
 
     def _record(self, entry: Entry, seconds: float) -> Record:
         one, order = entry.settled, entry.order
-        facts = {**self.artist.facts, "Version": f"{PRODUCT} {__version__}"}
         return Record(
             entry.key,
             entry.file,
@@ -198,25 +210,17 @@ class BatchRun:
             one.width,
             one.height,
             asdict(one.settings),
-            facts,
+            self.artist.facts,
             round(seconds, 3),
         )
 
     def _save(self, entry: Entry, picture: Tensor, record: Record) -> None:
         """The sidecar first, the picture last, each under its name only when it is complete."""
-        one, path = entry.settled, self.folder / entry.file
-        text = parameters_text(
-            one.prompt,
-            record.negative_prompt,
-            one.settings,
-            seed=record.seed,
-            size=(one.width, one.height),
-            facts=record.facts,
-        )
+        path = self.folder / entry.file
         part = path.with_name(path.name + PART)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(part, picture, self.job.format, self.job.quality, text)
+            save_picture(part, picture, self.job.format, self.job.quality, parameters_of(entry.settled, record.facts))
             _write(sidecar_of(path), record.to_json(indent=2))
             os.replace(part, path)
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,18 +12,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..decoding.engine import NextStepEngine
 from ..decoding.progress import Progress
 from ..errors import NextStepError
 from ..images.rgb import cover, to_pixels
 from ..pipeline import NextStepPipeline
 from ..request.layout import IMAGE_SLOT
+from ..request.parameters import PRODUCT, parameters_text
 from ..request.sizes import nearest_ratio, ratio_size
 from ..runtime.interrupt import Check
 from ..sampling.settings import GenerationSettings
-from .jobs import Order
-
-BASE = 512  # pixels, of pictures whose size a job does not state: what the authors recommend
+from .jobs import BASE, Order
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,14 @@ class Settled:
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def parameters_of(one: Settled, facts: Mapping[str, str]) -> str:
+    """The text that a picture tells of itself, in the form that image browsers read."""
+    size = one.width, one.height
+    return parameters_text(
+        one.prompt, one.order.negative_prompt, one.settings, seed=one.order.seed, size=size, facts=facts
+    )
+
+
 class Artist(Protocol):
     """A model that draws orders. `facts` name it, and `identity` changes when its pictures would."""
 
@@ -60,6 +68,11 @@ class Artist(Protocol):
 
     def draw(self, orders: Sequence[Settled], report: Callable[[Progress], None], check: Check) -> Tensor:
         """Pictures (M, H, W, 3) in [0, 1] of orders that can be drawn in one batch, each as it would come out alone."""
+
+
+def with_version(facts: dict[str, str]) -> dict[str, str]:
+    """Facts of a model, and by what it is run."""
+    return {**facts, "Version": f"{PRODUCT} {__version__}"}
 
 
 def settle(engine: NextStepEngine, order: Order) -> Settled:
@@ -105,7 +118,8 @@ class PipelineArtist:
     """Draws with a pipeline."""
 
     def __init__(self, pipeline: NextStepPipeline, facts: dict[str, str], identity: str) -> None:
-        self.pipeline, self.facts, self.identity = pipeline, facts, identity
+        self.pipeline, self.identity = pipeline, identity
+        self.facts = with_version(facts)
 
     def settle(self, order: Order) -> Settled:
         return settle(self.pipeline.engine, order)

@@ -13,60 +13,66 @@ from typing import Any
 from ..errors import NextStepError, check_choice, check_text, shown
 from ..images.saving import FORMATS, QUALITY
 from ..loading.documents import parse_object
+from ..loading.files import check_regular
 from ..ranges import Range
 from ..request.layout import IMAGE_SLOT
 from ..request.presets import BUILT_IN, Preset, all_presets
+from ..request.sizes import grid_of_ratio, ratio_name, ratio_size_of_area
 from ..sampling.settings import SEED, GenerationSettings
-from .job_keys import FILE_KEYS, JOB_KEYS, SETTINGS, number_key
-from .jobs import Asked, BatchJob, Order
-from .lines import Place, lines_of, where_of
+from ..sentences import Sentence, Words
+from .job_keys import FILE_KEYS, JOB_KEYS, SETTINGS, number_key, title_key
+from .jobs import BASE, Asked, BatchJob, Order
+from .lines import Place, at, lines_of, where_of
 from .names import DEFAULT_PATTERN, check_pattern
 from .prompts import COMBINE, MEND, Lists, Prompt, fill, parse_lines, parse_table, prompts_of, read_text
 
-PICTURES = Range("The number of pictures in a job", 1, 100_000)
+COMMAND = Sentence("What you asked for")  # where no file is wrong
+FEWEST_STEPS = "flow-ode"  # takes any number; whether the checkpoint's own sampler does is asked when it is known
+PICTURES = Range(Sentence("The number of pictures in a job"), 1, 100_000)
 # How the public guide calls three of the presets.
 GUIDE_QUALITY = {"low": "draft", "medium": "standard", "high": "premium"}
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked beside the file, and wins over it: keys of SETTINGS, seeds, values of lists."""
+    """What is asked beside the file, and wins over it: keys of SETTINGS, seeds, values of lists, input pictures."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     format: str | None = None
     pattern: str | None = None
+    images: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reader:
     """Reads one file; knows where in it a value stands, the presets, and where input pictures may lie."""
 
-    name: str
+    name: Words
     lines: Mapping[Place, int]
     presets: Mapping[str, Preset]
     folder: Path | None
     wishes: Wishes
 
-    def where(self, *place: str | int) -> str:
+    def where(self, *place: str | int) -> Words:
         return where_of(self.name, self.lines, place)
 
     def job(self, stated: Mapping[str, Any]) -> BatchJob:
         """The whole file, checked."""
         for key in stated:
-            check_choice(f"{self.where(key)}: a key", key, FILE_KEYS)
+            check_choice(at(self.where(key), Sentence("a key")), key, FILE_KEYS)
         if "jobs" not in stated and "prompts" not in stated:
             raise NextStepError('{where} has neither "jobs" nor "prompts". Write one of them.', where=self.name)
         texts = {key: self._text(stated, key) for key in ("title", "model", "names") if key in stated}
         format, quality = stated.get("format", "png"), stated.get("quality", 90)
-        check_choice(f"{self.where('format')}: format", format, FORMATS)
+        check_choice(at(self.where("format"), "format"), format, FORMATS)
         quality = number_key(QUALITY).check(self.where("quality"), quality)
         pattern = self.wishes.pattern or texts.get("names") or DEFAULT_PATTERN
         check_pattern(pattern, self.where("names"))
         orders = tuple(self._orders(stated))
         return BatchJob(
-            texts.get("title", Path(self.name).stem),
+            texts.get("title", Path(str(self.name)).stem),
             orders,
             texts.get("model"),
             self.wishes.format or format,
@@ -75,7 +81,11 @@ class Reader:
         )
 
     def _text(self, stated: Mapping[str, Any], key: str, *place: str | int) -> str:
-        return check_text(f"{self.where(*place, key)}: {key}", stated[key])
+        where = self.where(*place, key)
+        if key in ("title", "name"):
+            text: str = title_key(key).check(where, stated[key])
+            return text
+        return check_text(at(where, key), stated[key])
 
     def _orders(self, stated: Mapping[str, Any]) -> list[Order]:
         lists = self._lists(stated)
@@ -89,7 +99,7 @@ class Reader:
             of_job = of_job[0], self.wishes.seeds or of_job[1]
             pictures += (lists.count(prompt.text, prompt.name) if lists else 1) * len(of_job[0]) * len(of_job[1])
             counted.append((prompt, images, *of_job, place))
-            replace(PICTURES, name=f"{self.name}: the number of pictures").check(pictures)
+            replace(PICTURES, name=at(self.name, Sentence("the number of pictures"))).check(pictures)
         orders = []
         for prompt, images, asked, seeds, place in counted:
             where = self.where(*place)
@@ -118,13 +128,13 @@ class Reader:
             if not isinstance(own, dict):
                 raise NextStepError("{where} is {value}; write an object.", where=self.where(*place), value=shown(own))
             for key in own:
-                check_choice(f"{self.where(*place, key)}: a key", key, JOB_KEYS)
+                check_choice(at(self.where(*place, key), Sentence("a key")), key, JOB_KEYS)
             if "prompt" not in own:
                 raise NextStepError("{where}: the job has no prompt. Write one.", where=self.where(*place))
             negative = self._text(own, "negative_prompt", *place) if "negative_prompt" in own else None
             name = self._text(own, "name", *place) if "name" in own else ""
             text = self._text(own, "prompt", *place)
-            yield Prompt(text, negative, name), self._images(own, place), own, place
+            yield Prompt(text, negative, name), self.wishes.images or self._images(own, place), own, place
 
     def _images(self, own: Mapping[str, Any], place: Place) -> tuple[Path, ...]:
         stated = own.get("images", [])
@@ -133,46 +143,33 @@ class Reader:
             raise NextStepError("{where}: images is {value}; write a list.", where=where, value=shown(stated))
         return tuple(self._image(name, self.where(*place, "images", n)) for n, name in enumerate(stated))
 
-    def _image(self, name: object, where: str) -> Path:
+    def _image(self, name: object, where: Words) -> Path:
         """A picture in the job's folder: a file from a stranger must not show what lies elsewhere."""
-        from PIL import Image
-
-        text = check_text(f"{where}: a picture's name", name)
+        text = check_text(at(where, Sentence("a picture's name")), name)
         if self.folder is None:
             raise NextStepError("{where}: pictures are taken from beside a job file, and there is none.", where=where)
         try:
             path = (self.folder / text).resolve()
-            if not path.is_relative_to(self.folder.resolve()):
-                raise NextStepError(
-                    "{where}: {name} lies outside of the job's folder. Put the picture beside the job file.",
-                    where=where,
-                    name=shown(text),
-                )
-            with Image.open(path) as image:
-                image.size  # noqa: B018 - opening reads no more than this
-        except NextStepError:
-            raise
-        except Exception as error:  # whatever is wrong with whichever kind of file
+            inside = path.is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError):  # a circle of links, or what can be no name
+            inside = False
+        if not inside:
             raise NextStepError(
-                "{where}: {name} is not a readable picture ({reason}).",
+                "{where}: {name} lies outside of the job's folder. Put the picture beside the job file.",
                 where=where,
                 name=shown(text),
-                reason=type(error).__name__,
-            ) from None
-        return path
+            )
+        return check_picture(path, where)
 
-    def _check_slots(self, text: str, images: tuple[Path, ...], where: str) -> None:
+    def _check_slots(self, text: str, images: tuple[Path, ...], where: Words) -> None:
         if (slots := text.count(IMAGE_SLOT)) not in {len(images), 0}:
             raise NextStepError(
-                "{where}: the prompt has {slots} {slot} for {count} pictures. Write {slot} once for each.",
+                "{where}: the prompt has {slots} {slot} for {count} pictures. Write {slot} once for each of its "
+                "images.",
                 where=where,
                 slots=slots,
                 slot=IMAGE_SLOT,
                 count=len(images),
-            )
-        if slots and not images:
-            raise NextStepError(
-                "{where}: the prompt has {slot}, and the job no images. Name them.", where=where, slot=IMAGE_SLOT
             )
 
     def _lists(self, stated: Mapping[str, Any]) -> Lists | None:
@@ -186,56 +183,60 @@ class Reader:
                 '{where}: lists is {value}; write {{"name": ["first", "second"]}}.', where=where, value=shown(values)
             )
         for name, texts in values.items():
-            at = self.where("lists", name)
+            place = self.where("lists", name)
             if not isinstance(texts, list):
                 raise NextStepError(
-                    "{where}: {name} is {value}; write a list.", where=at, name=shown(name), value=shown(texts)
+                    "{where}: {name} is {value}; write a list.", where=place, name=shown(name), value=shown(texts)
                 )
             for text in texts:
-                check_text(f"{at}: {shown(name)}", text)
+                check_text(at(place, shown(name)), text)
         for name in self.wishes.lists:
-            check_choice(f"{self.name}: a list", name, values)
+            check_choice(at(self.name, Sentence("a list")), name, values)
         combine = stated.get("combine", COMBINE[0])
-        check_choice(f"{self.where('combine')}: combine", combine, COMBINE)
+        check_choice(at(self.where("combine"), "combine"), combine, COMBINE)
         return Lists({name: tuple(texts) for name, texts in values.items()} | dict(self.wishes.lists), combine)
 
     def _settings(self, stated: Mapping[str, Any], place: Place, above: Sequence[Asked] = (Asked(),)) -> list[Asked]:
         """The settings at a place, each over each of those above it; what was asked beside the file wins."""
         if "settings" not in stated:
-            return list(above) if place else [self._asked(self.wishes.settings, (), Asked())]
+            return list(above) if place else [self._wished(Asked())]
         several = stated["settings"] if isinstance(stated["settings"], list) else [stated["settings"]]
         if not several:
             raise NextStepError("{where}: settings is an empty list.", where=self.where(*place, "settings"))
         found = []
         for n, one in enumerate(several):
-            at: Place = (*place, "settings", n) if isinstance(stated["settings"], list) else (*place, "settings")
+            spot: Place = (*place, "settings", n) if isinstance(stated["settings"], list) else (*place, "settings")
             if not isinstance(one, dict):
                 raise NextStepError(
-                    "{where}: settings is {value}; write an object.", where=self.where(*at), value=shown(one)
+                    "{where}: settings is {value}; write an object.", where=self.where(*spot), value=shown(one)
                 )
             label = "" if len(several) == 1 else letter(n)
-            found += [self._asked({"label": label or base.label} | one, at, base) for base in above]
-        return [self._asked(self.wishes.settings, (), asked) for asked in found]
+            found += [self._asked({"label": label or base.label} | one, spot, base) for base in above]
+        return [self._wished(asked) for asked in found]
+
+    def _wished(self, base: Asked) -> Asked:
+        """What is asked beside the file, over what it says."""
+        return replace(self, name=COMMAND, lines={})._asked(self.wishes.settings, (), base)
 
     def _asked(self, stated: Mapping[str, Any], place: Place, base: Asked) -> Asked:
         """What an object of settings says over `base`: its preset first, then its single values."""
         for key in stated:
-            check_choice(f"{self.where(*place, key)}: a setting", key, SETTINGS)
+            check_choice(at(self.where(*place, key), Sentence("a setting")), key, SETTINGS)
         values = {key: SETTINGS[key].check(self.where(*place, key), value) for key, value in stated.items()}
         preset = values.pop("preset", None)
         if (quality := values.pop("quality", None)) is not None:
-            check_choice(f"{self.where(*place, 'quality')}: quality", quality, [*GUIDE_QUALITY, *BUILT_IN])
+            check_choice(at(self.where(*place, "quality"), "quality"), quality, [*GUIDE_QUALITY, *BUILT_IN])
             preset = preset or GUIDE_QUALITY.get(quality, quality)
         if preset is not None:
-            check_choice(f"{self.where(*place, 'preset')}: preset", preset, self.presets)
+            check_choice(at(self.where(*place, "preset"), "preset"), preset, self.presets)
             base = _of_preset(self.presets[preset], base)
         if "size" in values:
-            values["width"], values["height"] = values.pop("size")
+            values["width"], values["height"] = _sides(values.pop("size"), base)
         if "guidance" in values:
             values["cfg"] = values.pop("guidance")
         asked = replace(base, **values)
         try:
-            asked.over(GenerationSettings())
+            asked.over(GenerationSettings(sampler=FEWEST_STEPS))
         except NextStepError as error:
             raise NextStepError("{where}: {reason}", where=self.where(*place), reason=error) from None
         return asked
@@ -246,8 +247,8 @@ class Reader:
         seeds, where = stated["seeds"], self.where(*place, "seeds")
         if isinstance(seeds, dict) and set(seeds) == {"first", "count"}:
             first = number_key(SEED, "first").check(where, seeds["first"])
-            count = replace(PICTURES, name=f"{where}: count").check(seeds["count"])
-            number_key(SEED, "the last seed").check(where, first + count - 1)
+            count = replace(PICTURES, name=at(where, "count")).check(seeds["count"])
+            number_key(SEED, Sentence("the last seed")).check(where, first + count - 1)
             return tuple(range(first, first + count))
         if not isinstance(seeds, list) or not seeds:
             raise NextStepError(
@@ -264,6 +265,32 @@ class Reader:
 def letter(n: int) -> str:
     """A, B, C, ... for settings without a label of their own; numbers after Z."""
     return chr(ord("A") + n) if n < 26 else str(n + 1)
+
+
+def check_picture(path: Path, where: Words) -> Path:
+    """The path of a picture that can be opened; NextStepError otherwise."""
+    from PIL import Image
+
+    try:
+        check_regular(path)
+        with Image.open(path):
+            return path
+    except FileNotFoundError:
+        raise NextStepError("{where}: {path} does not exist.", where=where, path=shown(str(path))) from None
+    except Exception as error:  # whatever is wrong with whichever kind of file
+        raise NextStepError(
+            "{where}: {path} is not a readable picture ({reason}).",
+            where=where,
+            path=shown(str(path)),
+            reason=type(error).__name__,
+        ) from None
+
+
+def _sides(size: tuple[int, int] | str, base: Asked) -> tuple[int, int]:
+    """(width, height); a ratio has about as many pixels as the settings above it."""
+    if not isinstance(size, str):
+        return size
+    return ratio_size_of_area(ratio_name(grid_of_ratio(size)), (base.width or BASE) * (base.height or BASE))
 
 
 def _of_preset(preset: Preset, base: Asked) -> Asked:
@@ -298,9 +325,11 @@ def parse_job(
 
 
 def job_of_prompts(
-    prompts: Sequence[Prompt], title: str, wishes: Wishes = Wishes(), presets: Path | None = None
+    prompts: Sequence[Prompt], title: Words, wishes: Wishes = Wishes(), presets: Path | None = None
 ) -> BatchJob:
     """A job of plain prompts, in the settings and with the seeds that are asked."""
     reader = Reader(title, {}, all_presets(presets) if presets else BUILT_IN, None, wishes)
     items = [{"prompt": p.text, "negative_prompt": p.negative_prompt, "name": p.name} for p in prompts]
-    return reader.job({"jobs": [{k: v for k, v in item.items() if v is not None} for item in items], "title": title})
+    return reader.job(
+        {"jobs": [{k: v for k, v in item.items() if v is not None} for item in items], "title": str(title)}
+    )

@@ -10,13 +10,15 @@ from ..errors import NextStepError, check_choice, check_text, shown
 from ..images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..images.saving import FORMATS, QUALITY
 from ..ranges import Range
-from ..request.sizes import RATIO_NAMES, ratio_size
+from ..request.sizes import RATIO_NAMES
 from ..sampling.guidance import SCHEDULES
 from ..sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS
 from ..sampling.solvers import SAMPLERS
+from ..sentences import Words
+from .lines import at
 from .prompts import COMBINE
 
-RATIO_BASE = 512  # pixels, of a size that is stated as a ratio
+LONGEST_TITLE = 200  # letters
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,15 @@ class Key:
     """What may stand under a key: `check(where, value)` returns the value or raises; `schema` says the same in JSON
     schema."""
 
-    check: Callable[[str, Any], Any]
+    check: Callable[[Words, Any], Any]
     schema: Mapping[str, Any]
 
 
-def number_key(number: Range[Any], name: str = "") -> Key:
+def number_key(number: Range[Any], name: Words = "") -> Key:
     kind = "integer" if isinstance(number.minimum, int) else "number"
     ends = {"minimum": number.minimum, "maximum": number.maximum}
     return Key(
-        lambda where, value: replace(number, name=f"{where}: {name or number.name}").check(value),
+        lambda where, value: replace(number, name=at(where, name or number.name)).check(value),
         {"type": kind, **ends},
     )
 
@@ -40,25 +42,43 @@ def number_key(number: Range[Any], name: str = "") -> Key:
 def _side(side: Range[int]) -> Key:
     unit = PUBLISHED_LATENTS.unit
     return Key(
-        lambda where, value: PUBLISHED_LATENTS.check_side(replace(side, name=f"{where}: {side.name}"), value),
+        lambda where, value: PUBLISHED_LATENTS.check_side(replace(side, name=at(where, side.name)), value),
         {"type": "integer", "minimum": side.minimum, "maximum": side.maximum, "multipleOf": unit},
     )
 
 
 def _choice(name: str, choices: Sequence[str]) -> Key:
-    def check(where: str, value: Any) -> Any:
-        check_choice(f"{where}: {name}", value, choices)
+    def check(where: Words, value: Any) -> Any:
+        check_choice(at(where, name), value, choices)
         return value
 
     return Key(check, {"enum": list(choices)})
 
 
 def _text(name: str) -> Key:
-    return Key(lambda where, value: check_text(f"{where}: {name}", value), {"type": "string"})
+    return Key(lambda where, value: check_text(at(where, name), value), {"type": "string"})
+
+
+def title_key(name: str) -> Key:
+    """A short text, which is shown in one line."""
+
+    def check(where: Words, value: Any) -> str:
+        text = check_text(at(where, name), value)
+        if len(text) > LONGEST_TITLE:
+            raise NextStepError(
+                "{where}: {name} has {count:,} letters; use at most {most}.",
+                where=where,
+                name=name,
+                count=len(text),
+                most=LONGEST_TITLE,
+            )
+        return text
+
+    return Key(check, {"type": "string", "maxLength": LONGEST_TITLE})
 
 
 def _flag(name: str) -> Key:
-    def check(where: str, value: Any) -> bool:
+    def check(where: Words, value: Any) -> bool:
         if not isinstance(value, bool):
             raise NextStepError(
                 "{where}: {name} is {value}; write true or false.", where=where, name=name, value=shown(value)
@@ -68,10 +88,10 @@ def _flag(name: str) -> Key:
     return Key(check, {"type": "boolean"})
 
 
-def size_of(where: str, value: object) -> tuple[int, int]:
-    """(width, height) as people state it: 512, "768x512", [768, 512], or a ratio such as "16:9" at 512."""
+def size_of(where: Words, value: object) -> tuple[int, int] | str:
+    """(width, height) as people state it: 512, "768x512" or [768, 512]; a ratio such as "16:9" comes out as it is."""
     if isinstance(value, str) and value in RATIO_NAMES:
-        return ratio_size(value, RATIO_BASE)
+        return value
     sides: Any = value
     if isinstance(value, str):
         sides = [int(part) if part.isdecimal() and len(part) < 9 else part for part in value.lower().split("x")]
@@ -88,7 +108,7 @@ def size_of(where: str, value: object) -> tuple[int, int]:
 
 SIZE_SCHEMA = {"anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "array", "items": {"type": "integer"}}]}
 SETTINGS: dict[str, Key] = {
-    "label": _text("label"),
+    "label": title_key("label"),
     "preset": _text("preset"),
     "size": Key(size_of, SIZE_SCHEMA),
     "width": _side(WIDTH),
@@ -130,11 +150,11 @@ JOB_KEYS = {
     "images": TEXTS_SCHEMA,
     "settings": SEVERAL_SETTINGS,
     "seeds": SEEDS_SCHEMA,
-    "name": {"type": "string"},
+    "name": dict(title_key("name").schema),
 }
 FILE_KEYS = {
     "$schema": {"type": "string"},
-    "title": {"type": "string"},
+    "title": dict(title_key("title").schema),
     "model": {"type": "string"},
     "settings": SEVERAL_SETTINGS,
     "seeds": SEEDS_SCHEMA,

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..sampling.settings import GenerationSettings
+from ..sentences import Words
 from .names import DEFAULT_PATTERN
+
+BASE = 512  # pixels, of pictures whose size a job does not state: what the authors recommend
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Order:
     asked: Asked
     seed: int
     name: str
-    where: str
+    where: Words
 
     @property
     def editing(self) -> bool:

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
+from ..sentences import Sentence, Words
+
 Place = tuple["str | int", ...]  # the keys and indices that lead to a value
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+|\n')
 
@@ -37,11 +39,23 @@ def lines_of(text: str) -> dict[Place, int]:
     return lines
 
 
-def where_of(name: str, lines: Mapping[Place, int], place: Place) -> str:
-    """How a message calls a place: its file, and the line of the innermost value around it that is known."""
-    while place not in lines and place:
+def where_of(name: Words, lines: Mapping[Place, int], place: Place) -> Words:
+    """How a message calls a place: its file, and the line of the innermost value around it that is known, if any."""
+    if not lines:
+        return name
+    while place not in lines:
         place = place[:-1]
-    return f"{name}, line {lines.get(place, 1)}"
+    return in_line(name, lines[place])
+
+
+def in_line(name: Words, line: int) -> Sentence:
+    """A line of a file, as a message calls it."""
+    return Sentence("{file}, line {line}", file=name, line=line)
+
+
+def at(where: Words, name: Words) -> Sentence:
+    """What stands at a place, as a message calls it."""
+    return Sentence("{where}: {name}", where=where, name=name)
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:

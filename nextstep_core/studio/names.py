@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from ..errors import NextStepError, check_text, shown
+from ..sentences import Words
+from .lines import at
 
 DEFAULT_PATTERN = "{index}-{name}-{label}-{seed}"
 FIELDS = ("index", "name", "prompt", "label", "seed", "width", "height", "steps", "cfg")
@@ -18,9 +20,9 @@ LONGEST_FIELD, LONGEST_PART, LONGEST_PATTERN = 60, 180, 200  # bytes, bytes, cha
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
-def check_pattern(pattern: str, where: str) -> None:
+def check_pattern(pattern: str, where: Words) -> None:
     """NextStepError for a pattern that names no file inside of a folder."""
-    check_text(f"{where}: names", pattern)
+    check_text(at(where, "names"), pattern)
     for name in FIELD.findall(pattern):
         if name not in FIELDS:
             raise NextStepError(

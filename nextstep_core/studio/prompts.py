@@ -16,15 +16,18 @@ from ..errors import NextStepError, check_choice, check_text, shown
 from ..loading.documents import parse_object
 from ..loading.files import read_all
 from ..ranges import Range
+from ..sentences import Sentence, Words
+from .lines import at, in_line
 
-PROMPTS = Range("The number of prompts", 1, 10_000)
+PROMPTS = Range(Sentence("The number of prompts"), 1, 10_000)
 LARGEST_FILE = 8 << 20  # bytes
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 COMBINE = ("grid", "zip")
 COLUMNS = ("prompt", "negative_prompt", "name")
+TEMPLATE = Sentence("The template")
 COMMENT = "#"
 KINDS = (".txt", ".csv", ".json")
-MEND = "Mend it, or remove it."
+MEND = Sentence("Mend it, or remove it.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def read_text(path: Path) -> str:
     """A file of prompts or jobs as text; NextStepError for another kind of file and for what is not readable."""
-    check_choice("The kind of file", path.suffix.lower(), KINDS)
+    check_choice(Sentence("The kind of file"), path.suffix.lower(), KINDS)
     try:
         return read_all(path, LARGEST_FILE).decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -64,15 +67,15 @@ def read_text(path: Path) -> str:
         raise NextStepError("{path} is not readable ({reason}). Save it as UTF-8.", path=path, reason=error) from None
 
 
-def parse_lines(text: str, where: str) -> list[Prompt]:
+def parse_lines(text: str, where: Words) -> list[Prompt]:
     """One prompt per line; empty lines and lines that begin with # are left out."""
     lines = enumerate((line.strip() for line in text.splitlines()), 1)
     return _counted(
-        [Prompt(_prompt(line, where, n), line=n) for n, line in lines if line and line[0] != COMMENT], where
+        [Prompt(_prompt(line, in_line(where, n)), line=n) for n, line in lines if line and line[0] != COMMENT], where
     )
 
 
-def parse_table(text: str, where: str) -> list[Prompt]:
+def parse_table(text: str, where: Words) -> list[Prompt]:
     """A CSV table with the column `prompt` and, where wanted, `negative_prompt` and `name`."""
     try:
         rows = csv.DictReader(io.StringIO(text), strict=True)
@@ -84,62 +87,61 @@ def parse_table(text: str, where: str) -> list[Prompt]:
                 columns=", ".join(COLUMNS),
             )
         for column in columns:
-            check_choice(f"{where}, line 1: a column", column, COLUMNS)
-        found = [_of_row(row, f"{where}, line {rows.line_num}", rows.line_num) for row in rows]
+            check_choice(at(in_line(where, 1), Sentence("a column")), column, COLUMNS)
+        found = [_of_row(row, in_line(where, rows.line_num), rows.line_num) for row in rows]
     except csv.Error as error:
         raise NextStepError("{where} is not a readable table ({reason}).", where=where, reason=error) from None
     return _counted(found, where)
 
 
-def parse_list(text: str, where: str) -> list[Prompt]:
+def parse_list(text: str, where: Words) -> list[Prompt]:
     """{"prompts": [...]}, each a text or an object with the keys of a table's columns."""
     stated = parse_object(text, where, MEND)
     check_keys(stated, ("prompts",), where)
     return prompts_of(stated.get("prompts"), where)
 
 
-def prompts_of(stated: object, where: str, lines: Mapping[int, int] | None = None) -> list[Prompt]:
+def prompts_of(stated: object, where: Words, lines: Mapping[int, int] | None = None) -> list[Prompt]:
     """The prompts in a JSON value; `lines` tells in which line of its file an item of a list stands."""
     if not isinstance(stated, list):
         raise NextStepError("{where}: prompts is {value}; write a list.", where=where, value=shown(stated))
     found = []
     for n, item in enumerate(stated):
         line = 0 if lines is None else lines.get(n, 0)
-        at = f"{where}, line {line}" if line else f"{where}, prompt {n + 1}"
+        place = in_line(where, line) if line else Sentence("{file}, prompt {number}", file=where, number=n + 1)
         item = {"prompt": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
-            raise NextStepError("{where} is {value}; write a text.", where=at, value=shown(item))
-        check_keys(item, COLUMNS, at)
-        found.append(_of_row(item, at, line))
+            raise NextStepError("{where} is {value}; write a text.", where=place, value=shown(item))
+        check_keys(item, COLUMNS, place)
+        found.append(_of_row(item, place, line))
     return _counted(found, where)
 
 
-def check_keys(stated: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_keys(stated: Mapping[str, Any], known: Sequence[str], where: Words) -> None:
     """NextStepError, with the keys that there are, for one that is none."""
     for key in stated:
-        check_choice(f"{where}: a key", key, known)
+        check_choice(at(where, Sentence("a key")), key, known)
 
 
-def _of_row(row: Mapping[str | None, Any], where: str, line: int) -> Prompt:
+def _of_row(row: Mapping[str | None, Any], where: Words, line: int) -> Prompt:
     if None in row:
         raise NextStepError(
             "{where} has more columns than the first line. Put texts with commas in quotes.", where=where
         )
     negative, name = row.get("negative_prompt"), row.get("name") or ""
     if negative is not None:
-        check_text(f"{where}: negative_prompt", negative)
-    text = _prompt(row.get("prompt"), where, line)
-    return Prompt(text, negative or None, check_text(f"{where}: name", name), line)
+        check_text(at(where, "negative_prompt"), negative)
+    text = _prompt(row.get("prompt"), where)
+    return Prompt(text, negative or None, check_text(at(where, "name"), name), line)
 
 
-def _prompt(text: object, where: str, line: int) -> str:
-    at = f"{where}, line {line}" if line and ", line " not in where else where
-    if not check_text(f"{at}: the prompt", text).strip():
-        raise NextStepError("{where}: the prompt is empty. Write one, or remove the line.", where=at)
+def _prompt(text: object, where: Words) -> str:
+    if not check_text(at(where, Sentence("the prompt")), text).strip():
+        raise NextStepError("{where}: the prompt is empty. Write one, or remove the line.", where=where)
     return str(text)
 
 
-def _counted(found: list[Prompt], where: str) -> list[Prompt]:
+def _counted(found: list[Prompt], where: Words) -> list[Prompt]:
     if not found:
         raise NextStepError("{where} holds no prompt. Write one per line.", where=where)
     if len(found) > PROMPTS.maximum:
@@ -165,9 +167,9 @@ class Lists:
     values: Mapping[str, tuple[str, ...]]
     combine: str = "grid"
 
-    def check(self, texts: Sequence[str], where: str) -> None:
+    def check(self, texts: Sequence[str], where: Words) -> None:
         """NextStepError for a placeholder without a list, a list that no text uses, and unequal lists for zip."""
-        check_choice(f"{where}: combine", self.combine, COMBINE)
+        check_choice(at(where, "combine"), self.combine, COMBINE)
         used = placeholders(*texts)
         for name in used:
             if name not in self.values:
@@ -175,7 +177,7 @@ class Lists:
                     "{where}: {{{name}}} stands in a prompt, but no list has this name. There are: {lists}.",
                     where=where,
                     name=name,
-                    lists=", ".join(self.values) or "none",
+                    lists=", ".join(self.values) or "-",
                 )
         for name, values in self.values.items():
             if name not in used:
@@ -216,14 +218,14 @@ def fill(text: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), text)
 
 
-def expand(templates: Sequence[str], lists: Lists, where: str = "The template") -> list[str]:
+def expand(templates: Sequence[str], lists: Lists, where: Words = TEMPLATE) -> list[str]:
     """Every text that templates give; NextStepError, before any is made, when they are too many or do not fit."""
     lists.check(templates, where)
     PROMPTS.check(sum(map(lists.count, templates)))
     return [fill(text, values) for text in templates for values in lists.combinations(text)]
 
 
-def parse_lists(text: str, combine: str, where: str = "lists") -> Lists:
+def parse_lists(text: str, combine: str, where: Words = "lists") -> Lists:
     """Lists as people write them: a line `name: first | second | third` for each."""
     values: dict[str, tuple[str, ...]] = {}
     for n, line in enumerate(text.splitlines(), 1):

@@ -26,14 +26,22 @@ TITLE, DATA = "<!-- title -->", "<!-- data -->"
 ON_SHEET, CELL, COLUMNS = 200, 256, 8  # pictures, pixels of the longer side, pictures in a row
 
 
+def report_page(title: str, records: Sequence[Record], served_from: str | None = None) -> str:
+    """The page as text. Its pictures lie beside it, or, where ComfyUI serves it, in this folder of its outputs."""
+    page = PAGE.read_text(encoding="utf-8")
+    # In a script's text only a closing tag or a comment could end it early; texts are put into the page as texts.
+    data = json.dumps(
+        {"records": [asdict(record) for record in records], "served_from": served_from}, ensure_ascii=False
+    )
+    for sign in ("<", "\u2028", "\u2029"):
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    return page.replace(TITLE, escape(title)).replace(DATA, data)
+
+
 def write_report(folder: Path, title: str, records: Sequence[Record]) -> Path:
     """The page of a run, beside its pictures, which it shows with all that is known of them. NextStepError where it
     cannot be written."""
-    page = PAGE.read_text(encoding="utf-8")
-    # In a script's text only a closing tag or a comment could end it early; texts are put into the page as texts.
-    data = json.dumps([asdict(record) for record in records], ensure_ascii=False).replace("<", "\\u003c")
-    data = data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    page = page.replace(TITLE, escape(title)).replace(DATA, data)
+    page = report_page(title, records)
     path = folder / REPORT
     part = path.with_name(f"{REPORT}.part")
     try:

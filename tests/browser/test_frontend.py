@@ -169,6 +169,7 @@ def run_here(page, host: ComfyServer) -> tuple[dict, Path]:
 
 
 SHOWN = (1366, 768), (1600, 900)
+THEMES = ("light", "dark")  # to look at; nothing that is asserted depends on them
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -180,7 +181,9 @@ def test_a_template_runs_as_it_is(page, host: ComfyServer, path: Path) -> None:
         page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', true)")
         open_template(page, path.stem)
         page.wait_for_timeout(1000)
-        screenshot(page, f"{path.stem} {width}", fit=False)
+        for theme in THEMES if "NEXTSTEP_SCREENSHOTS" in os.environ else ():
+            page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+            screenshot(page, f"{path.stem} {width} {theme}", fit=False)
         assert page.evaluate(UNTIDY) == []
     assert page.get_by_role("dialog").count() == 0, "nothing is missing"
     saved = {str(node["id"]): node.get("widgets_values", []) for node in read_workflow(path)["nodes"]}

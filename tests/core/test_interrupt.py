@@ -22,6 +22,7 @@ from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.interrupt import Check, checked, leaves
 from nextstep_core.runtime.quantization import formats
 from nextstep_core.runtime.quantization.formats import INT8, quantize_in_pieces
+from nextstep_core.sentences import Sentence
 
 SMALL = {"height": 16, "width": 32, "steps": 1, "cfg": 1.0, "sampler": "flow-ode"}
 CPU = torch.device("cpu")
@@ -122,9 +123,9 @@ def test_a_large_tensor_is_read_and_written_in_pieces(tmp_path, monkeypatch, con
 
 
 def test_waiting_for_a_lock_asks(tmp_path: Path) -> None:
-    with held(tmp_path / "x.lock", "held"):
+    with held(tmp_path / "x.lock", Sentence("held")):
         asked = Asked(3)
-        with pytest.raises(Stopped), held(tmp_path / "x.lock", "held", asked):
+        with pytest.raises(Stopped), held(tmp_path / "x.lock", asked):
             pass
     assert not list(tmp_path.iterdir())
 

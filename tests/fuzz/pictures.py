@@ -14,9 +14,11 @@ from torch import Tensor
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import KnownTokens
+from nextstep_core.images.frames import FRAMES, HOLD, LONGEST_SIDE, drawing_frames
 from nextstep_core.images.latents import LatentSpace
+from nextstep_core.images.rgb import to_rgb
 from nextstep_core.request.layout import Caption
-from nextstep_core.request.masks import kept_tokens
+from nextstep_core.request.masks import blank_tokens, kept_tokens
 from nextstep_core.runtime.interrupt import go_on
 
 from .case import Case
@@ -44,7 +46,7 @@ def warm_up() -> None:
 
 
 def case(rng: Random) -> Case:
-    return rng.choice((_images, _images, _masks, _latents))(rng)
+    return rng.choice((_images, _images, _masks, _latents, _frames))(rng)
 
 
 def _tensor(rng: Random, sides: int, last: tuple[int, ...] = (0, 1, 2, 3, 4, 5)) -> tuple[str, Tensor]:
@@ -138,3 +140,22 @@ def _latents(rng: Random) -> Case:
         return _known(tokens, keep) if grid == (2, 3) and len(tokens) == 1 else torch.rand(SHAPE)
 
     return Case(f"latents {what}", attempt, SHAPE)
+
+
+def _frames(rng: Random) -> Case:
+    """Frames of any picture, any part of it drawn, with numbers in and around their ranges."""
+    what, pictures = _tensor(rng, 3, last=(3,)) if rng.random() < 0.5 else ("a picture", torch.rand(SHAPE))
+    latents, mask = torch.rand(1, 16, 4, 6), torch.rand(32, 48)
+    latents[..., rng.choice((2, 4)) :, :] = 0  # of all, the last frame would be gray
+    mask[: rng.choice((0, 16, 31))] = 0
+    limits = FRAMES, HOLD, LONGEST_SIDE
+    numbers = [rng.choice((limit.minimum, rng.randint(limit.minimum - 1, 70), limit.maximum)) for limit in limits]
+
+    def attempt(_: Path) -> Tensor:
+        asked = [limit.check(number) for limit, number in zip(limits, numbers, strict=True)]
+        drawn, shown = ~kept_tokens(mask, (2, 3)).reshape(2, 3), to_rgb(pictures)
+        frames = drawing_frames(shown, drawn, blank_tokens(latents), *asked)
+        assert len(frames) == asked[0] + asked[1] and max(frames.shape[1:3]) <= asked[2]
+        return frames[-1:] if shown.shape == SHAPE else torch.rand(SHAPE)
+
+    return Case(f"frames {numbers} of {what}", attempt, SHAPE)

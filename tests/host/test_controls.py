@@ -559,3 +559,35 @@ def test_a_batch_is_saved_under_the_next_free_names(kit, monkeypatch, tmp_path) 
 def test_a_preset_that_is_no_name_is_one_sentence(kit, graph: ComfyGraph, preset: object) -> None:
     with pytest.raises(kit.error, match="choose one of draft"):
         graph.pack("nodes.presets").NextStepPreset.execute(kit.model, preset)
+
+
+@torch.inference_mode()
+def test_the_frames_of_a_drawing_end_in_the_picture(kit, graph: ComfyGraph) -> None:
+    make = graph.pack("nodes.frames").NextStepDrawingFrames.execute
+    positive = kit.prompts.encode_prompt(kit.model, "a red circle on a blue background")
+    drawn = draw(kit, positive, kit.latents.empty_latent(64, 64, 1))
+    picture = kit.latents.decode_latent(kit.vae, drawn)
+    (frames,) = make(drawn, kit.vae, 4, 1, 512).result
+    assert frames.shape == (5, 64, 64, 3)
+    for n, frame in enumerate(frames[:4]):  # a row of tokens each
+        assert torch.equal(frame[: 16 * (n + 1)], picture[0, : 16 * (n + 1)].cpu())
+        assert (frame[16 * (n + 1) :] == 0.5).all()
+    assert torch.equal(frames[4], frames[3])
+
+
+@torch.inference_mode()
+def test_the_frames_of_an_interrupted_masked_run_show_what_was_kept_and_what_was_drawn(kit, graph, monkeypatch) -> None:
+    make = graph.pack("nodes.frames").NextStepDrawingFrames.execute
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 32:] = 1
+    masked = {"samples": kit.vae.encode(square_picture()), "noise_mask": mask}
+    kept = interrupted_at(kit, monkeypatch, 12, latent=masked, on_interrupt="keep")
+    (frames,) = make(kept, kit.vae, 4, 0, 512).result
+    gray = (frames == 0.5).all(-1)
+    assert not gray[:, :32].any(), "what the mask did not cover is there from the start"
+    assert [int(frame[32:48, 8::16].all(0).sum()) for frame in gray] == [3, 2, 1, 0], "the row that was drawn"
+    assert gray[:, 48:].all(), "the row that was not"
+    positive = kit.prompts.encode_prompt(kit.model, "a small green star on a white background")
+    (frames,) = make(draw(kit, positive, kept), kit.vae, 8, 0, 512).result
+    gray = (frames == 0.5).all(-1)
+    assert not gray[:, :32].any() and gray[0, 48:].all() and not gray[-1].any(), "once resumed, the whole drawing"

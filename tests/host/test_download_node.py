@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from comfy_graph import ComfyGraph
 from fake_hub import REPO, Hub
 
 from scripts.comfy_server import ComfyServer, make_base, running_server
@@ -61,3 +63,29 @@ def test_a_checkpoint_in_the_cache_is_listed_and_used_in_place(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with running_server(comfyui, make_base(tmp_path / "base")) as server:
         assert "stepfun-ai/NextStep-1-Large (Hugging Face cache)" in models_of(server)
+
+
+@pytest.mark.parametrize("why", ["NEXTSTEP_OFFLINE", "could not be reached"])
+def test_offline_the_node_takes_what_is_there_and_says_what_to_do_where_nothing_is(
+    graph: ComfyGraph, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(graph.pack("nodes.host"), "model_roots", lambda: [tmp_path])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    if why == "NEXTSTEP_OFFLINE":
+        monkeypatch.setenv(why, "1")
+    execute = graph.pack("nodes.download").NextStepDownload.execute
+    error = graph.pack("nextstep_core.errors").NextStepError
+    folder = tmp_path / "NextStep-1.1"
+    with pytest.raises(error, match=f"{why}.*By hand: put the files of .* into {folder}"):
+        execute("NextStep-1.1")
+    shutil.copytree(golden / "tiny-a", folder)
+    done = execute("NextStep-1.1")
+    assert done.result == (str(folder),)
+    assert why in str(done.ui.as_dict()), "that it may be an older one"
+    with pytest.raises(error, match=why):
+        execute("NextStep-1.1", "a-tag")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x.abc.incomplete").touch()
+    with pytest.raises(error, match=why):
+        execute("NextStep-1.1")

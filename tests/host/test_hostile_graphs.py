@@ -94,10 +94,20 @@ def resumed() -> dict:
     return graph
 
 
+def framed() -> dict:
+    """The frames of a drawing."""
+    graph = text_to_image()
+    graph["frames"] = node(
+        "NextStepDrawingFrames", samples=["sampler", 0], vae=["model", 1], frames=3, hold=1, longest_side=64
+    )
+    graph["save"]["inputs"]["images"] = ["frames", 0]
+    return graph
+
+
 GRAPHS = {
     "text": text_to_image, "edit": edit, "box": lambda: in_one(False), "edit box": lambda: in_one(True),
     "ratio": with_ratio, "batch": batch, "prepared": prepared, "compared": compared, "resumed": resumed,
-    "download": downloaded,
+    "download": downloaded, "frames": framed,
 }  # fmt: skip
 NUMBERS: list[Any] = [None, "4", {}, [], 0, -1, NAN, INF, 1e30, 1e-30, 2**64, 10**5000, torch.tensor(3), False]
 TEXTS: list[Any] = [None, 5, {}, [], b"x", "half \ud800", "x" * 100_000, " " * 11_000_000]
@@ -142,6 +152,7 @@ class FakeVae:
 
 
 VAES: list[Any] = [FakeVae(None), FakeVae(torch.zeros(1, 3)), FakeVae(torch.zeros(1, 16, 3, 3)), FakeVae(PICTURE * NAN)]
+VAES.append(FakeVae(PICTURE.repeat(2, 1, 1, 1)))
 # For each graph: the nodes, inputs and values that are tried there.
 TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
     "text": [
@@ -151,7 +162,7 @@ TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
         ("sampler", "latent", LATENTS), ("sampler", "model", MODELS), ("sampler", "positive", MODELS),
         ("sampler", "negative", MODELS[1:]), ("positive", "prompt", TEXTS), ("positive", "positive_suffix", TEXTS),
         ("positive", "model", MODELS), ("decode", "samples", [*LATENTS[:12], *LATENTS[18::2]]),
-        ("decode", "vae", [*MODELS, *VAES[:2], VAES[3]]),
+        ("decode", "vae", [*MODELS, *VAES[:2], *VAES[3:]]),
         ("model", "model_name", CHOICES), ("model", "dtype", CHOICES), ("model", "quantization", CHOICES),
     ],
     "edit": [
@@ -180,6 +191,11 @@ TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
     "resumed": [("resume", "latent", LATENTS[:12]), ("resume", "filename_prefix", [*WORDS[:6], WORDS[8]])],
     "download": [("download", "checkpoint", NAMES_OF_REPOSITORIES), ("download", "revision", NAMES_OF_REPOSITORIES)],
     "batch": [("both", "first", MODELS), ("both", "second", MODELS)],
+    "frames": [
+        ("frames", "samples", [*LATENTS[:17], *LATENTS[18:], {"samples": LATENT, "nextstep_partial": "x"}]),
+        ("frames", "vae", [*MODELS, *VAES[:2], *VAES[3:]]), ("frames", "frames", NUMBERS),
+        ("frames", "hold", [*NUMBERS[:4], *NUMBERS[5:]]), ("frames", "longest_side", NUMBERS),
+    ],
 }  # fmt: skip
 PLACES = [(name, *place) for name, places in TRIED.items() for place in places]
 NAMES = [f"{name}-{where}-{key}" for name, where, key, _ in PLACES]

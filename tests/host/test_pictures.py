@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_graph import ComfyGraph, node, text_to_image
-from PIL import Image
+from PIL import Image, ImageSequence
 
 PREPARE = {"mode": "crop", "size": "nearest aspect ratio", "base": "256", "width": 64, "height": 64}
 SAMPLER = {"steps": 2, "cfg": 1.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
@@ -253,3 +253,24 @@ def test_a_full_disk_leaves_no_half_a_picture_and_the_pack_loads(graph: ComfyGra
     host.offer_pictures(source)
     assert (target / "picture.png").read_bytes() == bytes(100)
     host.offer_pictures(tmp_path / "not packed")
+
+
+def test_the_frames_of_a_batch_become_an_animation_and_a_video_by_core_nodes(graph: ComfyGraph) -> None:
+    prompt = text_to_image()
+    prompt["latent"]["inputs"]["batch_size"] = 2
+    prompt["frames"] = node(
+        "NextStepDrawingFrames", samples=["sampler", 0], vae=["model", 1], frames=4, hold=2, longest_side=64
+    )
+    prompt["animation"] = node(
+        "SaveAnimatedWEBP",
+        images=["frames", 0], filename_prefix="frames", fps=8.0, lossless=True, quality=80, method="default",
+    )  # fmt: skip
+    prompt["video"] = node("CreateVideo", images=["frames", 0], fps=8.0)
+    prompt["save"] = node("SaveVideo", video=["video", 0], filename_prefix="frames", format="auto", codec="auto")
+    outputs = graph.run(prompt)
+    (animation,), (video,) = graph.saved(outputs, "animation"), graph.saved(outputs, "save")
+    opened = Image.open(animation)
+    assert opened.size == (64, 42), "two of 48x64, reduced to 32x42"
+    shown = [frame.load() and frame.info["duration"] for frame in ImageSequence.Iterator(opened)]
+    assert sum(shown) == 6 * 125, "milliseconds; frames that are alike may be one"
+    assert video.suffix == ".mp4" and video.stat().st_size > 0

@@ -145,20 +145,32 @@ def test_saved_pictures_tell_other_programs_what_made_them(server, workflow, obj
         assert str(server.base) not in str(text), "no folder of the user's is told to those who get the picture"
 
 
-@pytest.mark.parametrize(
-    ("inputs", "sentence"),
-    [
-        ({"filename_prefix": "../out"}, "'../out' is not a name inside ComfyUI's output folder"),
-        ({"info": 3}, "info is 3; connect the output of NextStep Sampler"),
-    ],
-)
-def test_a_picture_that_cannot_be_saved_is_one_sentence(server, workflow, object_info, inputs, sentence: str) -> None:
+def saved_by_us(workflow: dict, object_info: dict, **inputs: object) -> dict:
     prompt = to_prompt(workflow, object_info, **{**SMALL, "seed": 18})
     save = node_of(prompt, "SaveImage")
     plain = {"image": prompt[save]["inputs"]["images"], "filename_prefix": "x", "format": "png", "quality": 90}
     prompt[save] = {"class_type": "NextStepSaveImage", "inputs": plain | inputs}
-    run = server.run(prompt)
-    assert run.ended == "execution_error" and sentence in run.events[-1][1]["exception_message"]
+    return prompt
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"filename_prefix": "../out"}, "'../out' is not a name inside ComfyUI's output folder"),
+        ({"filename_prefix": "/elsewhere/x"}, "is not a name inside ComfyUI's output folder"),
+        ({"filename_prefix": "a\0b"}, "is not a name inside ComfyUI's output folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_it_is_drawn(server, workflow, object_info, inputs, sentence) -> None:
+    answer = server.queue(saved_by_us(workflow, object_info, **inputs), "tests")
+    texts = [error["details"] for node in answer["node_errors"].values() for error in node["errors"]]
+    assert any(sentence in text for text in texts), answer
+
+
+def test_a_picture_with_another_info_is_one_sentence(server, workflow, object_info) -> None:
+    run = server.run(saved_by_us(workflow, object_info, info=3))
+    said = run.events[-1][1]["exception_message"]
+    assert run.ended == "execution_error" and "info is 3; connect the output of NextStep Sampler" in said
 
 
 def test_core_vae_decode_gives_the_same_picture(server, workflow, object_info) -> None:

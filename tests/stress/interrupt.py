@@ -23,6 +23,7 @@ from pathlib import Path
 import websocket
 
 from nextstep_core.loading.locks import held
+from nextstep_core.sentences import Sentence
 from scripts.comfy_server import ComfyServer
 from tests.fake_hub import Hub
 
@@ -121,7 +122,7 @@ def main() -> None:
                 own = folder / "base" / "models" / "nextstep" / "NextStep-1.1" / ".cache" / "huggingface"
                 own.mkdir(parents=True, exist_ok=True)
                 if stage.startswith("waiting"):
-                    with held(own / "nextstep.lock", "held"):
+                    with held(own / "nextstep.lock", Sentence("held")):
                         seconds = measure(server, stage, options.count, moments)
                 else:
                     seconds = measure(server, stage, options.count, moments)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stress.batch import kill_and_compare
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -19,3 +21,10 @@ def test_nothing_is_torn_by_a_kill() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 kills" in done.stdout and "failed: 0" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the command line is killed by a signal")
+def test_a_batch_run_that_is_killed_again_and_again_has_every_picture_once() -> None:
+    met, found = kill_and_compare(pictures=12, kills=3)
+    assert not found and met

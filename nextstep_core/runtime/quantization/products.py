@@ -127,8 +127,10 @@ def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) ->
     plain = _dequantized(format).run(x, weight, scale).float()
     if not plain.isfinite().all():
         raise NextStepError(
-            f"A matrix of the {format.name} weights gives numbers that {str(dtype).removeprefix('torch.')} cannot "
-            "hold. Download or convert the file again, or choose another dtype."
+            "A matrix of the {format} weights gives numbers that {dtype} cannot hold. Download or convert "
+            "the file again, or choose another dtype.",
+            format=format.name,
+            dtype=str(dtype).removeprefix("torch."),
         )
     working: dict[Kernel, float] = {}
     for kernel in candidates(format, weight.device.type):

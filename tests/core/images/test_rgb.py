@@ -57,7 +57,9 @@ def test_other_values_than_fractions_are_refused(image: object, kind: str) -> No
         to_rgb(image)
 
 
-@pytest.mark.parametrize("image", [5, None, [], np.zeros(4), np.array([None]), torch.tensor(1.0)], ids=shown)
+@pytest.mark.parametrize(
+    "image", [5, None, [], np.zeros(4), np.array([None]), torch.tensor(1.0)], ids=lambda value: str(shown(value))
+)
 def test_what_is_no_picture_is_refused(image: object) -> None:
     with pytest.raises(NextStepError, match="An input image is .*expected a picture"):
         to_pixels(image)

@@ -107,6 +107,7 @@ def test_waiting_for_another_download_can_be_given_up(hub: Hub, tmp_path: Path) 
 from pathlib import Path
 from nextstep_core.loading import download as d
 from nextstep_core.loading.locks import held
+from nextstep_core.sentences import Sentence
 
 class Interrupted(Exception): pass
 told = []
@@ -117,7 +118,7 @@ def stop(done, size):
 plan = d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
 own = plan.folder / ".cache" / "huggingface"
 own.mkdir(parents=True)
-with held(own / "nextstep.lock", ""):
+with held(own / "nextstep.lock", Sentence("held")):
     try: d.download(plan, stop)
     except Interrupted: print("gave up")
 """
@@ -160,7 +161,9 @@ plan = d.plan_download("NextStep-1.1", Path({str(tmp_path)!r}))
 print("planned", flush=True)
 input()
 try: d.download(plan, lambda *_: None)
-except NextStepError as error: print(error)
+except NextStepError as error:
+    print(error)
+    print(error.sentence.said(lambda text: text.replace("accept the terms", "ACCEPT")))
 """
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -168,6 +171,7 @@ except NextStepError as error: print(error)
     hub.refusal = 403, "GatedRepo"
     said, _ = process.communicate("\n", timeout=60)
     assert f"{REPO} was not downloaded" in said and "accept the terms" in said and "resumes the download" in said
+    assert "ACCEPT" in said, "what the child says can be said in another language too"
 
 
 def test_without_a_network_nothing_is_fetched_and_the_mirror_is_named(

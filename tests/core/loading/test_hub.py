@@ -69,11 +69,34 @@ def failure(kind: str, status: int | None = None, base: type[Exception] = Except
 def test_what_happened_is_said_in_plain_words(error: Exception, words: str) -> None:
     import re
 
-    assert re.search(words, hub.explain(error))
-    assert "\n" not in hub.explain(error)
+    assert re.search(words, str(hub.explain(error)))
+    assert "\n" not in str(hub.explain(error))
 
 
 def test_the_mirror_is_named_and_used(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    assert "HF_ENDPOINT" in hub.by_hand("a/b", tmp_path)
+    assert "HF_ENDPOINT" in str(hub.by_hand("a/b", tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
-    assert f"https://mirror.example/a/b into {tmp_path}" in hub.by_hand("a/b", tmp_path)
+    assert f"https://mirror.example/a/b into {tmp_path}" in str(hub.by_hand("a/b", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (httpx.ConnectError("no route"), True),
+        (failure("ReadTimeout"), True),
+        (failure("HfHubHTTPError", 503), True),
+        (failure("RepositoryNotFoundError", 404), False),
+        (failure("GatedRepoError", 403), False),
+        (failure("HfHubHTTPError", 401), False),
+        (OSError(errno.ENOSPC, "full"), False),
+    ],
+)
+def test_a_hub_that_did_not_answer_is_told_from_one_that_refused(error: Exception, away: bool) -> None:
+    def call() -> None:
+        raise error
+
+    with pytest.raises(NextStepError) as caught:
+        hub.reach("a/b", call)
+    assert isinstance(caught.value, hub.NotReached) == away
+    if away:
+        assert caught.value.reason and str(caught.value.reason) in str(caught.value)

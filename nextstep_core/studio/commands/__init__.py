@@ -1,0 +1,7 @@
+"""The command line: options to calls of the studio, and what comes of them to the terminal or to JSON."""
+
+from .app import app
+from .draw import batch, edit, generate
+from .files import convert, download
+
+__all__ = ["app", "batch", "convert", "download", "edit", "generate"]

@@ -1,0 +1,82 @@
+"""Files of models: fetching a published one, converting one to a single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ...errors import NextStepError, check_choice
+from ...loading.build import plan_model
+from ...loading.checkpoint import DTYPES
+from ...loading.download import PUBLISHED_CHECKPOINTS, plan_download
+from ...loading.download import download as fetch
+from ...loading.meter import Meter
+from ...loading.single_file import save_model, save_vae
+from ...loading.store import vae_beside
+from ...runtime.quantization import RECIPES
+from ...runtime.shortage import told
+from ...sentences import Sentence
+from .app import Json, Output, command
+from .model import PLAIN, Device, ModelFolder, find_model, model_folders, pick_device
+
+
+@command("download", "nextstep download NextStep-1.1", "nextstep download NextStep-1.1 --dry-run")
+def download(
+    name: Annotated[str, typer.Argument(help=f"A hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}.")],
+    models: ModelFolder = None,
+    revision: Annotated[str, typer.Option("--revision", help="Branch, tag or commit.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a published checkpoint. What was stopped is resumed."""
+    out = Output(as_json)
+    folder = models or next(iter(model_folders(None)), Path("models/nextstep"))
+    plan = plan_download(name, folder, revision)
+    facts = {"folder": str(plan.folder), "bytes": plan.size, "files": len(plan.files)}
+    if dry_run:
+        out.result(facts, plan.describe())
+        return
+    out.remarks.print(plan.describe(), markup=False)
+    meter = Meter()
+    with out.bar("Downloading") as show:
+        fetched = fetch(plan, lambda done, size: show(done / max(1, size), meter.text(done, size)))
+    out.result(facts, str(fetched))
+
+
+@command(
+    "convert",
+    "nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8",
+    "nextstep convert NextStep-1.1 nextstep-vae.safetensors --vae",
+)
+def convert(
+    model: Annotated[str, typer.Argument(help="A model as in --model of the other commands, or a VAE with --vae.")],
+    to: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    models: ModelFolder = None,
+    quantization: Annotated[str, typer.Option("--quantization", help=f"{PLAIN} or {', '.join(RECIPES)}.")] = PLAIN,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of everything that is not quantized.")] = "bf16",
+    vae: Annotated[bool, typer.Option("--vae", help="Write the checkpoint's VAE instead.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a single file, quantized if you like."""
+    out = Output(as_json)
+    check_choice("--quantization", quantization, (PLAIN, *RECIPES))
+    check_choice("--dtype", dtype, DTYPES)
+    if to.suffix != ".safetensors":
+        raise NextStepError("The file to write is {file}; give it a name that ends in .safetensors.", file=to)
+    source, at = find_model(model, models), pick_device(device)
+    with (
+        torch.inference_mode(),
+        told(Sentence("Converting"), at, advice=Sentence("Close other programs.")),
+        out.bar("Converting") as show,
+    ):
+        if vae:
+            is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
+            size = save_vae(source if is_vae else vae_beside(source, None), to, DTYPES[dtype])
+        else:
+            plan = plan_model(source, None if quantization == PLAIN else quantization, at)
+            size = save_model(plan, to, DTYPES[dtype], at, lambda n, all: show(n / all, f"Tensor {n + 1} of {all}"))
+    out.result({"file": str(to), "bytes": size}, f"{to}: {size / 1e9:.2f} GB")

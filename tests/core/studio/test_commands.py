@@ -1,0 +1,162 @@
+"""The command line as a new user tries it: every command once, and with a wrong argument."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from nextstep_core.studio.commands import app
+
+ROOT = Path(__file__).resolve().parents[3]
+GUIDE = {
+    "prompts": ["a red circle", "a blue square"],
+    "settings": {"size": 512, "steps": 20, "guidance": 3.0, "quality": "high"},
+}
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """What a command prints; it must end with this code and without a traceback."""
+    result = CliRunner().invoke(app, list(arguments), env={"NEXTSTEP_MODELS": "", "COLUMNS": "120"})
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return " ".join(result.output.split())
+
+
+def result_of(*arguments: str) -> dict:
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    stated: dict = json.loads(result.stdout)
+    return stated
+
+
+@pytest.mark.parametrize("command", [c.name for c in app.registered_commands])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    assert f"$ nextstep {command}" in run(command, "--help")
+
+
+def test_generate_as_the_guide_writes_it(tmp_path: Path) -> None:
+    told = result_of("generate", "a red circle", "64", "4", "--model", "tiny", "-o", str(tmp_path / "x.png"))
+    assert told["pictures"] == [{"file": str(tmp_path / "x.png"), "seed": 0, "width": 64, "height": 64}]
+    with Image.open(tmp_path / "x.png") as image:
+        assert "Steps: 4," in image.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_several_seeds_and_names_that_are_taken(tmp_path: Path) -> None:
+    arguments = ["generate", "a/b: red?", "--size", "32x48", "--steps", "2", "--model", "tiny", "-o", str(tmp_path)]
+    for _ in range(2):
+        result_of(*arguments, "--seed", "1", "--seed", "2", "--format", "webp")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a-b-red-1-2.webp",
+        "a-b-red-1.webp",
+        "a-b-red-2-2.webp",
+        "a-b-red-2.webp",
+    ]
+
+
+def test_edit(tmp_path: Path) -> None:
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "cup.png")
+    out = str(tmp_path / "blue.jpg")
+    told = result_of(
+        "edit", str(tmp_path / "cup.png"), "Make it blue.", "--size", "32", "--steps", "2", "-m", "tiny", "-o", out
+    )
+    assert told["pictures"][0]["file"] == out and Path(out).exists()
+
+
+def test_the_guides_batch_is_read_unchanged_and_drawn_small(tmp_path: Path) -> None:
+    (tmp_path / "my_batch.json").write_text(json.dumps(GUIDE))
+    arguments = (
+        "batch",
+        str(tmp_path / "my_batch.json"),
+        "-o",
+        str(tmp_path / "out"),
+        "--model",
+        "tiny",
+        "--size",
+        "64",
+    )
+    assert result_of(*arguments)["drawn"] == 2
+    assert result_of(*arguments) | {"seconds": 0} == {
+        "drawn": 0,
+        "kept": 2,
+        "failed": 0,
+        "seconds": 0,
+        "report": str(tmp_path / "out" / "report.html"),
+    }
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_a_shipped_set_is_counted_before_it_is_drawn() -> None:
+    assert result_of("batch", "marketing", "--count-only", "--set", "product=a hat | a cup")["pictures"] == 40
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_by_the_exit_code(tmp_path: Path, monkeypatch) -> None:
+    from nextstep_core import NextStepError
+    from nextstep_core.studio.drawing import PipelineArtist
+
+    def draw(*_: object) -> None:
+        raise NextStepError("It does not work.")
+
+    monkeypatch.setattr(PipelineArtist, "draw", draw)
+    (tmp_path / "p.txt").write_text("a\n")
+    said = run("batch", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "-m", "tiny", "--size", "32", code=3)
+    assert "It does not work." in said
+
+
+def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
+    file = tmp_path / "tiny-int8.safetensors"
+    assert result_of("convert", "tiny", str(file), "--quantization", "int8")["bytes"] == file.stat().st_size
+    result_of("convert", "tiny", str(tmp_path / "vae.safetensors"), "--vae")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "a", "50", "--model", "tiny"], "multiple of 16"),
+        (["generate", "a", "64", "0", "--model", "tiny"], "steps is 0"),
+        (["generate", "a", "--preset", "best", "--model", "tiny"], "draft"),
+        (["generate", "a", "--sampler", "euler", "--model", "tiny"], "flow-ode"),
+        (["generate", "a", "--size", "32", "--model", "nothere"], "nothere"),
+        (["generate", "a", "--size", "32", "--model", "NextStep-1.1"], "nextstep download NextStep-1.1"),
+        (["generate", "a", "--size", "32", "--models", "nothere"], "--model tiny"),
+        (["generate", "a", "--device", "tpu", "--model", "tiny"], "--device is tpu"),
+        (["generate", "a", "--dtype", "fp8", "--model", "tiny"], "--dtype"),
+        (["generate", "a", "--quantization", "int3", "--model", "tiny"], "int8"),
+        (["generate", "a", "--max-memory", "much", "--model", "tiny"], "20GB"),
+        (["generate", "a", "-o", "x.bmp", "--model", "tiny"], ".bmp"),
+        (["generate", "a", "--seed", "-1", "--model", "tiny"], "seed is -1"),
+        (["edit", "nothere.png", "Make it blue.", "--model", "tiny"], "does not exist"),
+        (["edit", __file__, "Make it blue.", "--model", "tiny"], "not a readable picture"),
+        (["batch", "nothere.json"], "does not exist"),
+        (["batch", "brand"], "--output"),
+        (["batch", "brand", "--set", "brand", "--count-only"], "--set"),
+        (["batch", "brand", "--set", "x=y", "--count-only"], "brand, style"),
+        (["batch", "brand", "--together", "0", "--count-only"], "together is 0"),
+        (["batch", "brand", "--names", "../{name}", "--count-only"], "no pattern"),
+        (["convert", "tiny", "x.bin"], ".safetensors"),
+        (["convert", "tiny", "x.safetensors", "--quantization", "int3"], "int8"),
+        (["download", "../x"], "x"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(arguments: list[str], said: str) -> None:
+    assert said in run(*arguments, code=1)
+
+
+def test_a_wrong_argument_as_json() -> None:
+    assert "steps is 0" in json.loads(run("generate", "a", "64", "0", "-m", "tiny", "--json", code=1))["error"]
+
+
+@pytest.mark.parametrize("arguments", [["paint"], ["generate"], ["generate", "a", "64", "many"]])
+def test_a_wrong_command_line(arguments: list[str]) -> None:
+    run(*arguments, code=2)
+
+
+def test_without_typer_the_one_line_that_installs_it() -> None:
+    code = "import sys, runpy; sys.modules['typer'] = None; runpy.run_module('nextstep_core', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'pip install "typer' in done.stderr and "Traceback" not in done.stderr
