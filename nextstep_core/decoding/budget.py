@@ -138,6 +138,13 @@ class Budget:
 
 
 def model_bytes(model: NextStepModel) -> int:
-    """Bytes of a model's weights, also of those that a CPU has in a layout of its own."""
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
-    return sum(weight.nbytes for weight in model.parameters()) + packed * torch.float32.itemsize
+    """Bytes of a model's weights."""
+    return sum(tensor_bytes(model).values())
+
+
+def tensor_bytes(model: NextStepModel) -> dict[str, int]:
+    """Bytes of each of a model's weights, also of those that a CPU has in a layout of its own."""
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    own = {f"{name}.weight": layer.in_features * layer.out_features for name, layer in packed.items()}
+    sizes = {name: weight.nbytes for name, weight in model.named_parameters()}
+    return sizes | {name: numbers * torch.float32.itemsize for name, numbers in own.items()}

@@ -17,14 +17,15 @@ BANDWIDTH_RUNS = 8
 
 def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
     """Seconds that `function` takes until the device is done, and what it returned."""
-    _wait(device)
+    wait(device)
     started = time.perf_counter()
     result = function()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - started, result
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a device has done all that it was told."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -37,12 +38,12 @@ class Bandwidth:
     method: str
 
 
-def bandwidth(device: torch.device) -> Bandwidth:
-    """The fastest of a few plain ways to go through memory, with torch's present number of CPU threads.
+def bandwidth(device: torch.device, size: int = BUFFER_BYTES) -> Bandwidth:
+    """The fastest of a few plain ways to go through `size` bytes, with torch's present number of CPU threads.
 
     A CPU's copy is left out: whether its target is read before it is written depends on the processor.
     """
-    side = int((BUFFER_BYTES // 4) ** 0.5)
+    side = int((size // 4) ** 0.5)
     buffer = torch.ones(side, side, device=device)
     if device.type == "cpu":
         vector = torch.ones(side)

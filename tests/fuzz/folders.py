@@ -6,14 +6,18 @@ import os
 from pathlib import Path
 from random import Random
 
+import torch
+
 from nextstep_core import NextStepError
 from nextstep_core.loading.build import find_vae, plan_model
 from nextstep_core.loading.catalog import fingerprint, models, vae_of, vaes
+from nextstep_core.studio.doctor import doctor
 
 from . import good
 from .case import Case
 from .json_mutation import mutated
 
+CPU = torch.device("cpu")
 NAMES = (
     b"config.json", b"config.json", b"config.json", b"model.safetensors", b"model.safetensors.index.json",
     b"x.safetensors", b"x.gguf", b"checkpoint.pt", b"vae", b"tokenizer.json", b"generation_config.json", b"snapshots",
@@ -38,6 +42,7 @@ FILES = tuple(path for path in good.CHECKPOINT.rglob("*") if path.is_file())
 
 def warm_up() -> None:
     models([good.CHECKPOINT.parent])
+    doctor([good.CHECKPOINT.parent], device=CPU)
 
 
 def case(rng: Random) -> Case:
@@ -65,6 +70,9 @@ def case(rng: Random) -> Case:
                 except NextStepError as error:
                     if "\n" in str(error):
                         raise AssertionError(f"two lines: {error}") from None
+        for finding in doctor([folder], [folder], device=CPU):
+            if "\n" in f"{finding.what}{finding.remedy}":
+                raise AssertionError(f"two lines: {finding}")
 
     return Case("; ".join(f"{name[:20]!r} {make.__name__}" for _, name, make in plan[:5]), attempt)
 
