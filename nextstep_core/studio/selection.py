@@ -13,17 +13,20 @@ from ..decoding.pruning import DRAWN, Pruning
 from ..errors import NextStepError, shown
 from ..ranges import Range
 from ..sampling.settings import SEED
+from ..sentences import Sentence
 from .quality import measure_quality
 
 THRESHOLD = Range("threshold", 0.0, 1.0)
 ATTEMPTS = Range("attempts", 1, 100)
 CANDIDATES = Range("candidates", 1, 64)
-KEPT = Range("The share of the candidates that goes on", 0.01, 1.0)
+KEPT = Range(Sentence("The share of the candidates that goes on"), 0.01, 1.0)
 
 # Pictures (B, H, W, 3) in [0, 1], whole ones or their upper parts, to a number for each; more is better.
 Score: TypeAlias = Callable[[Tensor], Sequence[float]]
 
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that no seed comes twice; the golden ratio's, so that they lie far apart
+
+EXACT = 2**53  # above it, a browser's numbers are not exact, so a seed that is read off a node would be another
+SEED_STEP = 5566755282872655  # odd, so that no seed comes twice; the golden ratio's share, so that they lie far apart
 
 
 def total_quality(pictures: Tensor) -> list[float]:
@@ -32,8 +35,12 @@ def total_quality(pictures: Tensor) -> list[float]:
 
 
 def seed_of(seed: int, attempt: int) -> int:
-    """The seed of an attempt, from 0 on: the first is `seed` itself, and the same follow whenever it is asked."""
-    return (SEED.check(seed) + attempt * _SEED_STEP) % (SEED.maximum + 1)
+    """The seed of an attempt, from 0 on: the first is `seed` itself, and the same follow whenever it is asked.
+
+    Seeds next to each other share no attempts, since they are what people try one after another.
+    """
+    within = EXACT if SEED.check(seed) < EXACT else SEED.maximum + 1
+    return (seed + attempt * SEED_STEP) % within
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,15 @@ def _scores(score: Score, pictures: Tensor) -> list[float]:
     try:
         values = [float(value) for value in given]
     except (TypeError, ValueError, OverflowError):
-        raise NextStepError(f"The score gave {shown(given)}; it must give a number for each picture.") from None
+        raise NextStepError(
+            "The score gave {value}; it must give a number for each picture.", value=shown(given)
+        ) from None
     if len(values) != len(pictures):
-        raise NextStepError(f"The score gave {len(values)} numbers for {len(pictures)} picture(s). Give one for each.")
+        raise NextStepError(
+            "The score gave {count} numbers for {pictures} picture(s). Give one for each.",
+            count=len(values),
+            pictures=len(pictures),
+        )
     if not all(map(math.isfinite, values)):
         raise NextStepError("The score gave NaN or infinity; it must give a number for each picture.")
     return values
