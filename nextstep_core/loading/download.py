@@ -1,6 +1,6 @@
 """Fetch a published checkpoint into a folder, when somebody asks for it.
 
-    python -m nextstep_core.loading.download NextStep-1.1 --to ComfyUI/models/nextstep
+    nextstep download NextStep-1.1 --models ComfyUI/models/nextstep
 
 huggingface_hub does the transfer in a process of its own, which is killed when the caller raises: so Interrupt works at
 once, and what is on disk is resumed the next time. Its settings (HF_HOME, HF_ENDPOINT, tokens, offline mode) hold.
@@ -8,7 +8,6 @@ once, and what is on disk is resumed the next time. Its settings (HF_HOME, HF_EN
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import hashlib
 import json
@@ -34,7 +33,6 @@ from ..runtime.interrupt import Check, go_on
 from ..sentences import Sentence
 from .hub import check_form, reach, refusal
 from .locks import held
-from .meter import Meter
 from .store import HUB_FILES
 from .transfer import SUFFIX, UNFINISHED, fetch_file
 
@@ -335,29 +333,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _show(done: int, size: int, meter: Meter) -> None:
-    print(f"\r{meter.text(done, size):<60}", end="", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", help=f"a hub id, or one of {', '.join(PUBLISHED_CHECKPOINTS)}")
-    parser.add_argument("--to", type=Path, default=Path("models/nextstep"), help="folder that holds your models")
-    parser.add_argument("--revision", default=NEWEST, help="branch, tag or commit")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and stop")
-    parser.add_argument("--fetch", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.fetch:
-        _fetch(json.loads(sys.stdin.readline()))
-        return
-    try:
-        plan = plan_download(str(options.name), options.to, options.revision)
-        print(plan.describe())
-        if not options.dry_run:
-            print(f"\nDone: {download(plan, partial(_show, meter=Meter()))}")
-    except NextStepError as error:
-        sys.exit(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--fetch"]:  # a child of ours
+        _fetch(json.loads(sys.stdin.readline()))
+    else:
+        sys.exit("This command is now: nextstep download, or python -m nextstep_core download, with --models for --to.")

@@ -1,14 +1,13 @@
 """One `.safetensors` file that holds a checkpoint whole: weights in any format, config and tokenizer in its metadata.
 
-    python -m nextstep_core.loading.single_file NextStep-1.1 --to nextstep-1.1-int8.safetensors --quantization int8
-    python -m nextstep_core.loading.single_file NextStep-1.1 --vae --to nextstep-vae.safetensors
+    nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8
+    nextstep convert NextStep-1.1 nextstep-vae.safetensors --vae
 
 Tensors are converted and written one at a time, so a checkpoint of any size needs the memory of its largest matrix.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import glob
 import json
@@ -26,15 +25,12 @@ from torch import Tensor
 
 from ..errors import NextStepError, not_written, shown
 from ..runtime.interrupt import Check, go_on
-from ..runtime.quantization import RECIPES
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
-from ..runtime.shortage import told
 from ..sentences import Sentence
-from .build import ModelPlan, find_vae, load_vae_state, plan_model
+from .build import ModelPlan, find_vae, load_vae_state
 from .checkpoint import DTYPES, read_tensors
 from .documents import CARRIED, CONFIG, IN_LAYOUT, MARK, NAME, QUANTIZATION, VERSION
 from .locks import held
-from .store import resolve_source, vae_beside
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -193,37 +189,5 @@ def empty_like(plan: ModelPlan, dtype: torch.dtype) -> dict[str, Tensor]:
     return empty | {name: t if name in stored else t.to(dtype) for name, t in state.items()}
 
 
-def _show(done: int, total: int) -> None:
-    print(f"\r{done + 1} of {total} tensors", end="", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="a checkpoint folder, a hub id that is in the cache, or its VAE with --vae")
-    parser.add_argument("--to", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--quantization", choices=RECIPES, help="default: none")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of everything that is not quantized")
-    parser.add_argument("--vae", action="store_true", help="write the checkpoint's VAE instead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to quantize")
-    options = parser.parse_args()
-    try:
-        if options.to.suffix != ".safetensors":
-            raise NextStepError("--to is {name}; give it a name that ends in .safetensors.", name=options.to)
-        source = resolve_source(options.source)
-        with (
-            torch.inference_mode(),
-            told(Sentence("Converting"), torch.device(options.device), advice=Sentence("Close other programs.")),
-        ):
-            if options.vae:
-                is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
-                size = save_vae(source if is_vae else vae_beside(source, None), options.to, DTYPES[options.dtype])
-            else:
-                plan = plan_model(source, options.quantization, options.device)
-                size = save_model(plan, options.to, DTYPES[options.dtype], options.device, _show)
-    except NextStepError as error:
-        sys.exit(str(error))
-    print(f"\n{options.to}: {size / 1e9:.2f} GB")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit("This command is now: nextstep convert, or python -m nextstep_core convert, without --to.")

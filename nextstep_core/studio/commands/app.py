@@ -56,7 +56,8 @@ class Output:
     def bar(self, what: str) -> Iterator[Callable[[float, str], None]]:
         """A progress bar; call with the share that is done and a few words."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.remarks, transient=True) as progress:
+        console = self.remarks
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=1.0)
 
             def show(share: float, words: str) -> None:
@@ -109,4 +110,4 @@ def main(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what is logged.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")

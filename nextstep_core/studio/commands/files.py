@@ -39,7 +39,10 @@ def download(
     if dry_run:
         out.result(facts, plan.describe())
         return
-    out.remarks.print(plan.describe(), markup=False)
+    if as_json:
+        out.remarks.print(plan.describe(), markup=False, soft_wrap=True)
+    else:
+        print(plan.describe())
     meter = Meter()
     with out.bar("Downloading") as show:
         fetched = fetch(plan, lambda done, size: show(done / max(1, size), meter.text(done, size)))

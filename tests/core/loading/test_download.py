@@ -30,7 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 def run(target: Path, *options: str) -> subprocess.CompletedProcess:
     """The command line, as its own process: huggingface_hub reads its settings when it is imported."""
-    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(target), *options]
+    command = [sys.executable, "-m", "nextstep_core", "download", "NextStep-1.1", "--models", str(target), *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -55,7 +55,7 @@ def test_a_dry_run_says_the_size_and_fetches_nothing(hub: Hub, tmp_path: Path) -
 
 def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
     hub.pause = 0.2
-    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    command = [sys.executable, "-m", "nextstep_core", "download", "NextStep-1.1", "--models", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while hub.bytes_sent < 500_000 and time.monotonic() < deadline:
@@ -92,7 +92,7 @@ def test_a_small_file_of_the_right_size_is_not_enough(hub: Hub, tmp_path: Path) 
 
 def test_two_at_once_both_end_well_and_fetch_once(hub: Hub, tmp_path: Path) -> None:
     hub.pause = 0.1
-    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    command = [sys.executable, "-m", "nextstep_core", "download", "NextStep-1.1", "--models", str(tmp_path)]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=120)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
@@ -128,7 +128,7 @@ with held(own / "nextstep.lock", Sentence("held")):
 
 
 def test_what_cannot_be_had_is_one_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "nextstep_core.loading.download", "--to", str(tmp_path)]
+    command = [sys.executable, "-m", "nextstep_core", "download", "--models", str(tmp_path)]
     unknown = subprocess.run([*command, "someone/else"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "someone/else" in unknown.stderr and "no such repository" in unknown.stderr
     assert len(unknown.stderr.splitlines()) == 1
@@ -190,7 +190,7 @@ def test_an_interrupted_file_goes_on_within_it_and_comes_out_the_same(hub: Hub, 
     weights = "model-00001-of-00002.safetensors"
     hub.files[weights] = random.Random(0).randbytes(30_000_000)  # the transfer is written in blocks of 10 MB
     hub.pause = 0.005
-    command = [sys.executable, "-m", "nextstep_core.loading.download", "NextStep-1.1", "--to", str(tmp_path)]
+    command = [sys.executable, "-m", "nextstep_core", "download", "NextStep-1.1", "--models", str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and hub.bytes_sent < 24_000_000:

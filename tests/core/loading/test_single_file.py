@@ -188,18 +188,18 @@ def test_a_vae_file_is_its_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "nextstep_core.loading.single_file", "tiny", "--device", "cpu"]
+        command = [sys.executable, "-m", "nextstep_core", "convert", "tiny", "--device", "cpu"]
         return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
 
     model, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
-    done = run("--to", model, "--quantization", "int4", "--dtype", "fp16")
+    done = run(model, "--quantization", "int4", "--dtype", "fp16")
     assert done.returncode == 0 and str(model) in done.stdout, done.stderr
     assert find_documents(model).quantization == "int4"
-    assert run("--to", vae, "--vae").returncode == 0
+    assert run(vae, "--vae").returncode == 0
     assert {t.dtype for t in load_file(vae).values()} == {torch.bfloat16}
     drawn = NextStepPipeline.from_pretrained(model, vae=vae, dtype=torch.float32)
     assert drawn.generate("a red circle", height=32, width=32, steps=2).images.shape == (1, 32, 32, 3)
-    wrong = run("--to", tmp_path / "model.bin")
+    wrong = run(tmp_path / "model.bin")
     assert wrong.returncode != 0 and "model.bin" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
