@@ -9,7 +9,8 @@ import torch
 from benchmarks import quality as benchmark
 from nextstep_core import NextStepError
 from nextstep_core.decoding.pruning import Pruning
-from nextstep_core.studio.selection import best_of, quality_gate, seed_of, total_quality
+from nextstep_core.studio.quality import measure_quality
+from nextstep_core.studio.selection import agreement, best_of, quality_gate, seed_of
 
 OPTIONS = {"height": 48, "width": 48, "steps": 2, "sampler": "flow-ode", "cfg": 2.0}
 
@@ -121,10 +122,23 @@ def test_one_candidate_is_the_picture_itself(pipeline) -> None:
     assert torch.equal(kept.picture, pipeline.generate("a red circle", seed=9, **OPTIONS).images[0])
 
 
-def test_quality_is_the_score_where_none_is_named() -> None:
-    pictures = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1))
-    kept = best_of(lambda seeds, prune: pictures, candidates=2, kept=1)
-    assert [one.score for one in kept.candidates] == total_quality(pictures)
+def test_quality_is_the_score_of_the_gate_where_none_is_named() -> None:
+    picture = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1))
+    assert quality_gate(lambda seed: picture).kept.score == measure_quality(picture).total
+
+
+def test_the_one_that_agrees_with_the_others_is_the_best_where_no_score_is_named() -> None:
+    """By hand: three show more or less red on blue, one on green. Cells of a quarter of each channel."""
+    blue, green = torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.1, 0.9, 0.2])
+    pictures = torch.stack([blue, blue, green, blue]).reshape(4, 1, 1, 3).repeat(1, 16, 16, 1)
+    for number, rows in enumerate((4, 5, 4, 8)):
+        pictures[number, :rows] = torch.tensor([0.9, 0.1, 0.1])
+    alike = agreement(pictures)
+    halfway = [(12 + 15) / 32, (13 + 15) / 32, 4 / 16, (12 + 13) / 32]  # of what each shares with all four, itself too
+    assert alike == pytest.approx(halfway)
+    kept = best_of(lambda seeds, prune: pictures, candidates=4, kept=1)
+    assert kept.chosen == 1 and [one.score for one in kept.candidates] == alike
+    assert agreement(pictures[:1]) == [1.0]
 
 
 @pytest.mark.parametrize(
