@@ -101,13 +101,13 @@ def _attempt(request: dict[str, Any]) -> Attempt:
 def _pictures(rng: Random) -> dict[str, Any]:
     """Slots and what is to fill them, which may be as many."""
     slots = rng.choice((0, 1, 1, 1, 2, 3))
-    images = [_picture(rng) for _ in range(rng.choice((slots, slots, slots, slots + 1)))]
+    images = [any_picture(rng) for _ in range(rng.choice((slots, slots, slots, slots + 1)))]
     given: Any = rng.choice((images, images, tuple(images), images[0] if len(images) == 1 else images))
     words = rng.choice(("x", "x", "x<|image_placeholder|>", "<|image_area|>2*2"))
     return {"prompt": "<image>" * slots + words, "images": rng.choice((given, given, given, given, rng.choice(NONE)))}
 
 
-def _picture(rng: Random) -> Any:
+def any_picture(rng: Random) -> Any:
     shape = [
         rng.choice((16, 32, 48, 32, 32, 0, 1, 17, 4112)),
         rng.choice((16, 32, 48, 1)),
