@@ -21,6 +21,7 @@ from .prompts import NextStepEditEncode, NextStepPromptBatch, NextStepTextEncode
 from .resume import NextStepResume
 from .sampler import NextStepSampler
 from .saving import NextStepSaveImage
+from .selection import NextStepBestOfN, NextStepQualityGate, NextStepQualityScore
 from .studio import NextStepBatchStudio, offer_reports
 
 NODES: list[type[io.ComfyNode]] = [
@@ -48,6 +49,9 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepPromptList,
     NextStepPromptTemplate,
     NextStepBatchStudio,
+    NextStepQualityScore,
+    NextStepQualityGate,
+    NextStepBestOfN,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

@@ -43,10 +43,11 @@ class Drawing:
         negative, chosen = encode_prompt(model, negative_prompt), settings_for(model, editing, **settings)
         return cls(model, vae, negative, SEED.check(seed), chosen)
 
-    def draw(self, positive: PromptValue, latent: dict[str, Any]) -> io.NodeOutput:
-        """Sample and decode; (image, latent, info)."""
+    def draw(self, positive: PromptValue, latent: dict[str, Any], preset: str) -> io.NodeOutput:
+        """Sample and decode; (image, latent, info). `preset` says what one put in the place of widgets, which still
+        show their own."""
         with torch.inference_mode(), host.memory_told(Sentence("Drawing")):
-            samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings)
+            samples = sample(self.model, positive, self.negative, latent, self.seed, self.settings, remark=preset)
         info = info_of(self.model, positive, self.negative, self.settings, self.seed, samples)
         return io.NodeOutput(decode_latent(self.vae, samples), samples, info)
 
@@ -98,10 +99,12 @@ class NextStepTextToImage(DrawingNode):
         **settings: Any,
     ) -> io.NodeOutput:
         check_sockets(model=model)
-        width, height, negative_prompt, settings = applied(model, preset, width, height, negative_prompt, settings)
+        width, height, negative_prompt, settings, told = applied(
+            model, preset, width, height, negative_prompt, settings
+        )
         drawing = Drawing.checked(model, vae, negative_prompt, seed, False, settings)
         host.note_in_picture(cls, model.facts)
-        return drawing.draw(encode_prompt(model, prompt), empty_latent(width, height, batch_size))
+        return drawing.draw(encode_prompt(model, prompt), empty_latent(width, height, batch_size), told)
 
 
 class NextStepImageEdit(DrawingNode):
@@ -151,7 +154,9 @@ class NextStepImageEdit(DrawingNode):
         **settings: Any,
     ) -> io.NodeOutput:
         check_sockets(model=model)
-        width, height, negative_prompt, settings = applied(model, preset, width, height, negative_prompt, settings)
+        width, height, negative_prompt, settings, told = applied(
+            model, preset, width, height, negative_prompt, settings
+        )
         drawing = Drawing.checked(model, vae, negative_prompt, seed, True, settings)
         host.note_in_picture(cls, model.facts)
-        return drawing.draw(*encode_edit(model, vae, image, instruction, size, width, height))
+        return drawing.draw(*encode_edit(model, vae, image, instruction, size, width, height), told)

@@ -46,15 +46,17 @@ def resolved(model: HostModel, name: str) -> tuple[Preset, GenerationSettings]:
 
 def applied(
     model: HostModel, name: str, width: int, height: int, negative_prompt: str, settings: dict[str, Any]
-) -> tuple[int, int, str, dict[str, Any]]:
-    """(width, height, negative prompt, settings) of a node's widgets under the preset that it names."""
+) -> tuple[int, int, str, dict[str, Any], str]:
+    """(width, height, negative prompt, settings) of a node's widgets under the preset that it names, and in words what
+    it put in their place."""
     if name == OFF:
-        return width, height, negative_prompt, settings
+        return width, height, negative_prompt, settings, ""
     preset, chosen = resolved(model, name)
     numbers = {"steps": chosen.steps, "cfg": chosen.cfg, "shift": chosen.shift}
     if "cfg_img" in settings:
         numbers["cfg_img"] = chosen.cfg_img
-    return preset.width, preset.height, negative_prompt or preset.negative_prompt, settings | numbers
+    negative_prompt = negative_prompt or preset.negative_prompt
+    return preset.width, preset.height, negative_prompt, settings | numbers, in_words(preset, chosen)
 
 
 def in_words(preset: Preset, chosen: GenerationSettings) -> str:

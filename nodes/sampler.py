@@ -139,12 +139,13 @@ def sample(
     seed: int,
     settings: GenerationSettings,
     on_interrupt: str = DISCARD,
+    remark: str = "",
 ) -> dict[str, Any]:
     """Draw a LATENT's pictures; the result holds what the VAE decoder takes.
 
     A noise mask keeps what it does not cover. Interrupt stops within one token; with KEEP_PARTIAL the result is then
     what is done so far, with a mask over the rest, and sampling that with the same seed and settings finishes the
-    picture.
+    picture. `remark` stays on the node, under what the run came to.
     """
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP_PARTIAL))
     job = make_job(model, positive, negative, latent, seed, settings)
@@ -172,7 +173,7 @@ def sample(
     warning = unsuited(model, positive.editing)
     if warning:
         log.warning("NextStep: %s", warning)
-    host.show_text("\n".join(filter(None, (finished_text(job, seconds), warning))))
+    host.show_text("\n".join(filter(None, (finished_text(job, seconds), remark, warning))))
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
     if PARTIAL in finished:
         finished["noise_mask"] = finished.pop(PARTIAL)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..images.rgb import ImageInput, picture_size, to_pixels
 from ..ranges import Range
+from ..sentences import Sentence
 
-SIDE = Range("The side of a picture that is scored", 16, 16384)
+SIDE = Range(Sentence("The side of a picture that is scored"), 16, 16384)
 WEIGHTS = {"sharpness": 0.3, "color_diversity": 0.2, "composition_balance": 0.3, "artifact_score": 0.2}
 
 LEVELS = 255  # of a channel as files hold it

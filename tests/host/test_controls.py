@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -476,6 +477,23 @@ def test_a_preset_is_shown_and_goes_where_it_is_linked(kit, graph: ComfyGraph, m
     presets.NextStepPreset.execute(kit.model, "premium")
     assert "1024x1024 was not part of the training" in said[-1]
     assert "'x'; choose one of draft" in presets.NextStepPreset.validate_inputs("x")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("preset", "shown"), [("draft", "20 steps, cfg 6, shift 1"), ("off", None)])
+def test_a_box_tells_at_the_end_what_its_preset_put_in_the_place_of_widgets(
+    kit, graph: ComfyGraph, monkeypatch, preset: str, shown: str | None
+) -> None:
+    presets, said = graph.pack("nodes.presets"), []
+    small = replace(presets.find_preset("draft", presets.preset_file()), width=64, height=48)
+    monkeypatch.setattr(presets, "find_preset", lambda *_: small)
+    monkeypatch.setattr(kit.host, "show_text", said.append)
+    widgets = {"cfg_schedule": "constant", "sampler": "auto", "use_norm": "auto"}
+    arguments = kit.model, kit.vae, "a red circle", "", 64, 64, 1, 3
+    kit.boxes.NextStepTextToImage.execute(*arguments, preset=preset, **widgets, steps=2, cfg=2.0, shift=1.0)
+    tokens, *rest = said[-1].split("\n")
+    assert " tokens in " in tokens
+    assert rest == ([f"64x48, {shown}"] if shown else [])
 
 
 @torch.inference_mode()

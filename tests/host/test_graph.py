@@ -250,7 +250,7 @@ def test_dropdown_names_every_layout(graph: ComfyGraph, golden: Path, tmp_path: 
 def test_an_empty_model_folder_says_what_to_do(graph: ComfyGraph, tmp_path: Path, monkeypatch) -> None:
     catalog, loaders = graph.pack("nodes.catalog"), graph.pack("nodes.loaders")
     monkeypatch.setattr(graph.pack("nodes.host"), "model_roots", lambda: [tmp_path])
-    monkeypatch.setattr(catalog, "ASSETS", tmp_path)
+    monkeypatch.setattr(graph.pack("nextstep_core.loading.store"), "ASSETS", tmp_path)
     options = loaders.NextStepModelLoader.define_schema().inputs[0].options
     assert options[0] == catalog.NOTHING_FOUND, "a new node starts with no download"
     message = loaders.NextStepModelLoader.validate_inputs(options[0])

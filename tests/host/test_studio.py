@@ -152,3 +152,70 @@ def server_status(address: str) -> int:
             return answer.status
     except HTTPError as error:
         return error.code
+
+
+def selecting(kind: str, **widgets: object) -> dict:
+    """A graph of a node that draws several times, on the embedded model."""
+    settings = {"steps": 4, "cfg": 3.0, "cfg_schedule": "constant", "shift": 1.0, "sampler": "auto", "use_norm": "auto"}
+    sockets = {
+        "model": ["model", 0],
+        "vae": ["model", 1],
+        "positive": ["prompt", 0],
+        "latent": ["latent", 0],
+        "seed": 1,
+    }
+    return {
+        "model": node("NextStepModelLoader", model_name=EMBEDDED, dtype="fp32"),
+        "prompt": node("NextStepTextEncode", model=["model", 0], prompt="a red circle"),
+        "latent": node("NextStepEmptyLatent", width=64, height=64, batch_size=1),
+        "select": node(kind, **({"seed": 1} | sockets | settings | widgets)),
+    }
+
+
+def test_the_gate_stops_at_the_first_that_is_good_enough_or_keeps_the_best(graph: ComfyGraph) -> None:
+    widgets = {"threshold": 0.0, "attempts": 3, "score": "total"}
+    assert graph.value(selecting("NextStepQualityGate", **widgets), "select", 3).startswith("kept seed 1: ")
+    prompt = selecting("NextStepQualityGate", **(widgets | {"threshold": 1.0}))
+    told = graph.value(prompt, "select", 3)
+    assert told.startswith("none passed; kept seed ") and told.count("seed ") == 3
+    best = graph.value(prompt, "select", 1)
+    assert (
+        best == max(float(part.split(": ")[1].split(".")[0] + "." + part.split(".")[1][:2]) for part in [told])
+        or best > 0
+    )
+
+
+def test_the_best_of_several_is_what_its_seed_draws_alone(graph: ComfyGraph) -> None:
+    prompt = selecting("NextStepBestOfN", candidates=4, drop_early=True, score="sharpness")
+    told, seed = graph.value(prompt, "select", 3), graph.value(prompt, "select", 2)
+    assert told.count("dropped at") == 2 and told.count("seed ") == 4
+    picture = graph.value(prompt, "select", 0)
+    alone = selecting("NextStepQualityGate", threshold=0.0, attempts=1, score="total", seed=seed)
+    assert (graph.value(alone, "select", 0) - picture).abs().max() <= 1 / 255
+
+
+def test_scores_of_a_batch(graph: ComfyGraph) -> None:
+    graph.pack("nodes.selection")
+    pictures = {"give": node("EmptyImage", width=32, height=32, batch_size=2, color=0x808080)}
+    told = graph.value(pictures | {"score": node("NextStepQualityScore", image=["give", 0])}, "score", 1)
+    assert len(told.splitlines()) == 2 and "total 0." in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "widgets", "said"),
+    [
+        ("NextStepQualityGate", {"threshold": 0.5, "attempts": 2, "score": "total", "latent": ["masked", 0]}, "mask"),
+        (
+            "NextStepBestOfN",
+            {"candidates": 2, "drop_early": True, "score": "total", "positive": ["two", 0]},
+            "2 prompts",
+        ),
+    ],
+)
+def test_what_such_a_node_does_not_draw(graph: ComfyGraph, kind: str, widgets: dict, said: str) -> None:
+    prompt = selecting(kind, **({"score": "total"} | widgets))
+    prompt["two"] = node("NextStepPromptBatch", first=["prompt", 0], second=["prompt", 0])
+    prompt["mask"] = node("SolidMask", value=1.0, width=64, height=64)
+    prompt["masked"] = node("SetLatentNoiseMask", samples=["latent", 0], mask=["mask", 0])
+    ending, message = graph.ending(prompt | {"show": node("PreviewAny", source=["select", 3])})
+    assert ending not in ("done", "refused") and said in message

@@ -2,8 +2,9 @@
 
     python -m tests.stress.batch --pictures 60 --kills 10
 
-A kill is SIGKILL, at a moment drawn evenly from the time that the whole run takes. At the end there must be exactly the
-pictures of the undisturbed run, each within 1/255 of it, none drawn twice after it was written down, and no more files.
+A kill is SIGKILL, at a random moment, such that the run comes a little further each time. At the end there must be
+exactly the pictures of the undisturbed run, each within 1/255 of it, none drawn twice after it was written down, and no
+more files.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def kill_and_compare(pictures: int, kills: int, seed: int = 0) -> tuple[int, lis
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job, alone, killed = write_job(folder, pictures), folder / "alone", folder / "killed"
-        seconds = finish(job, alone)
-        met = sum(kill_after(job, killed, moments.uniform(0, seconds)) for _ in range(kills))
+        whole = finish(job, alone)
+        idle = finish(job, alone)  # with nothing to draw
+        latest = idle + 1.5 * (whole - idle) / kills
+        met = sum(kill_after(job, killed, moments.uniform(0, latest)) for _ in range(kills))
         finish(job, killed)
         return met, faults(alone, killed)
 

@@ -3,5 +3,6 @@
 from .app import app
 from .draw import batch, edit, generate
 from .files import convert, download
+from .machine import bench, doctor, status, test
 
-__all__ = ["app", "batch", "convert", "download", "edit", "generate"]
+__all__ = ["app", "batch", "bench", "convert", "doctor", "download", "edit", "generate", "status", "test"]
