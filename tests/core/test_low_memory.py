@@ -51,6 +51,18 @@ def test_the_picture_is_the_same_and_never_takes_more_than_was_allowed() -> None
     assert held[0] == model_bytes(pipe.engine.model) > held[1] > held[2]
 
 
+def test_without_a_limit_a_card_that_tells_what_is_free_is_not_overfilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of 20 MB, some of which others hold."""
+    plain = load().generate("a red circle", **DRAWN).images
+    with WeighedMPS() as card:
+        monkeypatch.setattr(budgets, "room_bytes", lambda device: 20 * MB - card.bytes)
+        pipe = load(device=MPS)
+        for _ in range(2):
+            drawn = pipe.generate("a red circle", **DRAWN).images
+        assert 0 < held_bytes(pipe.engine.model, MPS) < model_bytes(pipe.engine.model)
+    assert card.peak <= 20 * MB and (drawn - plain).abs().max() <= 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [30 * MB, 17 * MB])
 def test_batches_edits_and_stored_weights_keep_to_it_too(limit: int) -> None:

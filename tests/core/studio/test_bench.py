@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
 def test_every_part_is_timed_by_itself(pipeline, clock: dict[str, int]) -> None:
     """Six tokens: the first is sampled after the prompt, the others after one more pass of the transformer."""
-    found = bench(pipeline, "tiny-a", runs=2, warm_up=1, load=5.0, **SMALL)
+    found = bench(pipeline, "tiny-a", prompts=["A"], runs=2, warm_up=1, load=5.0, **SMALL)
     assert found.tokens == 6 and clock == {"prompt": 3, "feed": 15, "head": 18, "vae": 3}, "prompts are read anew"
     assert found.token == Spread(5.0, 5.0, 5.0) and found.vae.median == 11.0 and found.load == 5.0
     assert found.prompt.median == 7.0 + 3.0 - 5.0, "until the first token, less one token's time"
