@@ -15,6 +15,9 @@ from pathlib import Path
 class NextStepError(ValueError):
     """Something about a checkpoint, a prompt or a setting is wrong; the message says what and what to do."""
 
+    def __init__(self, template: str = "", **values: object) -> None:
+        super().__init__(template.format(**values) if values else template)
+
 
 class OutOfMemory(NextStepError):
     """Even the smallest piece of the work does not fit into memory."""
