@@ -24,7 +24,7 @@ import websocket
 from PIL import Image
 
 from scripts.comfy_server import NO_HOST, ComfyServer, find_comfyui, make_base, running_server
-from scripts.workflows import ALL, ON_EMBEDDED, read_workflow, to_prompt
+from scripts.workflows import ALL, FIRST_RUN, ON_EMBEDDED, read_workflow, to_prompt
 
 from .case import name_of
 from .outcome import BAD, DEATH, FINE, HANG, OWN, RAW, Outcome
@@ -45,8 +45,27 @@ AWAY, FETCHING = ("NextStepDownload",), ("model_name", "vae_name")
 
 
 def good_graphs(object_info: dict) -> list[dict]:
-    """The shipped workflows in API form on the embedded model, small and quick."""
-    return [to_prompt(read_workflow(path), object_info, **SMALL, **ON_EMBEDDED, image="example.png") for path in ALL]
+    """The shipped workflows in API form on the embedded model, small and quick, and one with nodes that none of them
+    has."""
+    shipped = [to_prompt(read_workflow(path), object_info, **SMALL, **ON_EMBEDDED, image="example.png") for path in ALL]
+    return [*shipped, _with_the_others(shipped[ALL.index(FIRST_RUN)])]
+
+
+def _with_the_others(graph: dict) -> dict:
+    graph = deepcopy(graph)
+    decode = next(node["inputs"] for node in graph.values() if node["class_type"] == "NextStepVAEDecode")
+    sampler = graph[decode["samples"][0]]["inputs"]
+    model, info = sampler["model"], [decode["samples"][0], 1]
+    frames = decode | {"frames": 3, "hold": 1, "longest_side": 64}
+    saving = {"image": ["frames", 0], "filename_prefix": "x", "format": "png", "quality": 90, "info": info}
+    added = {
+        "preset": ("NextStepPreset", {"model": model, "preset": "draft"}),
+        "card": ("NextStepModelInfo", {"model": model, "width": 64, "height": 48}),
+        "frames": ("NextStepDrawingFrames", frames),
+        "saved": ("NextStepSaveImage", saving),
+    }
+    sampler["cfg"] = ["preset", 3]
+    return graph | {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in added.items()}
 
 
 def mutated(graph: dict, object_info: dict, rng: Random) -> tuple[str, dict]:
