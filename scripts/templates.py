@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = json.loads((ROOT / "tests" / "host" / "released_nodes.json").read_text())
+LOCALES, LANGUAGES = ROOT / "locales", {"ko": "한국어", "zh": "中文", "ja": "日本語"}
 PACK, VERSION, HOST_VERSION = "nextstep", "0.1.0", "0.3.64"
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 
@@ -60,7 +61,7 @@ GREEN, RED, BROWN = ("#232", "#353"), ("#322", "#533"), ("#432", "#653")
 GROUP_COLORS = {
     "Model": "#3f789e", "Prompt": "#88A", "Picture": "#8A8", "Settings": "#8A8", "Draw": "#a1309b", "Result": "#b58b2a",
 }  # fmt: skip
-TITLE, GAP, COLUMN_GAP, GROUP_HEAD, FRAME, LANE = 30, 24, 66, 44, 14, 13
+TITLE, GAP, SMALL_GAP, COLUMN_GAP, GROUP_HEAD, FRAME, LANE = 30, 24, 6, 66, 44, 14, 13
 # Of the canvas in a window of 1366x768, from its own corner: what is free of menus (left, top, right, bottom), and the
 # upper left corner of the minimap. Frontends that leave the corner to their menus count from there, 64 and 78 pixels
 # further in at most; those that do not fit a template into the window themselves.
@@ -80,11 +81,17 @@ class Node:
     links: dict[str, tuple[str, int]] = field(default_factory=dict)
     title: str | None = None
     color: tuple[str, str] | None = None
+    collapsed: bool = False
     pos: tuple[int, int] = (0, 0)
 
     @property
     def ours(self) -> bool:
         return self.type in RELEASED
+
+    @property
+    def height(self) -> int:
+        """Below its title, as it is opened."""
+        return 0 if self.collapsed else self.size[1]
 
     def inputs(self) -> list[tuple[str, str]]:
         if self.ours:
@@ -112,7 +119,7 @@ Column = list[Node | Group]
 # Every part has its number in all templates. The sampler's previews come by it.
 PARTS = (
     "model", "note", "positive", "negative", "size", "sampler", "decode", "save", "load", "edit", "prepare", "paste",
-    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale",
+    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale", "languages",
 )  # fmt: skip
 
 
@@ -139,10 +146,10 @@ def lay_out(template: Template) -> tuple[list[dict], dict[str, int]]:
     for n, column in enumerate(template.columns):
         top = 0
         width = max(node.size[0] for item in column for node in (item.nodes if isinstance(item, Group) else [item]))
-        for item in column:
+        for item, below in zip(column, [*column[1:], None]):
             if isinstance(item, Node):
                 item.pos, column_of[item.part] = (left, top + TITLE), n
-                top += TITLE + item.size[1] + GAP
+                top += TITLE + item.height + (SMALL_GAP if isinstance(below, Node) else GAP)
                 continue
             start, top = top, top + GROUP_HEAD
             for node in item.nodes:
@@ -167,7 +174,8 @@ def socket(name: str, kind: str) -> dict[str, Any]:
 def written(node: Node, order: int) -> dict[str, Any]:
     """A node as the file has it, without links."""
     entry = {
-        "id": number(node.part), "type": node.type, "pos": list(node.pos), "size": list(node.size), "flags": {},
+        "id": number(node.part), "type": node.type, "pos": list(node.pos), "size": list(node.size),
+        "flags": {"collapsed": True} if node.collapsed else {},
         "order": order, "mode": 0, "inputs": [socket(*each) for each in node.inputs()],
         "outputs": [{"name": name, "type": kind, "links": []} for name, kind in node.outputs()],
         "properties": {}, "widgets_values": node.values,
@@ -251,10 +259,10 @@ def view(template: Template, wires: Wires) -> dict[str, Any]:
     nodes = list(template.nodes())
     top = min([-TITLE, *(reroute["pos"][1] for reroute in wires.reroutes)])
     width = max(node.pos[0] + node.size[0] for node in nodes)
-    bottom = max(node.pos[1] + node.size[1] for node in nodes)
+    bottom = max(node.pos[1] + node.height for node in nodes)
     scale = min(LARGEST, (FREE[2] - FREE[0]) / width, (FREE[3] - FREE[1]) / (bottom - top))
     for node in nodes:
-        right, low = node.pos[0] + node.size[0], node.pos[1] + node.size[1] - top
+        right, low = node.pos[0] + node.size[0], node.pos[1] + node.height - top
         if FREE[0] + right * scale > MINIMAP[0]:
             scale = min(scale, max((MINIMAP[1] - FREE[1]) / low, (MINIMAP[0] - FREE[0]) / right))
     return {"scale": round(scale, 3), "offset": [round(FREE[0] / scale), round(FREE[1] / scale - top)]}
@@ -418,6 +426,20 @@ def note(name: str, height: int, checkpoint: str = MAIN) -> Node:
     )
 
 
+def in_other_languages(name: str, checkpoint: str = MAIN) -> Node:
+    """The note for those who read it in their own language, closed, so that it is in nobody's way. It opens over nodes
+    that hold no text: newer frontends show one text through the other."""
+    notes = {language: json.loads((LOCALES / language / "notes.json").read_text("utf-8")) for language in LANGUAGES}
+    said = [f"## {LANGUAGES[language]}\n\n{note[name]}".format(fetches=note["fetches"].format(checkpoint))
+            for language, note in notes.items()]  # fmt: skip
+    title = " · ".join(LANGUAGES.values())
+    return Node("languages", "MarkdownNote", (WIDE, 420), ["\n\n".join(said)], title=title, color=BROWN, collapsed=True)
+
+
+def notes(name: str, height: int, checkpoint: str = MAIN) -> list[Node]:
+    return [note(name, height, checkpoint), in_other_languages(name, checkpoint)]
+
+
 def prompt(part: str, title: str, text: str, height: int = 150) -> Node:
     color = RED if part == "negative" else GREEN
     return Node(part, "NextStepTextEncode", (320, height), [text, ""], {"model": ("model", 0)}, title, color)
@@ -465,7 +487,7 @@ def save(name: str, source: str = "decode", height: int = 300, width: int = 340)
 
 
 def load(picture: str) -> Node:
-    return Node("load", "LoadImage", (WIDE, 328), [picture, "image"], title="Your picture")
+    return Node("load", "LoadImage", (WIDE, 316), [picture, "image"], title="Your picture")
 
 
 def change() -> Node:
@@ -503,7 +525,7 @@ def first_run() -> Template:
     return Template(
         "NextStep First Run",
         [
-            [note("First Run", 220), group("Model", loader(EMBEDDED))],
+            [*notes("First Run", 220), group("Model", loader(EMBEDDED))],
             [
                 group("Prompt", positive("a red circle on a blue background"), negative("")),
                 group("Picture", size(64, 64)),
@@ -519,7 +541,7 @@ def text_to_image() -> Template:
     return Template(
         "NextStep Text to Image",
         [
-            [note("Text to Image", 230), group("Model", loader())],
+            [*notes("Text to Image", 230), group("Model", loader())],
             [group("Prompt", positive(FOX), negative()), group("Picture", size())],
             [group("Draw", sampler())],
             [group("Result", decode(), save("image"))],
@@ -533,7 +555,7 @@ def image_edit() -> Template:
         "NextStep Image Edit",
         [
             [
-                note("Image Edit", 190, EDITING),
+                *notes("Image Edit", 168, EDITING),
                 group("Model", loader(EDITING)),
                 group("Picture", load("nextstep_lighthouse.jpg")),
             ],
@@ -549,7 +571,7 @@ def inpaint() -> Template:
     return Template(
         "NextStep Inpaint",
         [
-            [note("Inpaint", 190), group("Model", loader()), group("Picture", load("nextstep_inpaint.png"))],
+            [*notes("Inpaint", 168), group("Model", loader()), group("Picture", load("nextstep_inpaint.png"))],
             [group("Prompt", positive(BOAT), negative()), group("Picture", prepare("load", "around the mask"))],
             [group("Draw", sampler(("prepare", 6)))],
             [group("Result", decode(), paste(), save("inpaint", "paste"))],
@@ -563,7 +585,7 @@ def outpaint() -> Template:
     return Template(
         "NextStep Outpaint",
         [
-            [note("Outpaint", 190), group("Model", loader()), group("Picture", load("nextstep_lighthouse.jpg"))],
+            [*notes("Outpaint", 168), group("Model", loader()), group("Picture", load("nextstep_lighthouse.jpg"))],
             [group("Picture", pad)],
             [group("Prompt", positive(CLIFF), negative()), group("Picture", prepare("pad", "whole picture"))],
             [group("Draw", sampler(("prepare", 6)))],
@@ -578,7 +600,7 @@ def aspect_ratios() -> Template:
     return Template(
         "NextStep Aspect Ratios",
         [
-            [note("Aspect Ratios", 262), group("Model", loader()), group("Picture", ratio)],
+            [*notes("Aspect Ratios", 262), group("Model", loader()), group("Picture", ratio)],
             [
                 group("Prompt", positive(COAST), negative()),
                 group("Picture", size(fed={"width": ("ratio", 0), "height": ("ratio", 1)})),
@@ -598,7 +620,7 @@ def batch_grid() -> Template:
     return Template(
         "NextStep Batch Grid",
         [
-            [note("Batch Grid", 270), group("Model", loader())],
+            [*notes("Batch Grid", 270), group("Model", loader())],
             [group("Prompt", *prompts), group("Picture", size(batch=4))],
             [group("Draw", sampler(encoded="batch"))],
             [group("Result", decode(), grid, save("grid", "grid"))],
@@ -612,7 +634,7 @@ def low_vram() -> Template:
     return Template(
         "NextStep Low VRAM",
         [
-            [note("Low VRAM", 310), group("Model", loader())],
+            [*notes("Low VRAM", 310), group("Model", loader())],
             [group("Prompt", positive(FOX), negative()), group("Picture", size())],
             [
                 group(
@@ -636,7 +658,7 @@ def compare() -> Template:
     return Template(
         "NextStep Compare",
         [
-            [note("Compare", 230), group("Model", loader(quantization=("compare", 4))), group("Picture", size())],
+            [*notes("Compare", 230), group("Model", loader(quantization=("compare", 4))), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Settings", table)],
             [group("Draw", sampler(seed=(42, "fixed"), fed=settings))],
             [group("Result", decode(), grid, save("compare", "grid", 270))],
@@ -652,7 +674,7 @@ def resume() -> Template:
     return Template(
         "NextStep Resume",
         [
-            [note("Resume", 250), group("Model", loader()), group("Picture", size())],
+            [*notes("Resume", 250), group("Model", loader()), group("Picture", size())],
             [group("Prompt", positive(FOX), negative()), group("Picture", canvas)],
             [group("Draw", sampler(("resume", 0), seed=(42, "fixed"), on_interrupt="keep"))],
             [group("Result", decode(), save("resumed", height=270), kept)],

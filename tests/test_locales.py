@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from sentences_in_source import faults, has_words, places, said_in, titles_in
 
+from scripts import templates
+
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("ja", "ko", "zh")
 SHIPPED = [*sorted((ROOT / "nextstep_core").rglob("*.py")), *sorted((ROOT / "nodes").glob("*.py"))]
@@ -168,3 +170,48 @@ def test_no_help_page_is_of_a_node_that_is_gone() -> None:
     there = {path.relative_to(ROOT / "web" / "docs").as_posix() for path in (ROOT / "web" / "docs").glob("*/*")}
     assert there == {f"{page.stem}/{language}.md" for page in PAGES for language in LANGUAGES}
     assert {page.stem for page in PAGES} == set(TITLES)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_notes_of_all_templates_are_there(language: str) -> None:
+    notes = {"fetches": templates.FETCHES} | templates.NOTES
+    known = of(language, "notes.json")
+    assert list(known) == list(notes)
+    shown = {TITLES[node]: told["display_name"] for node, told in of(language, "nodeDefs.json").items()}
+    for name, note in notes.items():
+        said = known[name]
+        english = note.split("\n|")[0]  # a table of numbers is the same for all
+        assert columns(said) <= LENGTH * columns(english), name
+        assert CODE.findall(said) == CODE.findall(english), name
+        assert places(said) == places(english), name
+        own = [title for title in shown if f"**{title}**" in english and title not in templates_by_name()]
+        assert not [title for title in own if shown[title] not in said], name
+
+
+def templates_by_name() -> set[str]:
+    return {make().name for make in templates.TEMPLATES}
+
+
+WRITTEN = [*(ROOT / "web" / "docs").rglob("*.md"), *(ROOT / "locales").glob("*/notes.json")]
+
+
+def not_bold(line: str) -> list[str]:
+    """The stars of a line that Markdown leaves as they are: those between a letter outside and a sign inside, where
+    English has a space."""
+    line = CODE.sub("`", line)
+    runs = [match.span() for match in re.finditer(r"\*+", line)]
+    beside = [(line[:start][-1:], line[stop:][:1]) for start, stop in runs]
+    sides = [(after, before) if n % 2 == 0 else (before, after) for n, (before, after) in enumerate(beside)]
+    return [f"{inside}*{outside}" for inside, outside in sides if outside.isalnum() and not inside.isalnum()]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_bold_words_are_shown_bold(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").replace("\\n", "\n").splitlines()
+    assert all(line.count("**") % 2 == 0 for line in lines)
+    assert not [fault for line in lines for fault in not_bold(line)]
+
+
+def test_stars_that_stay_are_seen() -> None:
+    assert not not_bold("**下载 29 GB（大）** 到 **运行**和*列数*，（*Any*）。") and not_bold("**下载（大）**到")
+    assert not_bold("之后的*“保存”*节点") and not_bold("크기는 *672 (21:12)*처럼")

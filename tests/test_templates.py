@@ -23,6 +23,7 @@ every_template = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem
 
 def box(node: dict) -> tuple[float, float, float, float]:
     (left, top), (width, height) = node["pos"], node["size"]
+    height = 0 if node["flags"].get("collapsed") else height
     return left, top - TITLE, left + width, top + height
 
 
@@ -85,18 +86,21 @@ def test_nodes_do_not_overlap_and_no_wire_goes_under_one(path: Path) -> None:
 
 @every_template
 def test_a_person_finds_the_way(path: Path) -> None:
-    """The note at the top left, every other node in a colored group, positive and negative told apart."""
+    """The note at the top left, with itself in other languages below it, every other node in a colored group, positive
+    and negative told apart."""
     workflow = read_workflow(path)
-    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    note, languages = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     assert note["title"] == "Read me" and note["pos"][0] == min(node["pos"][0] for node in workflow["nodes"])
-    assert note["pos"][1] == min(node["pos"][1] for node in workflow["nodes"] if node["pos"][0] == note["pos"][0])
+    beside = sorted((node["pos"][1], node["id"]) for node in workflow["nodes"] if node["pos"][0] == note["pos"][0])
+    assert [number for _, number in beside][:2] == [note["id"], languages["id"]]
+    assert languages["title"] == "한국어 · 中文 · 日本語" and languages["flags"] == {"collapsed": True}
     frames = [group["bounding"] for group in workflow["groups"]]
     assert {"Model", "Prompt", "Draw", "Result"} <= {group["title"] for group in workflow["groups"]}
     assert all(group["color"].startswith("#") for group in workflow["groups"])
     for node in workflow["nodes"]:
         left, top, right, bottom = box(node)
         around = [f for f in frames if f[0] <= left and f[1] <= top and right <= f[0] + f[2] and bottom <= f[1] + f[3]]
-        assert len(around) == (node is not note), node
+        assert len(around) == (node["type"] != "MarkdownNote"), node
     colors = {node.get("title"): node.get("color") for node in workflow["nodes"]}
     first = next(title for title in ("Positive prompt", "What to change", "Prompt 1") if title in colors)
     assert None not in (colors[first], colors["Negative prompt"]) and colors[first] != colors["Negative prompt"]
@@ -120,7 +124,7 @@ def test_everything_is_seen_in_a_small_window(path: Path) -> None:
 def test_it_names_a_published_checkpoint_and_no_address(path: Path) -> None:
     workflow = read_workflow(path)
     (loader,) = (node for node in workflow["nodes"] if node["type"] == "NextStepModelLoader")
-    (note,) = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    note, languages = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     name, _, quantization, *_ = loader["widgets_values"]
     assert quantization == "auto"
     if path == FIRST_RUN:
@@ -129,6 +133,9 @@ def test_it_names_a_published_checkpoint_and_no_address(path: Path) -> None:
         assert name in FETCHED
         assert "29 GB" in loader["title"] and f"first Run downloads {name.split()[0]} (29 GB)" in " ".join(
             note["widgets_values"][0].split()
+        )
+        assert languages["widgets_values"][0].count(f"{name.split()[0]}") == languages["widgets_values"][0].count(
+            "29 GB"
         )
     assert "://" not in path.read_text() and '"models"' not in path.read_text()
     pictures = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "LoadImage"]

@@ -41,7 +41,8 @@ UNTIDY = """() => {
     const pen = document.createElement('canvas').getContext('2d');
     pen.lineWidth = 3;
     for (const node of app.graph._nodes) {
-        const [x, y, width, height] = [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30];
+        const open = !node.flags.collapsed, own = open ? node.size : [node._collapsed_width ?? 80, 0];
+        const [x, y, width, height] = [node.pos[0], node.pos[1] - 30, own[0], own[1] + 30];
         const left = area.left + (x + offset[0]) * scale, top = area.top + (y + offset[1]) * scale;
         const right = left + width * scale, bottom = top + height * scale;
         if (left < area.left || top < area.top || right > area.right || bottom > area.bottom)

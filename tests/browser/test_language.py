@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.comfy_server import ComfyServer
+from scripts.workflows import FIRST_RUN, read_workflow
 
 READY = "window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 100"
 WRONG = {  # a latent of 4 channels, which is found wrong when it runs
@@ -53,6 +54,14 @@ TEXTS = {
 }
 
 
+RUN_BUTTONS = {"ko-KR": "실행", "ja": "実行", "zh-CN": "运行"}
+DOT = """() => {  // at the left of the title, where a click opens a node and closes it
+    const node = app.graph._nodes.find(node => node.flags.collapsed), {scale, offset} = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    return [canvas.x + (node.pos[0] + 15 + offset[0]) * scale, canvas.y + (node.pos[1] - 15 + offset[1]) * scale];
+}"""
+
+
 def keep(page, name: str) -> None:
     if folder := os.environ.get("NEXTSTEP_SCREENSHOTS"):
         page.wait_for_timeout(1000)
@@ -92,3 +101,16 @@ def test_nodes_errors_and_help_are_in_the_browser_s_language(foreign) -> None:
         more.click()
     page.get_by_text(advice).first.wait_for()
     keep(page, f"error-{language}")
+
+
+def test_a_note_in_these_languages_opens_over_the_template(foreign) -> None:
+    language, page = foreign
+    page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'note')", read_workflow(FIRST_RUN))
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    run = page.locator("strong").filter(has_text=RUN_BUTTONS[language])
+    page.wait_for_timeout(1000)
+    assert not run.first.is_visible(), "closed, it is in nobody's way"
+    box = page.evaluate(DOT)
+    page.mouse.click(box[0], box[1])
+    run.first.wait_for()
+    keep(page, f"note-{language}")

@@ -300,7 +300,7 @@ def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
     """With the embedded model in place of the one that the user is asked to get, and few steps."""
     workflow = read_workflow(path)
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
-    assert len(notes) == 1, "a short note on the canvas"
+    assert len(notes) == 2, "a short note on the canvas, and what it says in other languages"
     for node in workflow["nodes"]:
         if node not in notes:
             pack = "nextstep" if node["type"].startswith("NextStep") else "comfy-core"
