@@ -27,18 +27,18 @@ class NextStepPromptList(Node):
             description="Many prompts: what it is linked to runs once for each, in their order.",
             search_aliases=["nextstep", "prompt list", "prompts from file", "csv", "lines"],
             inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[BELOW, *host.input_files(*KINDS)],
+                    default=BELOW,
+                    tooltip="The text below, or a file in ComfyUI's input folder: .txt with one prompt per line, "
+                    '.csv with a column prompt, or .json with {"prompts": [...]}.',
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="a red circle on a white background\na blue square on a yellow background",
                     tooltip="One prompt per line. Lines that begin with # are left out.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=[BELOW, *host.input_files(*KINDS)],
-                    default=BELOW,
-                    tooltip="Or a file in ComfyUI's input folder: .txt with one prompt per line, .csv with a column "
-                    'prompt, or .json with {"prompts": [...]}.',
                 ),
             ],
             outputs=[
