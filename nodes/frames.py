@@ -12,6 +12,7 @@ from ..nextstep_core.images.frames import FRAMES, HOLD, LONGEST_SIDE, drawing_fr
 from ..nextstep_core.images.latents import PUBLISHED_LATENTS
 from ..nextstep_core.request.masks import blank_tokens, kept_tokens
 from . import host
+from .language import Node
 from .latents import decode_latent
 from .sampler import PARTIAL, shared_mask
 from .types import CATEGORY, check_sockets
@@ -28,7 +29,7 @@ def drawn_tokens(latent: dict[str, Any]) -> Tensor:
     return ~kept_tokens(shared_mask(mask).cpu(), grid).reshape(grid)
 
 
-class NextStepDrawingFrames(io.ComfyNode):
+class NextStepDrawingFrames(Node):
     """A drawn picture to the frames of its making."""
 
     @classmethod

@@ -9,12 +9,13 @@ from comfy_api.latest import io
 from ..nextstep_core.errors import NextStepError, check_choice, check_text
 from ..nextstep_core.studio.prompts import COMBINE, KINDS, Prompt, expand, parse_lines, parse_lists, read_prompts
 from . import host
+from .language import Node
 from .types import CATEGORY
 
 BELOW = "the text below"
 
 
-class NextStepPromptList(io.ComfyNode):
+class NextStepPromptList(Node):
     """Lines or a file to a list of prompts."""
 
     @classmethod
@@ -26,18 +27,18 @@ class NextStepPromptList(io.ComfyNode):
             description="Many prompts: what it is linked to runs once for each, in their order.",
             search_aliases=["nextstep", "prompt list", "prompts from file", "csv", "lines"],
             inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[BELOW, *host.input_files(*KINDS)],
+                    default=BELOW,
+                    tooltip="The text below, or a file in ComfyUI's input folder: .txt with one prompt per line, "
+                    '.csv with a column prompt, or .json with {"prompts": [...]}.',
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="a red circle on a white background\na blue square on a yellow background",
                     tooltip="One prompt per line. Lines that begin with # are left out.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=[BELOW, *host.input_files(*KINDS)],
-                    default=BELOW,
-                    tooltip="Or a file in ComfyUI's input folder: .txt with one prompt per line, .csv with a column "
-                    'prompt, or .json with {"prompts": [...]}.',
                 ),
             ],
             outputs=[
@@ -83,7 +84,7 @@ def _changed(file: str) -> float:
         return 0.0
 
 
-class NextStepPromptTemplate(io.ComfyNode):
+class NextStepPromptTemplate(Node):
     """A template and lists to prompts."""
 
     @classmethod
@@ -124,12 +125,9 @@ class NextStepPromptTemplate(io.ComfyNode):
     def validate_inputs(
         cls, template: str | None = None, lists: str | None = None, combine: str | None = None
     ) -> bool | str:
-        """True, or what is wrong; what is linked is not known yet."""
-        try:
-            if template is not None and lists is not None and combine is not None:
-                expanded(template, lists, combine)
-        except NextStepError as error:
-            return str(error)
+        """True; NextStepError for what is wrong. What is linked is not known yet."""
+        if template is not None and lists is not None and combine is not None:
+            expanded(template, lists, combine)
         return True
 
     @classmethod

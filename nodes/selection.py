@@ -29,6 +29,7 @@ from ..nextstep_core.studio.selection import (
     quality_gate,
 )
 from . import host
+from .language import Node
 from .latents import check_channels, decode_latent
 from .sampler import grid_of, rate_text, settings_for, steps_of
 from .saving import INFO_OUTPUT, info_of
@@ -163,7 +164,7 @@ def _score_input() -> io.Input:
     return io.Combo.Input("score", options=list(SCORES), default=TOTAL, tooltip="What counts: " + SCORED_BY)
 
 
-class NextStepQualityScore(io.ComfyNode):
+class NextStepQualityScore(Node):
     """Pictures to numbers."""
 
     @classmethod

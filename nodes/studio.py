@@ -26,6 +26,7 @@ from ..nextstep_core.studio.prompts import KINDS, parse_lines, parse_lists
 from ..nextstep_core.studio.report import report_page, write_report, write_sheet
 from ..nextstep_core.studio.sets import SETS, set_path
 from . import host
+from .language import Node
 from .latents import check_channels, decode_latent
 from .presets import OFF, preset_file, preset_input
 from .prompt_sets import BELOW
@@ -79,7 +80,7 @@ class HostArtist:
         return value.captions[0]
 
 
-class NextStepBatchStudio(io.ComfyNode):
+class NextStepBatchStudio(Node):
     """A job to pictures in a folder."""
 
     @classmethod

@@ -81,6 +81,14 @@ def test_an_input_has_one_label_in_all_nodes(language: str) -> None:
     assert not {name: told for name, told in labels.items() if len(told) > 1}
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_label_has_no_sign_that_the_frontend_takes_for_syntax(language: str) -> None:
+    """It fills in {name}, chooses among texts with | between them, and follows @; see vue-i18n's message format."""
+    text = (ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")
+    texts = re.findall(r'"(?:[^"\\]|\\.)*"', text)
+    assert not [one for one in texts if set(one) & set("{}|@")]
+
+
 FAULTY = {
     "NextStepError(f'{name} is wrong.')": "not written out",
     "NextStepError('a' + reason)": "not written out",

@@ -128,3 +128,9 @@ def test_half_an_update_of_the_texts_leaves_english(graph: ComfyGraph, chosen, m
         assert "The latent has the shape" in graph.ending(wrong_latent())[1]
     finally:
         language.catalogue.cache_clear()
+
+
+def test_every_node_tells_its_errors_in_the_users_language(graph: ComfyGraph) -> None:
+    speaking = graph.pack("nodes.language").Node
+    ours = {name: kind for name, kind in graph.nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("NextStep")}
+    assert ours and not [name for name, kind in ours.items() if not issubclass(kind, speaking)]
