@@ -1,4 +1,5 @@
-"""What the quality scores see: rank correlations of each with how much pictures were degraded, all pictures together.
+"""What the quality scores see: rank correlations of each with how much pictures were degraded, all pictures together,
+and of how many degraded ones the quality gate lets pass.
 
 python -m benchmarks.quality
 python -m benchmarks.quality --count 30 --model FOLDER --json quality.json
@@ -24,6 +25,7 @@ from PIL import Image
 from benchmarks.report import context
 from nextstep_core import NextStepPipeline
 from nextstep_core.studio.quality import measure_quality
+from nextstep_core.studio.selection import quality_gate
 from training.evaluate import LARGE, held_out_singles
 from training.scenes import SQUARE, caption, sample_pair
 
@@ -189,6 +191,80 @@ def correlate(series: Series, groups: Mapping[str, Mapping[str, Picture]]) -> Ro
     return Row(series.score, series.by, correlation(every), by_group, float(np.median(alone)), min(alone))
 
 
+# --- the gate
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Of pictures of which a third were degraded: how many of both sorts there were, and how many the gate kept."""
+
+    score: str
+    by: str
+    threshold: float
+    whole: int
+    whole_kept: int
+    degraded: int
+    degraded_kept: int
+
+
+DAMAGES: dict[str, tuple[str, Degrade, float]] = {
+    "blur of 3 pixels": ("sharpness", blurred, 3),
+    "JPEG of quality 10": ("artifact_score", compressed, 10),
+    "banding to 6 levels": ("artifact_score", posterized, 6),
+    "noise of 24 levels": ("artifact_score", grained, 24),
+}
+
+
+def gate(by: str, pictures: Sequence[Picture]) -> Gated:
+    """Degrade every third picture and let the gate decide about each.
+
+    Its threshold comes from other pictures, a quarter of all: halfway between their scores whole and degraded.
+    """
+    name, degrade, step = DAMAGES[by]
+    score = quality(name)
+    known, others = pictures[::4], [picture for n, picture in enumerate(pictures) if n % 4]
+    whole, damaged = (
+        float(np.mean([score(rounded(degrade(picture, step)) if bad else picture) for picture in known]))
+        for bad in (False, True)
+    )
+    threshold, kept = (whole + damaged) / 2, {False: 0, True: 0}
+    for number, picture in enumerate(others):
+        bad = number % 3 == 0
+        shown = torch.tensor(rounded(degrade(picture, step)) if bad else picture)
+        passed = quality_gate(
+            lambda _: shown,  # noqa: B023
+            threshold=threshold,
+            attempts=1,
+            score=lambda pictures: [score(one.numpy()) for one in pictures],
+        ).passed
+        kept[bad] += passed
+    bad_ones = len(range(0, len(others), 3))
+    return Gated(name, by, threshold, len(others) - bad_ones, kept[False], bad_ones, kept[True])
+
+
+def pieces(pictures: Mapping[str, Picture], side: int = 160) -> list[Picture]:
+    """Three pieces of every picture that is large enough for them; smaller ones whole."""
+    cut = []
+    for picture in pictures.values():
+        height, width = picture.shape[:2]
+        places = ((40, 60), (100, 200), (120, 100))
+        fits = [(y, x) for y, x in places if y + side <= height and x + side <= width]
+        cut += [picture[y : y + side, x : x + side] for y, x in fits] or [picture]
+    return cut
+
+
+def gate_table(rows: Sequence[Gated]) -> str:
+    """Markdown."""
+    lines = [
+        "| degraded by | score | threshold | whole ones kept | degraded ones kept |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        kept = f"{row.whole_kept} of {row.whole} | {row.degraded_kept} of {row.degraded}"
+        lines.append(f"| {row.by} | {row.score} | {row.threshold:.2f} | {kept} |")
+    return "\n".join(lines)
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     groups = list(rows[0].groups)
@@ -215,8 +291,12 @@ def main() -> None:
     groups = {"photographs": photographs(), "drawn": drawn(pipeline, arguments.count)}
     rows = [correlate(series, groups) for series in SERIES]
     print(table(rows))
+    every = pieces(groups["photographs"]) + pieces(groups["drawn"])
+    gates = [gate(by, every) for by in DAMAGES]
+    print(f"\n{gate_table(gates)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(where | {"rows": [vars(row) for row in rows]}, indent=1) + "\n")
+        numbers = {"rows": [vars(row) for row in rows], "gates": [vars(row) for row in gates]}
+        arguments.json.write_text(json.dumps(where | numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

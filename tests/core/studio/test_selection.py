@@ -44,32 +44,13 @@ def test_the_gate_keeps_the_best_where_none_passes_and_says_so() -> None:
     assert not kept.passed and kept.chosen == 1 and len(kept.candidates) == 4 and len(kept.rejected) == 3
 
 
-@pytest.mark.parametrize("by", ["blur", "JPEG", "banding", "noise"])
+@pytest.mark.parametrize("by", benchmark.DAMAGES)
 def test_of_pictures_of_which_a_third_are_degraded_the_gate_keeps_the_others(by: str) -> None:
     """The threshold is set on other pictures: halfway between what these score whole and degraded."""
-    damage = {
-        "blur": lambda p: benchmark.blurred(p, 3),
-        "JPEG": lambda p: benchmark.compressed(p, 10),
-        "banding": lambda p: benchmark.posterized(p, 6),
-        "noise": lambda p: benchmark.grained(p, 24),
-    }[by]
-    name = "sharpness" if by == "blur" else "artifact_score"
-    score = lambda pictures: [benchmark.quality(name)(p.numpy()) for p in pictures]  # noqa: E731
-    pieces = [
-        p[y : y + 160, x : x + 160]
-        for p in benchmark.photographs(("astronaut", "coffee", "chelsea", "camera")).values()
-        for y, x in ((40, 60), (100, 200), (120, 100))
-    ]
-    known, others = pieces[::4], [p for n, p in enumerate(pieces) if n % 4]
-    whole, damaged = (np.mean([score(torch.tensor(make(p))[None])[0] for p in known]) for make in (lambda p: p, damage))
-    threshold = float((whole + damaged) / 2)
-    degraded = set(range(0, len(others), 3))
-    passed = set()
-    for n, picture in enumerate(others):
-        shown = torch.tensor(benchmark.rounded(damage(picture) if n in degraded else picture))
-        if quality_gate(lambda _: shown, threshold=threshold, attempts=1, score=score).passed:  # noqa: B023
-            passed.add(n)
-    assert passed == set(range(len(others))) - degraded
+    pictures = benchmark.pieces(benchmark.photographs(("astronaut", "coffee", "chelsea", "camera")))
+    counts = benchmark.gate(by, pictures)
+    assert (counts.whole, counts.degraded) == (len(pictures) // 2, len(pictures) // 4)
+    assert (counts.whole_kept, counts.degraded_kept) == (counts.whole, 0)
 
 
 def drawing(pipeline, text: str = "a red circle", **more):
@@ -134,8 +115,8 @@ def test_the_one_that_agrees_with_the_others_is_the_best_where_no_score_is_named
     for number, rows in enumerate((4, 5, 4, 8)):
         pictures[number, :rows] = torch.tensor([0.9, 0.1, 0.1])
     alike = agreement(pictures)
-    halfway = [(12 + 15) / 32, (13 + 15) / 32, 4 / 16, (12 + 13) / 32]  # of what each shares with all four, itself too
-    assert alike == pytest.approx(halfway)
+    shared = [16 + 15 + 4 + 12, 15 + 16 + 4 + 13, 4 + 4 + 16 + 4, 12 + 13 + 4 + 16]  # rows of 16, with each of the four
+    assert alike == pytest.approx([rows / 16 / 4 for rows in shared])
     kept = best_of(lambda seeds, prune: pictures, candidates=4, kept=1)
     assert kept.chosen == 1 and [one.score for one in kept.candidates] == alike
     assert agreement(pictures[:1]) == [1.0]
