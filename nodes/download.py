@@ -9,8 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..nextstep_core.loading.download import PUBLISHED_CHECKPOINTS, download, plan_download
 from ..nextstep_core.loading.meter import Meter
+from ..nextstep_core.sentences import Sentence
 from . import host
-from .language import Node
+from .language import Node, in_users_language
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
@@ -70,5 +71,9 @@ class NextStepDownload(Node):
     @classmethod
     def execute(cls, checkpoint: str, revision: str = "main") -> io.NodeOutput:
         folder = fetch(checkpoint, revision)
-        text = f"{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model."
-        return io.NodeOutput(str(folder), ui=ui.PreviewText(text))
+        there = Sentence(
+            "{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model.",
+            checkpoint=checkpoint,
+            folder=folder,
+        )
+        return io.NodeOutput(str(folder), ui=ui.PreviewText(in_users_language(there)))
