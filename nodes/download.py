@@ -10,8 +10,9 @@ from comfy_api.latest import io, ui
 from ..nextstep_core.loading.download import NEWEST, PUBLISHED_CHECKPOINTS, already_there, download, plan_download
 from ..nextstep_core.loading.hub import NotReached
 from ..nextstep_core.loading.meter import Meter
+from ..nextstep_core.sentences import Sentence
 from . import host
-from .language import Node
+from .language import Node, in_users_language
 from .types import CATEGORY
 
 log = logging.getLogger(__name__)
@@ -70,13 +71,20 @@ class NextStepDownload(Node):
 
     @classmethod
     def execute(cls, checkpoint: str, revision: str = NEWEST) -> io.NodeOutput:
+        said = []
         try:
-            folder, remark = fetch(checkpoint, revision), ""
+            folder = fetch(checkpoint, revision)
         except NotReached as error:
             there = already_there(checkpoint, host.model_roots()[0]) if revision == NEWEST else None
             if there is None:
                 raise
-            folder, remark = there, f" It was not looked for a newer version: {error.reason}."
-            log.warning("%s is in %s.%s", checkpoint, folder, remark)
-        text = f"{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model.{remark}"
+            folder = there
+            said = [Sentence("It was not looked for a newer version: {reason}.", reason=error.reason)]
+            log.warning("%s is in %s. %s", checkpoint, folder, said[0])
+        found = Sentence(
+            "{checkpoint} is in {folder}. Press R and choose it in Load NextStep Model.",
+            checkpoint=checkpoint,
+            folder=folder,
+        )
+        text = " ".join(in_users_language(sentence) for sentence in (found, *said))
         return io.NodeOutput(str(folder), ui=ui.PreviewText(text))

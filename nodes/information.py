@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..nextstep_core.loading.published import purpose_of
 from ..nextstep_core.request.layout import Caption
 from ..nextstep_core.runtime.memory import format_bytes
+from ..nextstep_core.sentences import Sentence
 from . import host
 from .language import Node
 from .types import CATEGORY, HostModel, ModelSocket, check_sockets
@@ -21,14 +22,14 @@ PURPOSES = {"editing": "for editing pictures", "text to image": "for pictures fr
 TYPICAL = "A photograph of a lighthouse on a rocky coast at dusk, waves below, warm light in the lantern room."
 
 
-def unsuited(model: HostModel, editing: bool) -> str:
-    """A sentence for a run that a checkpoint was not published for; empty where it was, or where nobody knows."""
+def unsuited(model: HostModel, editing: bool) -> Sentence | None:
+    """A sentence for a run that a checkpoint was not published for; None where it was, or where nobody knows."""
     name = model.facts["model"]
     if editing and purpose_of(name) == "text to image":
-        return f"{name} was not trained to edit: choose NextStep-1-Large-Edit for that."
+        return Sentence("{model} was not trained to edit: choose NextStep-1-Large-Edit for that.", model=name)
     if not editing and purpose_of(name) == "editing":
-        return f"{name} is for editing: NextStep-1.1 draws better from text alone."
-    return ""
+        return Sentence("{model} is for editing: NextStep-1.1 draws better from text alone.", model=name)
+    return None
 
 
 def described(model: HostModel, width: int, height: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..nextstep_core.loading import kept
 from ..nextstep_core.loading.build import ModelPlan, plan_model
 from ..nextstep_core.loading.store import ASSETS, EMBEDDED
+from ..nextstep_core.sentences import Sentence
 from . import host
 
 log = logging.getLogger(__name__)
@@ -53,20 +54,25 @@ class Keeper:
             return tensors
         return kept.keep(self.plan, self.dtype, self.folder, tensors, host.check_interrupt)
 
-    def remarks(self) -> list[str]:
+    def remarks(self) -> list[Sentence]:
         """What the user is told once the model is loaded: what was kept, and what may be deleted."""
         if self.wish == KEEP_OFF:
             return []
         found = kept.find(self.original, self.dtype, self.shelves)
         if found is None:
-            return ["not kept: the console says why"] if self.wish == KEEP_ORIGINALS else []
+            return [Sentence("not kept: the console says why")] if self.wish == KEEP_ORIGINALS else []
         if self.folder is not None:
             log.info("NextStep: kept as %s, which is read from now on (%s)", found, _size([found]))
         if self.wish != KEEP_ORIGINALS:
             return []
         files = kept.source_files(self.original)
         where = self._original_place() if self.checkpoint.is_dir() else ", ".join(map(str, files))
-        remark = f"{found.name} replaces the original: you may delete {where}, {_size(files)}"
+        remark = Sentence(
+            "{file} replaces the original: you may delete {where}, {size}",
+            file=found.name,
+            where=where,
+            size=_size(files),
+        )
         log.info("NextStep: %s", remark)
         return [remark]
 

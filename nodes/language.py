@@ -1,6 +1,6 @@
 """What is said to the user, in the language that ComfyUI shows: here errors leave the nodes.
 
-`locales/LANGUAGE/errors.json` has the sentences by their English, and `nodeDefs.json` beside it, which ComfyUI reads
+`locales/LANGUAGE/sentences.json` has the sentences by their English, and `nodeDefs.json` beside it, which ComfyUI reads
 too, the labels of inputs.
 """
 
@@ -20,7 +20,7 @@ from ..nextstep_core.sentences import Sentence
 from . import host
 
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
-ERRORS, NODES = "errors.json", "nodeDefs.json"
+SENTENCES, NODES = "sentences.json", "nodeDefs.json"
 
 
 @cache
@@ -29,7 +29,7 @@ def catalogue(language: str) -> dict[str, str]:
 
     A language of a region, such as zh-TW, is taken for the language itself, as the frontend does it for labels.
     """
-    own = {path.parent.name: path for path in LOCALES.glob(f"*/{ERRORS}")}
+    own = {path.parent.name: path for path in LOCALES.glob(f"*/{SENTENCES}")}
     found = own.get(language, own.get(language.split("-")[0]))
     if found is None:
         return {}

@@ -103,7 +103,8 @@ def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     host.on_unload(patcher, engine.release)
     stored = plan.recipe.name if plan.recipe is not None else str(storage).removeprefix("torch.")
     log.info("NextStep model %s: stored as %s, computing in %s", plan.documents.name, stored, compute)
-    host.show_text("\n".join([f"weights stored as {stored}", *keeper.remarks()]))
+    said = [Sentence("weights stored as {format}", format=stored), *keeper.remarks()]
+    host.show_text("\n".join(map(in_users_language, said)))
     facts = {"model": plan.documents.name, "weights": stored, "hash": kept.weights_hash(keeper.original)}
     return HostModel(engine, patcher, compute, vae, facts)
 

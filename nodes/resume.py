@@ -15,11 +15,13 @@ from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.loading.documents import check_header
 from ..nextstep_core.loading.files import check_regular
 from ..nextstep_core.request.masks import undrawn_tokens
+from ..nextstep_core.sentences import Sentence
 from . import host
-from .language import Node
+from .language import Node, in_users_language
 from .sampler import PARTIAL
 from .types import CATEGORY, check_sockets
 
+NOTHING_UNFINISHED = Sentence("nothing unfinished of this size: starts a new picture")
 SAMPLES = "latent_tensor"  # as the host's Save Latent names what it writes
 
 
@@ -77,10 +79,12 @@ class NextStepResume(Node):
         check_sockets(latent=latent)
         found = unfinished(filename_prefix)
         if found is None or found[1].shape != latent["samples"].shape:
-            host.show_text("nothing unfinished of this size: starts a new picture")
+            host.show_text(in_users_language(NOTHING_UNFINISHED))
             return io.NodeOutput(latent)
         _, samples, undrawn = found
-        host.show_text(f"resumes: {int((~undrawn).sum()):,} of {undrawn.numel():,} tokens are done")
+        done, total = int((~undrawn).sum()), undrawn.numel()
+        resumes = Sentence("resumes: {done:,} of {total:,} tokens are done", done=done, total=total)
+        host.show_text(in_users_language(resumes))
         rest = undrawn.float()[None, None]
         before = latent.get("noise_mask")
         return io.NodeOutput({**latent, "samples": samples, "noise_mask": rest, PARTIAL: before})

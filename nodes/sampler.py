@@ -25,6 +25,7 @@ from ..nextstep_core.sampling.settings import GenerationSettings
 from ..nextstep_core.sentences import Sentence, named
 from . import host, unfinished
 from .information import unsuited
+from .language import in_users_language
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
 from .widgets import DrawingNode, cfg_img_input, known_to, setting_inputs, with_widgets
@@ -157,7 +158,8 @@ def sample(
                 reporter.update(progress.done, *shown, rate_text(progress))
     except host.Interrupted:
         if progress is not None:
-            host.show_text(f"stopped at {progress.done:,} of {progress.total:,} tokens")
+            stopped = Sentence("stopped at {done:,} of {total:,} tokens", done=progress.done, total=progress.total)
+            host.show_text(in_users_language(stopped))
         if on_interrupt == DISCARD or progress is None:
             raise
         mask = undrawn_mask(job, progress).reshape(1, 1, *job.grid)
@@ -173,7 +175,8 @@ def sample(
     warning = unsuited(model, positive.editing)
     if warning:
         log.warning("NextStep: %s", warning)
-    host.show_text("\n".join(filter(None, (finished_text(job, seconds), remark, warning))))
+    said = [in_users_language(line) for line in (finished_text(job, seconds), warning) if line is not None]
+    host.show_text("\n".join(filter(None, (said[0], remark, *said[1:]))))
     finished = {**latent, "samples": to_latents(model, job, progress.tokens)}
     if PARTIAL in finished:
         finished["noise_mask"] = finished.pop(PARTIAL)
@@ -193,10 +196,16 @@ def rate_text(progress: Progress) -> str:
     return f"{progress.tokens_per_second:.1f} tokens/s, {minutes}:{seconds:02d} left"
 
 
-def finished_text(job: Job, seconds: float) -> str:
+def finished_text(job: Job, seconds: float) -> Sentence:
     """What stays on the node after a run."""
-    pictures = f"{job.pictures} pictures of " if job.pictures > 1 else ""
-    return f"{pictures}{job.total:,} tokens in {seconds:.1f} s"
+    if job.pictures == 1:
+        return Sentence("{tokens:,} tokens in {seconds:.1f} s", tokens=job.total, seconds=seconds)
+    return Sentence(
+        "{count} pictures of {tokens:,} tokens in {seconds:.1f} s",
+        count=job.pictures,
+        tokens=job.total,
+        seconds=seconds,
+    )
 
 
 def to_latents(model: HostModel, job: Job, tokens: Tensor) -> Tensor:

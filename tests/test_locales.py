@@ -38,22 +38,22 @@ def test_every_sentence_in_the_source_can_be_translated(file: str) -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_sentence_is_missing_and_none_is_stale(language: str) -> None:
-    known = of(language, "errors.json")
+    known = of(language, "sentences.json")
     assert len(SAID) > 200
     missing = [f"{said.file}:{said.line} {said.template!r}" for said in SAID.values() if said.template not in known]
-    assert not missing, f"to be translated in locales/{language}/errors.json"
+    assert not missing, f"to be translated in locales/{language}/sentences.json"
     assert set(known) - set(SAID) <= {WORDLESS}, "no longer said"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_translation_has_the_values_of_its_sentence(language: str) -> None:
-    other = [text for text, said in of(language, "errors.json").items() if places(said) != places(text)]
+    other = [text for text, said in of(language, "sentences.json").items() if places(said) != places(text)]
     assert not other
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_translation_is_about_as_long(language: str) -> None:
-    sentences = of(language, "errors.json").items()
+    sentences = of(language, "sentences.json").items()
     long = {text: said for text, said in sentences if columns(said) > LENGTH * columns(text) + SPARE}
     assert not long
 
@@ -64,7 +64,7 @@ def test_a_node_is_called_as_the_language_shows_it(language: str) -> None:
     assert set(shown) == set(TITLES.values()) and len(shown) > 15
     other = [
         (text, title)
-        for text, said in of(language, "errors.json").items()
+        for text, said in of(language, "sentences.json").items()
         for title in shown
         if title in text and shown[title] not in said
     ]

@@ -120,7 +120,7 @@ def test_the_setting_goes_before_the_browser_and_many_users_before_both(graph, c
 def test_half_an_update_of_the_texts_leaves_english(graph: ComfyGraph, chosen, monkeypatch, tmp_path: Path) -> None:
     language = graph.pack("nodes.language")
     (tmp_path / "ko").mkdir()
-    (tmp_path / "ko" / language.ERRORS).write_text('{"The prompt')
+    (tmp_path / "ko" / language.SENTENCES).write_text('{"The prompt')
     monkeypatch.setattr(language, "LOCALES", tmp_path)
     language.catalogue.cache_clear()
     chosen("ko")
@@ -134,3 +134,17 @@ def test_every_node_tells_its_errors_in_the_users_language(graph: ComfyGraph) ->
     speaking = graph.pack("nodes.language").Node
     ours = {name: kind for name, kind in graph.nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("NextStep")}
     assert ours and not [name for name, kind in ours.items() if not issubclass(kind, speaking)]
+
+
+def test_what_stays_on_a_node_is_in_the_language_too(graph: ComfyGraph, chosen, monkeypatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(graph.pack("nodes.host"), "show_text", shown.append)
+    chosen("ko")
+    graph.free()
+    prompt = text_to_image(seed=731)
+    prompt["resume"] = node("NextStepResume", latent=["latent", 0], filename_prefix="none")
+    prompt["sampler"]["inputs"]["latent"] = ["resume", 0]
+    graph.run(prompt)
+    assert any("가중치 저장 형식: float32" in text for text in shown), shown
+    assert any("새 그림을 시작합니다" in text for text in shown), shown
+    assert any(text.startswith("12토큰, ") and text.endswith("초") for text in shown), shown
