@@ -23,7 +23,7 @@ class NextStepError(ValueError):
     Its text is English; `sentence` is the same for those who say it in another language.
     """
 
-    def __init__(self, template: str, /, **values: object) -> None:
+    def __init__(self, template: str = "", /, **values: object) -> None:
         self.sentence = Sentence.of(template, values)
         super().__init__(str(self.sentence))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,22 +13,28 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .decoding.budget import Budget, model_bytes
 from .decoding.engine import NextStepEngine
-from .decoding.job import PICTURES
+from .decoding.job import PICTURES, Job
+from .decoding.memory import AUTO
 from .decoding.progress import Progress
-from .errors import NextStepError, check_text, not_finite
+from .decoding.pruning import Pruning
+from .errors import NextStepError, check_choice, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.store import resolve_source, vae_beside
-from .model.vae import AutoencoderKL
+from .model.vae import AutoencoderKL, Runner
 from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
+from .runtime.devices import capped, give_back
 from .runtime.interrupt import Check, checked, go_on, leaves
-from .runtime.memory import check_room
+from .runtime.memory import MAX_MEMORY, check_room
+from .runtime.placement import held_bytes, place, send_away
+from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
-from .runtime.streaming import send_away
+from .sampling.noise import Seeds, check_seeds
 from .sentences import Sentence
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
@@ -49,8 +55,17 @@ class GenerationOutput:
 class NextStepPipeline:
     """Text to image, and editing with input images."""
 
-    def __init__(self, engine: NextStepEngine, vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        engine: NextStepEngine,
+        vae: AutoencoderKL,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_memory: int | None = None,
+    ) -> None:
         self.engine, self.vae, self.device, self.dtype = engine, vae, device, dtype
+        self.max_memory = max_memory
+        self._budget = Budget.of(device, max_memory, dtype, vae)
 
     @classmethod
     def from_pretrained(
@@ -62,25 +77,38 @@ class NextStepPipeline:
         dtype: torch.dtype = torch.bfloat16,
         quantization: str | None = None,
         cuda_graphs: bool = True,
+        max_memory: int | None = None,
         check: Check = go_on,
     ) -> NextStepPipeline:
         """Load from a checkpoint folder, a `.safetensors` file that carries its config or lies beside it, a hub id, or
         "tiny".
 
         `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
-        `quantization` stores the weights as "int8", "int4", "int4-g128" or "fp8" while they are loaded. `cuda_graphs`
+        `quantization` stores the weights as "int8", "int4", "int4-g128" or "fp8" while they are loaded; "auto" takes
+        none, int8 or int4, the first that fits `max_memory` or, without that, the device (a CPU: none). `cuda_graphs`
         captures the work of a token on a CUDA device and replays it. `check` is called all the while and stops by
         raising. Raises NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
+
+        `max_memory` is how many bytes of the device are taken at most; None, as many as there are. Weights that do not
+        fit stay with the host and are streamed, and after each picture what is kept for the next is freed. On a CPU,
+        where weights cannot be streamed, it bounds what is drawn at once, and what does not fit is refused.
         """
+        limit = None if max_memory is None else MAX_MEMORY.check(max_memory)
+        if quantization is not None:
+            check_choice("quantization", quantization, (*RECIPES, AUTO))
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
         with told(Sentence("Loading {name}", name=path.name), device, advice=LOADING_ADVICE):
-            plan = plan_model(path, quantization, device)
+            plan = plan_model(path, None if quantization == AUTO else quantization, device)
             vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
             autoencoder = load_vae(vae_path, device, dtype)
             latents = LatentSpace.from_configs(plan.config, autoencoder.config)
-            engine = NextStepEngine.assemble(plan, latents, lambda: plan.load_model(device, dtype, check), cuda_graphs)
-        return cls(engine, autoencoder, device, dtype)
+            budget = Budget.of(device, limit, dtype, autoencoder)
+            plan = budget.with_recipe(plan) if quantization == AUTO else plan
+            home = budget.home(plan.tensor_bytes(plan.recipe.name if plan.recipe else None, dtype), plan.config)
+            load = partial(plan.load_model, device, dtype, check, home)
+            engine = NextStepEngine.assemble(plan, latents, load, cuda_graphs)
+        return cls(engine, autoencoder, device, dtype, limit)
 
     @torch.inference_mode()
     def generate(
@@ -100,17 +128,21 @@ class NextStepPipeline:
         shift: float | None = None,
         sampler: str | None = None,
         use_norm: bool | None = None,
-        seed: int = 0,
+        seed: Seeds = 0,
         vae_tile: int | None = None,
+        prune: Pruning | None = None,
         callback: Callable[[Progress], None] | None = None,
         check: Check = go_on,
     ) -> GenerationOutput:
         """Draw pictures of `height` x `width` pixels (multiples of 16), `num_images_per_prompt` for each prompt.
 
-        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. `vae_tile`
-        makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. `callback` gets a
-        Progress after every token and stops the run by raising; so may `check`, which is called before every layer of
-        the networks. Raises NextStepError for impossible requests before any long work.
+        None means the checkpoint's recommended setting. `images` fill the prompts' `<image>` slots in order. With a
+        sequence of seeds, one for each picture, every picture comes out as if it were drawn alone with its own.
+        `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. With
+        `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
+        would have without it. Their first tokens are handed to the transformer at once.
+        `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
+        before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
         texts = {"negative_prompt": negative_prompt, "positive_prompt": positive_prompt}
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [cast(str, prompt)]
@@ -121,7 +153,7 @@ class NextStepPipeline:
         for name, text in texts.items():
             check_text(name, text)
         count = IMAGES_PER_PROMPT.check(num_images_per_prompt)
-        PICTURES.check(len(prompts) * count)
+        check_seeds(seed, PICTURES.check(len(prompts) * count))
         pictures = _as_list(images)
         settings = self.engine.recommended(editing=bool(pictures)).override(
             cfg=cfg,
@@ -135,33 +167,71 @@ class NextStepPipeline:
         if vae_tile is not None:
             check_tile(vae_tile, self.vae.config.downscale)
         grid = self.engine.grid(height, width)
-        job = self.engine.make_job(
-            self._captions(prompts, pictures, vae_tile, check),
-            grid,
-            settings,
-            seed=seed,
-            negative_prompt=negative_prompt,
-            positive_prompt=positive_prompt,
-            images_per_caption=count,
-            check=check,
-        )
-        check_room(
-            job.pictures * height * width * PIXEL_BYTES,
-            Sentence("{count} pictures of {width}x{height} pixels", count=job.pictures, width=width, height=height),
-        )
-        make_room = partial(send_away, self.engine.model, self.device)
-        with closing(self.engine.decode(job, self.device, self.dtype, check=check, make_room=make_room)) as run:
-            for progress in run:
-                if callback is not None:
-                    callback(progress)
-        return self._finish(progress.tokens, grid, vae_tile, check)
+        with self._kept_to_memory():
+            job = self.engine.make_job(
+                self._captions(prompts, pictures, vae_tile, check),
+                grid,
+                settings,
+                seed=seed,
+                negative_prompt=negative_prompt,
+                positive_prompt=positive_prompt,
+                images_per_caption=count,
+                check=check,
+            )
+            what = Sentence(
+                "{count} pictures of {width}x{height} pixels", count=job.pictures, width=width, height=height
+            )
+            check_room(job.pictures * height * width * PIXEL_BYTES, what)
+            if prune is not None:
+                job = self._pruned(job, prune, vae_tile, callback, check)
+            return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
+
+    def release(self) -> None:
+        """Free what is kept of the device's memory for the next run; it is taken again when it is needed. With
+        `max_memory` this happens after each run by itself."""
+        self.engine.release()
+        if self.device.type == "cpu" and self.engine.caches.prefilled is not None:
+            self.engine.caches.prefilled.clear()
+        give_back(self.device)
+
+    @contextmanager
+    def _kept_to_memory(self) -> Iterator[None]:
+        """Inside, the device is held to `max_memory`; afterwards, also after a failure, nothing is kept beside the
+        weights."""
+        held = held_bytes(self.engine.model, self.device) + held_bytes(self.vae, self.device)
+        try:
+            with capped(self.device, self.max_memory, held):
+                yield
+        finally:
+            if self.max_memory is not None:
+                self.release()
+
+    def _place(self, job: Job, height: int, width: int) -> int | None:
+        """Bring as many weights to the device as a job leaves room for; how many pictures to draw at once, where that
+        can be told. NextStepError when not even one fits."""
+        each, model = self.engine.working_bytes(job.part([0]), self.dtype), self.engine.model
+        room = self._budget.room(held_bytes(model, self.device))
+        if room is not None and model_bytes(model) + job.pictures * each > room:
+            self.release()  # what was captured lies where weights could
+        plan = self._budget.plan(model, job.pictures, each, height, width)
+        if plan is None:
+            return None
+        place(model, self.device, plan.resident)
+        return plan.at_once
+
+    def _run_vae(self, tile: int | None, height: int, width: int, pictures: int = 1) -> Runner:
+        held = held_bytes(self.engine.model, self.device)
+        if self.device.type == "cpu":
+            held = model_bytes(self.engine.model)
+        at_once = self._budget.pixels_at_once(held, height, width, pictures)
+        return partial(run_in_tiles, tile=tile, at_once=at_once)
 
     def encode_image(self, image: ImageInput, vae_tile: int | None = None, check: Check = go_on) -> EncodedImage:
         """One input picture, whose sides must be multiples of 16, as the transformer sees it; see `generate`."""
         grid = self.engine.grid(*picture_size(image))
         pixels = to_pixels(image)
         with checked(leaves(self.vae), check):
-            run = partial(run_in_tiles, tile=vae_tile)
+            run = self._run_vae(vae_tile, *picture_size(image))
             mean, logvar = self.vae.encode_moments(pixels.to(self.device, self.dtype), run)
         if not (mean.isfinite().all() and logvar.isfinite().all()):
             raise not_finite(Sentence("An input image that the VAE encoded"))
@@ -169,6 +239,32 @@ class NextStepPipeline:
         latents = self.engine.latents
         scaled = None if std is None else latents.cut(std * latents.scale)[0]
         return EncodedImage(latents.to_tokens(mean)[0], grid, scaled)
+
+    def _draw(self, job: Job, callback: Callable[[Progress], None] | None, check: Check) -> Tensor:
+        """Tokens (pictures, total, token_dim) of a job, on the device."""
+        width, height = self.engine.latents.size(job.grid)
+        at_once, make_room = self._place(job, height, width), partial(send_away, self.engine.model, self.device)
+        with closing(self.engine.decode(job, self.device, self.dtype, at_once, check, make_room)) as run:
+            for progress in run:
+                if callback is not None and progress.step.sampled:  # what is known was told of when it was drawn
+                    callback(progress)
+        return progress.tokens
+
+    def _pruned(
+        self,
+        job: Job,
+        prune: Pruning,
+        vae_tile: int | None,
+        callback: Callable[[Progress], None] | None,
+        check: Check,
+    ) -> Job:
+        """Begin all pictures of a job; the job of those that go on. Only their rows are in its KV cache."""
+        rows, columns = prune.rows(job.grid), job.grid[1]
+        places = rows * columns
+        tokens = self._draw(job.begun(places), callback, check)
+        begun = self._finish(tokens[:, :places], (rows, columns), vae_tile, check)
+        chosen = prune.chosen(begun.images)
+        return job.part(chosen).after(tokens[chosen], places)
 
     def _captions(
         self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check
@@ -191,11 +287,13 @@ class NextStepPipeline:
     def _finish(self, tokens: Tensor, grid: Grid, vae_tile: int | None, check: Check) -> GenerationOutput:
         latents = self.engine.latents.to_latents(tokens.float(), grid)
         with checked(leaves(self.vae), check):
-            pixels = self.vae.decode(latents.to(self.dtype), partial(run_in_tiles, tile=vae_tile)).float()
+            width, height = self.engine.latents.size(grid)
+            run = self._run_vae(vae_tile, height, width, len(tokens))
+            pixels = self.vae.decode(latents.to(self.dtype), run).float().cpu()
         if not pixels.isfinite().all():
             raise not_finite(Sentence("The picture that the VAE decoded"))
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return GenerationOutput(images.cpu(), latents.cpu(), tokens.float().cpu())
+        return GenerationOutput(images, latents.cpu(), tokens.float().cpu())
 
 
 def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from comfy_api.latest import io
 
 from ..nextstep_core.decoding.engine import NextStepEngine
-from ..nextstep_core.decoding.memory import fitting_recipe
+from ..nextstep_core.decoding.memory import fitting_recipe, with_fitting_recipe
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import LatentSpace
 from ..nextstep_core.loading import kept, offers
-from ..nextstep_core.loading.build import ModelPlan, load_vae_state, plan_model
+from ..nextstep_core.loading.build import load_vae_state, plan_model
 from ..nextstep_core.loading.catalog import fingerprint
 from ..nextstep_core.model.config import NextStepConfig
 from ..nextstep_core.model.nextstep import NextStepModel
-from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.runtime.quantization import RECIPES
 from ..nextstep_core.sentences import Sentence, all_of
 from . import catalog, host
@@ -86,7 +84,8 @@ def _load(path: Path, options: LoadOptions, keeping: str) -> HostModel:
     vae, latents = _load_vae(path, plan.config)
     storage, compute = host.pick_dtypes(options.dtype, plan.parameters)
     if options.quantization == AUTO:
-        plan = _with_fitting_recipe(plan, storage, compute)
+        # The card's memory in all, not what is free at the moment, so that one machine draws one picture.
+        plan = with_fitting_recipe(plan, storage, compute, host.card_memory())
     plan = plan.for_computing_on(device)
     keeper = Keeper.of(plan, storage, shelves, keeping, path)
     plan = keeper.plan
@@ -125,19 +124,6 @@ def _left_of(path: Path, left: dict[str, Path], options: LoadOptions) -> Path:
             kept=all_of(left),
         )
     return left[options.quantization]
-
-
-def _with_fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype) -> ModelPlan:
-    """The plan with weights in the format that fits the card; as it is on a CPU, and where a file has its format.
-
-    The card's memory in all decides, not what is free at the moment, so that one machine draws one picture.
-    """
-    room = host.card_memory()
-    if room is None or plan.recipe is not None:
-        return plan
-    name = fitting_recipe(plan, storage, compute, room)
-    log.info("NextStep: quantization auto takes %s for a card of %s", name or UNQUANTIZED, format_bytes(room))
-    return plan if name is None else replace(plan, recipe=RECIPES[name])
 
 
 def _load_vae(path: Path, config: NextStepConfig) -> tuple[Any, LatentSpace]:

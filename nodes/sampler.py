@@ -122,7 +122,7 @@ def sample(
     """
     check_choice("on_interrupt", on_interrupt, (DISCARD, KEEP_PARTIAL))
     job = make_job(model, positive, negative, latent, seed, settings)
-    each = model.engine.working_bytes(job.part(0, 1), model.dtype)
+    each = model.engine.working_bytes(job.part([0]), model.dtype)
     streamed = streamed_bytes(model.engine.model)
     plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
     decoding = host.vae_bytes(model.vae, latent["samples"].shape)

@@ -15,7 +15,12 @@ from scripts import templates
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("ja", "ko", "zh")
 SHIPPED = [*sorted((ROOT / "nextstep_core").rglob("*.py")), *sorted((ROOT / "nodes").glob("*.py"))]
-SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in SHIPPED}
+COMMANDS = ROOT / "nextstep_core" / "studio"  # speaks at the command line alone, in English
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in SHIPPED
+    if COMMANDS not in path.parents
+}
 SAID = {said.template: said for file, text in SOURCES.items() for said in said_in(text, file)}
 TITLES = {node: title for text in SOURCES.values() for node, title in titles_in(text).items()}
 LENGTH, SPARE = 1.6, 10  # times the English, and columns that a short word may have beside

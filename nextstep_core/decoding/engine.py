@@ -28,7 +28,7 @@ from ..runtime.interrupt import Check, checked, go_on
 from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
-from ..sampling.noise import NoiseStream
+from ..sampling.noise import NoiseStream, Seeds
 from ..sampling.settings import GenerationSettings
 from ..sentences import Sentence
 from .job import PICTURES, Job, KnownTokens
@@ -108,15 +108,16 @@ class NextStepEngine:
         grid: Grid,
         settings: GenerationSettings,
         *,
-        seed: int,
+        seed: Seeds,
         negative_prompt: str = "",
         positive_prompt: str = "",
         images_per_caption: int = 1,
         known: KnownTokens | None = None,
         check: Check = go_on,
     ) -> Job:
-        """Lay out every guidance branch and start the noise stream; NextStepError when the prompt is too long.
+        """Lay out every guidance branch and start the noise; NextStepError when the prompt is too long.
 
+        With a sequence of seeds, one for each picture, every picture comes out as if it were drawn alone with its own.
         `check` may raise to stop.
         """
         settings.check()
@@ -135,11 +136,14 @@ class NextStepEngine:
             check=check,
         )
         noise = NoiseStream(seed, len(captions), images_per_caption, self.config.token_dim)
-        images = tuple(tuple(self._sample_posterior(image, noise) for image in row) for row in rows.images)
+        images = tuple(
+            tuple(self._sample_posterior(image, noise, row % rows.pictures) for image in images)
+            for row, images in enumerate(rows.images)
+        )
         return Job(replace(rows, images=images), grid, settings, noise, known)
 
-    def _sample_posterior(self, image: EncodedImage, noise: NoiseStream) -> EncodedImage:
-        return image.sampled(self.latents.cut(noise.for_posterior(*self.latents.shape(image.grid)))[0])
+    def _sample_posterior(self, image: EncodedImage, noise: NoiseStream, picture: int) -> EncodedImage:
+        return image.sampled(self.latents.cut(noise.for_posterior(picture, *self.latents.shape(image.grid)))[0])
 
     def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
         """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
@@ -191,7 +195,7 @@ class NextStepEngine:
         """
         at = torch.empty(0, device=device).device
         width, height = self.latents.size(job.grid)
-        needed = self.working_bytes(job.part(0, 1), dtype)
+        needed = self.working_bytes(job.part([0]), dtype)
         work = Sentence("A picture of {width}x{height} pixels, on top of the weights,", width=width, height=height)
         with told(work, at, needed):
             start, wanted = 0, min(at_once or job.pictures, job.pictures)
@@ -215,7 +219,8 @@ class NextStepEngine:
                         tokens[start:] = 0  # also what a part left that ran out of memory
                         if job.known is not None:
                             job.known.fill(tokens)
-                        for step in self._decode_part(job.part(start, stop), tokens[start:stop], piece.positions):
+                        part = job.part(range(start, stop))
+                        for step in self._decode_part(part, tokens[start:stop], piece.positions):
                             yield Progress(step, start, stop, tokens)
                         start = stop
             except BaseException as error:
@@ -247,7 +252,7 @@ class NextStepEngine:
             return wanted
         what = Sentence("{count} pictures", count=job.pictures)
         check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, what)
-        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part(0, 1), dtype)).at_once
+        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part([0]), dtype)).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)

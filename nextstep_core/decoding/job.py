@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import chain
@@ -40,18 +41,19 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class Job:
-    """One call's worth of pictures, checked and laid out, ready to decode."""
+    """One call's worth of pictures, checked and laid out, ready to decode: all places of them, or the `first` alone."""
 
     rows: PromptRows
     grid: Grid
     settings: GenerationSettings
     noise: NoiseStream
     known: KnownTokens | None = None
+    first: int | None = None
 
     @property
     def pictures(self) -> int:
         """How many pictures the job draws."""
-        return len(self.rows.ids) // self.rows.branches
+        return self.rows.pictures
 
     @property
     def total(self) -> int:
@@ -73,10 +75,21 @@ class Job:
         """Rows of the transformer's batch, all branches counted."""
         return self.rows.ids.shape[0]
 
-    def part(self, start: int, stop: int) -> Job:
-        """Pictures start..stop-1 alone, with the prompts and the noise that they have in the whole job."""
-        known = self.known and replace(self.known, tokens=self.known.tokens[start:stop])
-        return replace(self, rows=self.rows.part(start, stop), noise=self.noise.part(start, stop), known=known)
+    def part(self, pictures: Sequence[int]) -> Job:
+        """These pictures alone, with the prompts and the noise that they have in the whole job."""
+        known = self.known and replace(self.known, tokens=self.known.tokens[list(pictures)])
+        return replace(self, rows=self.rows.part(pictures), noise=self.noise.part(pictures), known=known)
+
+    def begun(self, places: int) -> Job:
+        """The first places of every picture alone; the others stay zero."""
+        return replace(self, first=places)
+
+    def after(self, tokens: Tensor, places: int) -> Job:
+        """The rest of the job, given tokens (pictures, total, token_dim) whose first `places` are drawn."""
+        keep = torch.arange(self.total) < places
+        if self.known is not None:
+            keep |= self.known.keep.cpu()
+        return replace(self, known=KnownTokens(tokens, keep), first=None)
 
     def prompt_key(self, dtype: torch.dtype) -> str:
         """Tells prompts apart by what the transformer reads: ids, padding, input images and dtype."""

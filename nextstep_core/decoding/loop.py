@@ -31,7 +31,8 @@ from .steps import CHUNK, StepCaches, StepShape, TokenSampler, TokenSequence
 class Run:
     """A job under way on one device: what any loop over its tokens needs, set up once.
 
-    tokens (M, total, token_dim) is the buffer that is written; `keep` says which places hold known tokens already.
+    tokens (M, total, token_dim) is the buffer that is written; `keep` says, of the places to be drawn, which hold known
+    tokens already.
     hidden (rows, hidden) is the state after the prompt. codes (total, hidden), where the model wants them, are added to
     the state of every place, and guidance (total, 2) holds its scales. Known tokens are fed `chunk` at a time.
     `prefilled` keeps the prompt by its `key`.
@@ -62,7 +63,7 @@ class Run:
             sequence,
             sample,
             tokens,
-            [False] * total if job.known is None else job.known.keep.tolist(),
+            ([False] * total if job.known is None else job.known.keep.tolist())[: job.first],
             sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key, chunk),
             position_codes(model, job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
@@ -105,7 +106,8 @@ def decode(
     embeds (rows, L, hidden) are its prompts, all branches stacked as guidance expects them. Tokens are written into the
     buffer `tokens` (pictures, total, token_dim), whose device and dtype the run computes in. Known tokens lie there
     already and are kept; their noise is drawn all the same, so that every other token sees the noise of its place.
-    Prompts and stretches of known tokens go through the transformer `chunk` positions at a time.
+    Of a job of the first places alone, the others stay as they are. Prompts and stretches of known tokens go through
+    the transformer `chunk` positions at a time.
     """
     return plain(Run.start(model, job, embeds, tokens, caches, chunk))
 

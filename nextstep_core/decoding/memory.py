@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +10,13 @@ import torch
 from ..loading.build import ModelPlan
 from ..model.config import NextStepConfig
 from ..model.kv_cache import KVCache
+from ..runtime.memory import format_bytes
+from ..runtime.quantization import RECIPES
+
+log = logging.getLogger(__name__)
 
 # Of the weights as they are, then of the recipes, the first that fits is taken: each loses more than the one before.
-AUTOMATIC = (None, "int8", "int4")
+AUTO, AUTOMATIC = "auto", (None, "int8", "int4")
 # The published VAE's weights in bfloat16, and what decoding 512x512 takes at its largest layer.
 VAE_BYTES = 1_500_000_000
 FEWEST = 64  # positions in one call; fewer would save next to nothing
@@ -65,13 +70,27 @@ def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> 
     return cache + (activations + scores + head) * dtype.itemsize
 
 
-def fitting_recipe(plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int) -> str | None:
+def fitting_recipe(
+    plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int, vae: int = VAE_BYTES
+) -> str | None:
     """The recipe for a device with `room` bytes in all: as they are (None), int8 or int4, the first that leaves room
     for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming.
 
     Weights lie in `storage`, the KV cache and the activations in `compute`. A card without bfloat16 units keeps the
-    weights in it all the same and computes in float32.
+    weights in it all the same and computes in float32. `vae` is what the VAE takes.
     """
-    beside = working_bytes(plan.config, PICTURE_512, compute) + VAE_BYTES
+    beside = working_bytes(plan.config, PICTURE_512, compute) + vae
     fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, storage) + beside <= room)
     return next(fitting, AUTOMATIC[-1])
+
+
+def with_fitting_recipe(
+    plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int | None, vae: int = VAE_BYTES
+) -> ModelPlan:
+    """The plan with weights in the format that fits `room`; as it is without a room to fit, as on a CPU, and where a
+    file has its format."""
+    if room is None or plan.recipe is not None:
+        return plan
+    name = fitting_recipe(plan, storage, compute, room, vae)
+    log.info("NextStep: quantization auto takes %s for a card of %s", name or "none", format_bytes(room))
+    return plan if name is None else replace(plan, recipe=RECIPES[name])

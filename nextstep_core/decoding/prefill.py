@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from contextlib import suppress
 
 from torch import Tensor
 
 from ..model.kv_cache import KVCache
+from ..runtime.devices import host_bytes
 
 MOST, LEAST = 1 << 30, 1 << 28  # bytes
 SHARE = 32  # one part in so many of the computer's memory
@@ -16,9 +15,7 @@ SHARE = 32  # one part in so many of the computer's memory
 
 def fitting_bytes() -> int:
     """How much of this computer's memory prompts may take: a small part of it, and never more than a gigabyte."""
-    with suppress(ValueError, AttributeError):  # of systems that do not tell
-        return max(LEAST, min(MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE))
-    return LEAST
+    return max(LEAST, min(MOST, (host_bytes() or 0) // SHARE))
 
 
 class PrefillCache:

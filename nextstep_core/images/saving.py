@@ -40,13 +40,14 @@ def save_picture(
     image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
     try:
         if format == "png":
-            image.save(path, pnginfo=_chunks(parameters, notes), compress_level=COMPRESSION)
+            image.save(path, format, pnginfo=_chunks(parameters, notes), compress_level=COMPRESSION)
         elif format == "webp":
-            image.save(path, exif=_exif(parameters, notes), quality=quality, lossless=quality == QUALITY.maximum)
+            lossless = quality == QUALITY.maximum
+            image.save(path, format, exif=_exif(parameters, notes), quality=quality, lossless=lossless)
         else:
             whole, short = _exif(parameters, notes), _exif(parameters, {})
             exif = whole if len(whole) <= LONGEST_EXIF else short if len(short) <= LONGEST_EXIF else b""
-            image.save(path, exif=exif, quality=quality, subsampling=0)
+            image.save(path, format, exif=exif, quality=quality, subsampling=0)
     except OSError as error:
         raise not_written(path, error) from None
 

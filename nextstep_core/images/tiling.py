@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NextStepError, is_out_of_memory
+from ..model.config import VAEConfig
 from ..ranges import Range
 from ..runtime.shortage import reason_of, told
 from ..sentences import Sentence
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SIDES = (512, 256, 128)  # of tiles, in the order in which they are tried; NextStep-1 was trained at the first
 TILE = Range(Sentence("The side of the VAE's tile"), SIDES[-1], 4096)  # in pixels
+LAYERS_AT_ONCE = 9  # of the largest: what went in, normalized, through a convolution and added, with its own workspace
 OVERLAP = 4  # neighbours share at least one part in so many of a side
 
 
@@ -36,28 +38,42 @@ def check_tile(tile: int, unit: int) -> None:
         raise NextStepError("{name} is {tile} pixels; use a multiple of {unit}.", name=TILE.name, tile=tile, unit=unit)
 
 
-def run_in_tiles(network: Network, x: Tensor, pixels_in: int, pixels_out: int, tile: int | None = None) -> Tensor:
+def pixel_bytes(config: VAEConfig, dtype: torch.dtype) -> int:
+    """Bytes that a VAE's decoder takes for each pixel that it is given at once; its encoder takes less.
+
+    The most stands in memory in the first layer of full size, whose input is as wide as the level below.
+    """
+    widest = config.ch * max(config.ch_mult[:2])
+    return LAYERS_AT_ONCE * widest * dtype.itemsize
+
+
+def run_in_tiles(
+    network: Network, x: Tensor, pixels_in: int, pixels_out: int, tile: int | None = None, at_once: int | None = None
+) -> Tensor:
     """network(x): whole, and in tiles only where memory runs out; `tile` is their side in pixels for those who know
-    beforehand that it will. NextStepError for a side that cannot be, or where not even the smallest tile fits. Fits
-    `model.vae.Runner`."""
+    beforehand that it will. At most `at_once` pixels are given at once, if that many make the smallest tile.
+    NextStepError for a side that cannot be, or where not even the smallest tile fits. Fits `model.vae.Runner`."""
     if tile is not None:
         check_tile(tile, max(pixels_in, pixels_out))
     with told(Sentence("The VAE, even in tiles of {tile} pixels,", tile=tile or SIDES[-1]), x.device):
         if tile is None:
-            return within_memory(network, x, pixels_in, pixels_out)
+            return within_memory(network, x, pixels_in, pixels_out, at_once)
         return in_tiles(network, x, pixels_in, pixels_out, tile)
 
 
-def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int) -> Tensor:
-    """network(x) for x (B, C, h, w), all at once if memory allows.
+def within_memory(network: Network, x: Tensor, pixels_in: int, pixels_out: int, at_once: int | None = None) -> Tensor:
+    """network(x) for x (B, C, h, w), all at once if memory allows, and `at_once` pixels do.
 
     Where it runs out, the pictures go one by one, and if one is still too much, in tiles that get smaller. What the
     last attempt raises is raised.
     """
-    whole = max(x.shape[-2:]) * pixels_in
+    height, width = (positions * pixels_in for positions in x.shape[-2:])
+    whole = max(height, width)
     sides = [whole, *(side for side in SIDES if side < whole)]
     *attempts, last = dict.fromkeys([(whole, len(x)), *((side, 1) for side in sides)])
     for side, together in attempts:
+        if at_once is not None and together * min(side, height) * min(side, width) > at_once:
+            continue
         try:
             return in_tiles(network, x, pixels_in, pixels_out, side, together)
         except Exception as error:

@@ -128,16 +128,30 @@ class ModelPlan:
 
     def weight_bytes(self, recipe: str | None, dtype: torch.dtype) -> int:
         """Bytes that the image model's weights would take, stored by a recipe of this name (None: as they are)."""
+        return sum(self.tensor_bytes(recipe, dtype).values())
+
+    def tensor_bytes(self, recipe: str | None, dtype: torch.dtype) -> dict[str, int]:
+        """The same, tensor by tensor."""
         model = empty_model(self.config, None if recipe is None else RECIPES[recipe])
         own = {f"{name}.{part}" for name, _ in quantized_linears(model) for part in ("weight", "weight_scale")}
         state = model.state_dict()
-        return sum(t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items())
+        return {name: t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items()}
 
-    def load_model(self, device: torch.device | str, dtype: torch.dtype | None, check: Check = go_on) -> NextStepModel:
-        """The image model on `device` in `dtype` (None keeps the file's), ready to run; `check` may raise to stop."""
+    def load_model(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype | None,
+        check: Check = go_on,
+        lie_on: torch.device | str | None = None,
+    ) -> NextStepModel:
+        """The image model ready to run on `device` in `dtype` (None keeps the file's); `check` may raise to stop.
+
+        Its weights lie on `lie_on`, if that is another device; what is computed for them is computed on `device`.
+        """
         plan = self.for_computing_on(torch.device(device))
         model = plan.empty_model()
-        fill(model, dict(plan.read_model(device, dtype, lambda *_: check(), check=check)))
+        read = plan.read_model(device if lie_on is None else lie_on, dtype, lambda *_: check(), device, check)
+        fill(model, dict(read))
         make_ready(model, torch.device(device), model.norm.weight.dtype, check)
         return model
 

@@ -76,10 +76,14 @@ class PromptRows:
     images: tuple[tuple[EncodedImage, ...], ...]
     branches: int
 
-    def part(self, start: int, stop: int) -> PromptRows:
-        """The rows of pictures start..stop-1, in all branches."""
-        pictures = len(self.images) // self.branches
-        rows = [branch * pictures + i for branch in range(self.branches) for i in range(start, stop)]
+    @property
+    def pictures(self) -> int:
+        """Rows of one branch."""
+        return len(self.images) // self.branches
+
+    def part(self, pictures: Sequence[int]) -> PromptRows:
+        """The rows of these pictures, in all branches."""
+        rows = [branch * self.pictures + n for branch in range(self.branches) for n in pictures]
         return PromptRows(self.ids[rows], self.valid[rows], tuple(self.images[row] for row in rows), self.branches)
 
 

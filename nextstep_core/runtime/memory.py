@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import NextStepError
+from ..ranges import Range
 from ..sentences import Sentence
+
+# What a pipeline may take of its device. Nothing can be drawn in less, and a number of gigabytes is told from bytes.
+MAX_MEMORY = Range("max_memory", 1_000_000, 1 << 50, Sentence("in bytes"))
+THE_DEVICE_HAS = Sentence("the device has")
 
 
 @dataclass(frozen=True)
@@ -32,21 +37,30 @@ def format_bytes(size: int) -> str:
 
 
 def plan_memory(
-    weights: int, room: int, pictures: int, each: int, streamed: int, *, spare: int = 0, stay: bool = True
+    weights: int,
+    room: int,
+    pictures: int,
+    each: int,
+    streamed: int,
+    *,
+    spare: int = 0,
+    stay: bool = True,
+    whose: Sentence = THE_DEVICE_HAS,
 ) -> MemoryPlan:
     """How many of `pictures` to draw together, each needing `each` bytes beside the weights, and what stays where.
 
     All sizes are in bytes: `weights` of the model, `room` that the device has for it, `streamed`, the room that weights
     pass through when not all of them stay on the device, and `spare`, what has to be left beside those that stay.
-    Without `stay` all are streamed. NextStepError when not even one picture fits.
+    Without `stay` all are streamed. NextStepError when not even one picture fits; `whose` says there whose room it is.
     """
     if each + min(streamed, weights) > room:
         raise NextStepError(
-            "One picture needs {each} of working memory and {streamed} for streaming weights; the device has "
-            "{room}. Choose a smaller size, or load the model with quantization int4.",
+            "One picture needs {each} of working memory and {streamed} for streaming weights; {whose} {room}. Choose a "
+            "smaller size, or load the model with quantization int4.",
             each=format_bytes(each),
             streamed=format_bytes(streamed),
-            room=format_bytes(room),
+            whose=whose,
+            room=format_bytes(max(0, room)),
         )
     beside = weights if stay else streamed
     at_once = max(1, min(pictures, (room - beside) // max(1, each)))
@@ -86,3 +100,17 @@ def plan_host_memory(weights: int, free: int, pictures: int, each: int) -> Memor
     check_room(each, Sentence("One picture"))
     at_once = max(1, min(pictures, free // max(1, each)))
     return MemoryPlan(weights, weights, at_once * each, at_once)
+
+
+def plan_within(limit: int, weights: int, pictures: int, each: int) -> MemoryPlan:
+    """The plan for a CPU that is to take no more than `limit` bytes in all. NextStepError when one picture takes more:
+    weights lie in that memory already, so there is nothing to stream."""
+    if weights + each > limit:
+        raise NextStepError(
+            "On a CPU a picture takes {weights} for the weights, which cannot be streamed there, and {each} of working "
+            "memory; max_memory leaves {room}. Choose quantization int8 or int4, a smaller size, or more memory.",
+            weights=format_bytes(weights),
+            each=format_bytes(each),
+            room=format_bytes(max(0, limit)),
+        )
+    return plan_host_memory(weights, limit - weights, pictures, each)

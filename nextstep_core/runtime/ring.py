@@ -26,10 +26,11 @@ BUFFER_ALIGNMENT = 256  # bytes; what products of all kinds want their operands 
 
 def packed_bytes(tensors: Sequence[Tensor]) -> int:
     """Room that tensors take one behind the other in a buffer."""
-    return sum(_aligned(tensor.nbytes) for tensor in tensors)
+    return sum(aligned(tensor.nbytes) for tensor in tensors)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Bytes of a buffer that a tensor of `size` bytes takes."""
     return -(-size // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
@@ -38,7 +39,7 @@ def _laid_out(memory: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     views, start = [], 0
     for tensor in like:
         views.append(memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-        start += _aligned(tensor.nbytes)
+        start += aligned(tensor.nbytes)
     return views
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from ..errors import OutOfMemory, is_out_of_memory
 from ..sentences import Sentence
-from .memory import format_bytes, spare_bytes
+from .devices import free_bytes
+from .memory import format_bytes
 
 CPU = torch.device("cpu")
 REASON_LENGTH = 200
@@ -56,13 +56,3 @@ def reason_of(error: Exception) -> str:
     """What the device said, which tells how much it was asked for; the first line of it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:REASON_LENGTH].rstrip(". ")
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a device has free, or None where that cannot be asked."""
-    with suppress(RuntimeError):  # of a device that is not well after its error
-        if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0])
-        if device.type == "cpu":
-            return spare_bytes() if spare_bytes() < sys.maxsize else None
-    return None

@@ -8,7 +8,8 @@ without any to bring this does nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..model.nextstep import NextStepModel
 from .memory import format_bytes
-from .ring import BUFFERS, Ring, packed_bytes, page_locked
+from .ring import BUFFERS, Ring, aligned, packed_bytes, page_locked
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +52,21 @@ class OffloadedWeights:
         self.replace(self.tensors)
 
 
-def send_away(model: NextStepModel, device: torch.device) -> bool:
-    """Send half of the layers on `device` to the host, from where they are streamed; whether there were any."""
-    if device.type == "cpu":
-        return False
-    here = [layer for layer in model.layers if any(weight.device == device for weight in layer.parameters())]
-    for layer in here[len(here) // 2 :]:
-        for module in layer.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    module._parameters[name] = nn.Parameter(weight.to("cpu"), requires_grad=False)
-    return bool(here)
-
-
 def streamed_bytes(model: NextStepModel) -> int:
     """The most device memory that weights need which do not stay there: the ring, and all that is no layer."""
-    others = sum(tensor.nbytes for name, tensor in model.named_parameters() if not name.startswith("layers."))
-    return others + BUFFERS * max(packed_bytes(list(layer.parameters())) for layer in model.layers)
+    return passing_bytes({name: tensor.nbytes for name, tensor in model.named_parameters()})
+
+
+def passing_bytes(sizes: Mapping[str, int]) -> int:
+    """The same for a model whose tensors have these sizes, by name."""
+    layers: Counter[str] = Counter()
+    others = 0
+    for name, size in sizes.items():
+        if name.startswith("layers."):
+            layers[name.split(".")[1]] += aligned(size)
+        else:
+            others += size
+    return others + BUFFERS * max(layers.values())
 
 
 @contextmanager

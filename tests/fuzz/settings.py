@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nextstep_core import NextStepPipeline
+from nextstep_core.decoding.pruning import Pruning
 from nextstep_core.loading.store import EMBEDDED
 from nextstep_core.sampling.guidance import SCHEDULES
 from nextstep_core.sampling.solvers import SAMPLERS
@@ -47,7 +48,7 @@ NEARLY: dict[str, tuple[Any, ...]] = {
     "sampler": ("auto", "Flow-ODE", "euler"),
     "cfg_schedule": ("cosine", "Linear"),
     "use_norm": ("on", 1),
-    "seed": (-1, 2**64, 1.0),
+    "seed": (-1, 2**64, 1.0, [1], [1, 2], (3, 4, 5), range(2), [1, 2.0], [[1]]),
     "width": (15, 17, 40, 4112, 10**9, 32.0),
     "height": (8, 24, 4097, 2**40),
     "num_images_per_prompt": (0, 4097, 10**9),
@@ -77,6 +78,9 @@ def case(rng: Random) -> Case:
         request |= _pictures(rng)
     if rng.random() < 0.1:
         request["callback"] = lambda progress: None
+    if rng.random() < 0.15:
+        shares, choices = (1 / 3, 0.01, 1, 1.0, *NONE), ([0], [0], [0, 1], [1, 0], [2, -1], [0, 0], *NONE)
+        request["prune"] = rng.choice(shares), rng.choice(choices)
     # As large as the model can hold, and with ever so many steps, is right, but no case waits for it.
     if isinstance(request.get("steps"), int) and 60 < request["steps"] <= 1000:
         request["steps"] = 60
@@ -85,8 +89,13 @@ def case(rng: Random) -> Case:
 
 
 def _attempt(request: dict[str, Any]) -> Attempt:
-    prompt = request.pop("prompt", "a red circle")
-    return lambda _: pipeline().generate(prompt, **request).images
+    prompt, prune = request.pop("prompt", "a red circle"), request.pop("prune", None)
+
+    def attempt(_: object) -> Tensor:
+        pruning = None if prune is None else Pruning(prune[0], lambda pictures: prune[1])
+        return pipeline().generate(prompt, prune=pruning, **request).images
+
+    return attempt
 
 
 def _pictures(rng: Random) -> dict[str, Any]:

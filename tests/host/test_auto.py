@@ -8,6 +8,7 @@ import re
 import weakref
 
 import pytest
+import torch
 from comfy_graph import ComfyGraph
 from PIL import Image
 
@@ -28,7 +29,6 @@ def stored(graph: ComfyGraph, monkeypatch: pytest.MonkeyPatch, card: int | None,
 def test_auto_takes_the_first_format_that_leaves_room(graph: ComfyGraph, monkeypatch, caplog) -> None:
     loaders, catalog = graph.pack("nodes.loaders"), graph.pack("nodes.catalog")
     plan = loaders.plan_model(catalog.find_model("tiny-a"))
-    torch = loaders.torch
     beside = working_bytes(plan.config, PICTURE_512, torch.float32) + VAE_BYTES
     cards = {name: beside + plan.weight_bytes(name, torch.float32) for name in (None, "int8", "int4")}
     assert stored(graph, monkeypatch, None) == "float32", "a CPU takes what the file has"
@@ -43,7 +43,7 @@ def test_auto_takes_the_first_format_that_leaves_room(graph: ComfyGraph, monkeyp
 def test_auto_counts_the_weights_in_the_dtype_they_are_stored_in(graph: ComfyGraph, monkeypatch) -> None:
     """A card without bfloat16 units stores in it all the same, and computes in float32."""
     loaders, catalog, host = graph.pack("nodes.loaders"), graph.pack("nodes.catalog"), graph.pack("nodes.host")
-    bf16, fp32 = loaders.torch.bfloat16, loaders.torch.float32
+    bf16, fp32 = torch.bfloat16, torch.float32
     monkeypatch.setattr(host, "pick_dtypes", lambda choice, parameters: (bf16, fp32))
     plan = loaders.plan_model(catalog.find_model("tiny-a"))
     card = working_bytes(plan.config, PICTURE_512, fp32) + VAE_BYTES + plan.weight_bytes(None, bf16)
@@ -62,7 +62,8 @@ def test_an_api_graph_that_does_not_ask_keeps_what_the_file_has(graph: ComfyGrap
 def test_nothing_else_holds_a_tensor_while_it_is_laid_out_anew(graph: ComfyGraph, monkeypatch) -> None:
     """Held ones would double the memory of a model that is repacked."""
     loaders, host = graph.pack("nodes.loaders"), graph.pack("nodes.host")
-    read, tensors, alive = loaders.ModelPlan.read_model, [], []
+    plans = graph.pack("nextstep_core.loading.build").ModelPlan
+    read, tensors, alive = plans.read_model, [], []
 
     def watched(self, *arguments, **options):
         for name, tensor in read(self, *arguments, **options):
@@ -76,7 +77,7 @@ def test_nothing_else_holds_a_tensor_while_it_is_laid_out_anew(graph: ComfyGraph
         alive.append(sum(reference() is not None for reference in tensors))
         make_ready(*arguments)
 
-    monkeypatch.setattr(loaders.ModelPlan, "read_model", watched)
+    monkeypatch.setattr(plans, "read_model", watched)
     monkeypatch.setattr(host, "make_ready", counting)
     loaders._loaded.clear()
     loaders.load_model("tiny-a", loaders.LoadOptions("bf16", "int4"))

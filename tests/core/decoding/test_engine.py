@@ -11,7 +11,7 @@ from simulated_mps import MPS, SimulatedMPS
 from torch import Tensor
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.decoding import prefill, steps
+from nextstep_core.decoding import steps
 from nextstep_core.decoding.job import Job, KnownTokens
 from nextstep_core.decoding.loop import guidance_scales
 from nextstep_core.decoding.prefill import PrefillCache
@@ -19,8 +19,9 @@ from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSequence, T
 from nextstep_core.errors import OutOfMemory
 from nextstep_core.model.kv_cache import KVCache
 from nextstep_core.request.layout import Caption, EncodedImage
+from nextstep_core.runtime import devices
 from nextstep_core.runtime.interrupt import go_on
-from nextstep_core.runtime.streaming import send_away
+from nextstep_core.runtime.placement import send_away
 
 CPU = torch.device("cpu")
 
@@ -237,7 +238,7 @@ def test_what_is_larger_than_all_room_pushes_nothing_out(pipeline) -> None:
 @pytest.mark.parametrize(("gigabytes", "most"), [(4, 1 << 28), (16, 1 << 29), (64, 1 << 30)])
 def test_prompts_take_a_small_part_of_the_computer_s_memory(monkeypatch, gigabytes: int, most: int) -> None:
     told = {"SC_PHYS_PAGES": gigabytes << 18, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(prefill.os, "sysconf", told.__getitem__, raising=False)
+    monkeypatch.setattr(devices.os, "sysconf", told.__getitem__, raising=False)
     assert PrefillCache().max_bytes == most
 
 

@@ -1,0 +1,260 @@
+"""A batch run: every picture of a job into a folder, whatever happens in between.
+
+A picture is there when its file has its name; only then it is written down. A run that was killed, cancelled or that
+failed is started again with the same command and draws what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import __version__
+from ..decoding.progress import Progress
+from ..errors import NextStepError, not_written
+from ..images.saving import FORMATS, save_picture
+from ..loading.locks import held
+from ..ranges import Range
+from ..request.parameters import PRODUCT, parameters_text
+from ..runtime.interrupt import Check, go_on
+from ..sentences import Sentence
+from .drawing import Artist, Settled
+from .jobs import BatchJob, Order
+from .manifest import Manifest, Record, read_sidecar, sidecar_of
+from .names import file_name
+
+TOGETHER = Range("together", 1, 256)
+LOCK, PART = ".running", ".part"
+Scorer = Callable[[Tensor], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the run: its order as it is drawn, its key and its file, relative to the folder."""
+
+    settled: Settled
+    key: str
+    file: str
+
+    @property
+    def order(self) -> Order:
+        return self.settled.order
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """How far a run is: pictures that are there or failed, of all; `drawing` is the state of those in work, and
+    `record` the picture that was just finished."""
+
+    done: int
+    failed: int
+    total: int
+    seconds: float
+    drawn: int
+    drawing: Progress | None = None
+    record: Record | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time that the rest will take at the rate so far; None before the first picture."""
+        return (self.total - self.done - self.failed) * self.seconds / self.drawn if self.drawn else None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run, with the records of its pictures in the order of the job."""
+
+    records: tuple[Record, ...]
+    drawn: int
+    kept: int
+    failed: int
+    seconds: float
+
+
+class BatchRun:
+    """A job on its way into a folder, which must not be used by two runs at once."""
+
+    def __init__(self, job: BatchJob, artist: Artist, folder: Path, score: Scorer | None = None) -> None:
+        """Check everything against the checkpoint and give every picture its file. Nothing is drawn yet."""
+        self.job, self.artist, self.folder, self.score = job, artist, folder, score
+        settled = [artist.settle(order) for order in job.orders]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(folder, error) from None
+        self.manifest = Manifest(folder)
+        self.entries = list(self._entries(settled))
+
+    def run(
+        self,
+        together: int = 8,
+        report: Callable[[BatchProgress], None] = lambda _: None,
+        check: Check = go_on,
+    ) -> Summary:
+        """Draw what is missing, at most `together` pictures at once.
+
+        A picture that cannot be drawn is recorded with its error, and the others go on. `report` is called after every
+        token and every picture; it and `check` stop the run by raising.
+        """
+        together = TOGETHER.check(together)
+        folder, lock = self.folder, self.folder / LOCK
+        taken = Sentence("Another run is writing to {folder}. Wait for it, or choose another folder.", folder=folder)
+        with held(lock, taken):
+            started, drawn, failed = time.monotonic(), 0, 0
+            missing = [entry for entry in self.entries if not self._is_there(entry)]
+            kept = len(self.entries) - len(missing)
+
+            def tell(drawing: Progress | None = None, record: Record | None = None) -> None:
+                seconds = time.monotonic() - started
+                state = BatchProgress(kept + drawn, failed, len(self.entries), seconds, drawn, drawing, record)
+                report(state)
+
+            tell()
+            for group in groups(missing, together):
+                for record in self._draw(group, tell, check):
+                    failed, drawn = failed + bool(record.error), drawn + (not record.error)
+                    tell(record=record)
+            records = tuple(self.manifest.records[entry.key] for entry in self.entries)
+            return Summary(records, drawn, kept, failed, time.monotonic() - started)
+
+    def _entries(self, settled: Sequence[Settled]) -> Iterator[Entry]:
+        """A file for every order: the one that it has already, else a name that nothing else has."""
+        digits = max(3, len(str(len(settled))))
+        owners = {record.file: key for key, record in self.manifest.records.items() if not record.error}
+        twice: Counter[str] = Counter()
+        for n, one in enumerate(settled, 1):
+            key = one.key(self.artist.identity)
+            twice[key] += 1
+            if twice[key] > 1:
+                key = f"{key}-{twice[key]}"
+            if self.manifest.has(key):
+                yield Entry(one, key, self.manifest.records[key].file)
+                continue
+            stem, ending = file_name(self.job.pattern, _fields(one, f"{n:0{digits}}")), FORMATS[self.job.format]
+            file, count = stem + ending, 1
+            while owners.get(file, key) != key or self._is_foreign(file, key):
+                count += 1
+                file = f"{stem}-{count}{ending}"
+            owners[file] = key
+            yield Entry(one, key, file)
+
+    def _is_foreign(self, file: str, key: str) -> bool:
+        """Whether a file lies there that is not the picture of this key."""
+        path = self.folder / file
+        if not path.exists():
+            return False
+        record = read_sidecar(path)
+        return record is None or record.key != key
+
+    def _is_there(self, entry: Entry) -> bool:
+        """Whether a picture is done. One that was complete when the run was killed, but not written down, is now."""
+        if self.manifest.has(entry.key):
+            return True
+        path = self.folder / entry.file
+        record = read_sidecar(path) if path.is_file() else None
+        if record is None or record.key != entry.key or record.file != entry.file:
+            return False
+        self.manifest.add(record)
+        return True
+
+    def _draw(self, group: Sequence[Entry], tell: Callable[[Progress], None], check: Check) -> Iterator[Record]:
+        """Draw a group and save it; where that fails, each of its pictures alone."""
+        started = time.monotonic()
+        try:
+            pictures = self.artist.draw([entry.settled for entry in group], tell, check)
+        except NextStepError as error:
+            if len(group) > 1:
+                for entry in group:
+                    yield from self._draw([entry], tell, check)
+                return
+            record = replace(self._record(group[0], 0.0), error=str(error))
+            self.manifest.add(record)
+            yield record
+            return
+        seconds = (time.monotonic() - started) / len(group)
+        for entry, picture in zip(group, pictures, strict=True):
+            record = self._record(entry, seconds)
+            if self.score is not None:
+                record = replace(record, scores=dict(self.score(picture)))
+            self._save(entry, picture, record)
+            yield record
+
+    def _record(self, entry: Entry, seconds: float) -> Record:
+        one, order = entry.settled, entry.order
+        facts = {**self.artist.facts, "Version": f"{PRODUCT} {__version__}"}
+        return Record(
+            entry.key,
+            entry.file,
+            one.prompt,
+            order.negative_prompt,
+            order.seed,
+            order.asked.label,
+            order.name,
+            one.width,
+            one.height,
+            asdict(one.settings),
+            facts,
+            round(seconds, 3),
+        )
+
+    def _save(self, entry: Entry, picture: Tensor, record: Record) -> None:
+        """The sidecar first, the picture last, each under its name only when it is complete."""
+        one, path = entry.settled, self.folder / entry.file
+        text = parameters_text(
+            one.prompt,
+            record.negative_prompt,
+            one.settings,
+            seed=record.seed,
+            size=(one.width, one.height),
+            facts=record.facts,
+        )
+        part = path.with_name(path.name + PART)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(part, picture, self.job.format, self.job.quality, text)
+            _write(sidecar_of(path), record.to_json(indent=2))
+            os.replace(part, path)
+        except OSError as error:
+            raise not_written(path, error) from None
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        self.manifest.add(record)
+
+
+def groups(entries: Iterable[Entry], most: int) -> Iterator[list[Entry]]:
+    """Entries that can be drawn in one batch, at most so many; groups in the order of their first entries."""
+    waiting: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        waiting.setdefault(entry.settled.together, []).append(entry)
+    for alike in waiting.values():
+        for start in range(0, len(alike), most):
+            yield alike[start : start + most]
+
+
+def _fields(one: Settled, index: str) -> dict[str, object]:
+    order = one.order
+    return {
+        "index": index,
+        "name": order.name or order.prompt,
+        "prompt": order.prompt,
+        "label": order.asked.label,
+        "seed": order.seed,
+        "width": one.width,
+        "height": one.height,
+        "steps": one.settings.steps,
+        "cfg": f"{one.settings.cfg:g}",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + PART)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
