@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from ..nextstep_core.studio.selection import (
     Candidate,
     Score,
     Selection,
+    agreement,
     best_of,
     quality_gate,
 )
@@ -38,15 +40,18 @@ from .widgets import DrawingNode, cfg_img_input, ends, setting_inputs
 
 TOTAL = "total"
 SCORES = (TOTAL, *WEIGHTS)
+AGREEMENT = "agreement"  # of several alone
 SCORED_BY = (
     "total weighs all: sharpness 0.3, color diversity 0.2, composition balance 0.3, artifacts 0.2. None of them knows "
     "what was asked for."
 )
 
 
-def score_by(name: str) -> Score:
+def score_by(name: str, among: Sequence[str] = SCORES) -> Score:
     """The score of this name, for pictures (B, H, W, 3); NextStepError for one that is none."""
-    check_choice("score", name, SCORES)
+    check_choice("score", name, among)
+    if name == AGREEMENT:
+        return agreement
     return lambda pictures: [measure_quality(picture).named()[name] for picture in pictures]
 
 
@@ -160,10 +165,6 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-def _score_input() -> io.Input:
-    return io.Combo.Input("score", options=list(SCORES), default=TOTAL, tooltip="What counts: " + SCORED_BY)
-
-
 class NextStepQualityScore(Node):
     """Pictures to numbers."""
 
@@ -215,7 +216,7 @@ class NextStepQualityGate(DrawingNode):
                     tooltip="The score that is good enough. NextStep Quality Score shows what pictures reach.",
                 ),
                 io.Int.Input(ATTEMPTS.name, default=4, **ends(ATTEMPTS), tooltip="Pictures to draw, at most."),
-                _score_input(),
+                io.Combo.Input("score", options=list(SCORES), default=TOTAL, tooltip=SCORED_BY),
             ],
             outputs=_outputs(),
         )
@@ -266,7 +267,12 @@ class NextStepBestOfN(DrawingNode):
                 io.Boolean.Input(
                     "drop_early", default=True, tooltip="Drop the worse half when a third of the picture is there."
                 ),
-                _score_input(),
+                io.Combo.Input(
+                    "score",
+                    options=[AGREEMENT, *SCORES],
+                    default=AGREEMENT,
+                    tooltip="agreement: the picture that is most like the others, for three or more. " + SCORED_BY,
+                ),
             ],
             outputs=_outputs(),
         )
@@ -291,7 +297,7 @@ class NextStepBestOfN(DrawingNode):
             drawer.draw,
             SEED.check(seed),
             candidates=candidates,
-            score=score_by(score),
+            score=score_by(score, (AGREEMENT, *SCORES)),
             kept=0.5 if drop_early else 1.0,
         )
         return drawer.output(found, told_of(found, "kept"))
