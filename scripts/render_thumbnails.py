@@ -149,6 +149,17 @@ def resume(studio: Studio) -> Image.Image:
     return before_and_after(with_hatching(drawn, rest), drawn)
 
 
+def many(studio: Studio, name: str, *scenes: str) -> Image.Image:
+    """The contact sheet of a job, in scenes that the embedded model knows."""
+    drawn = studio.draw(
+        name, job="the text below", text="\n".join(scenes), lists="", size="64", seeds="1, 2", folder=f"NextStep/{name}"
+    )
+    width = SIDE * min(1.0, drawn.width / drawn.height)
+    height = round(width * drawn.height / drawn.width)
+    left, top = (SIDE - round(width)) // 2, (SIDE - height) // 2
+    return sheet((drawn, (left, top, left + round(width), top + height)))
+
+
 def whole(picture: Image.Image) -> Image.Image:
     return sheet((picture, (0, 0, SIDE, SIDE)))
 
@@ -176,6 +187,27 @@ THUMBNAILS = {
     "Low VRAM": low_vram,
     "Compare": compare,
     "Resume": resume,
+    "Brand": lambda s: many(
+        s,
+        "Brand",
+        "a red diamond on a white background",
+        "a blue star on a white background",
+        "a green circle on a white background",
+    ),
+    "Marketing": lambda s: many(
+        s,
+        "Marketing",
+        "a large orange circle on a purple background",
+        "a yellow star on a blue background",
+        "a red triangle on a yellow background",
+    ),
+    "Education": lambda s: many(
+        s,
+        "Education",
+        "a red circle left of a blue square on a white background",
+        "a small green triangle on a black background",
+        "a yellow diamond above a purple star on a white background",
+    ),
 }
 
 

@@ -119,7 +119,7 @@ Column = list[Node | Group]
 # Every part has its number in all templates. The sampler's previews come by it.
 PARTS = (
     "model", "note", "positive", "negative", "size", "sampler", "decode", "save", "load", "edit", "prepare", "paste",
-    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale", "languages",
+    "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale", "languages", "studio",
 )  # fmt: skip
 
 
@@ -395,6 +395,30 @@ the same seed, and all are put into one grid, with labels.
 
 Samplers by name, such as `auto, flow-ode`. Several formats in **quantization** are all kept in memory: `int8, int4`
 takes 21 GB.
+""",
+    "Brand": """
+A logo, a business card, a web banner, a profile picture and a brochure cover for one brand, two of each.
+
+{fetches}
+
+Write your brand and your style into **lists**. All pictures are written into **folder**, with a report: press **Open
+report**. **Interrupt** keeps what is drawn; the next **Run** draws the rest.
+""",
+    "Marketing": """
+A product photo, a story, an ad, a newsletter header and a thumbnail, each in two settings: A with cfg 7.0 and 25 steps,
+B with cfg 8.5 and 35 steps.
+
+{fetches}
+
+Write your product and your moods into **lists**. **Open report** shows A and B side by side, with a slider.
+""",
+    "Education": """
+Three kinds of pictures for lessons: visual, conceptual and practical, for every topic and level, at 1024 x 1024.
+
+{fetches}
+
+Write your topics and levels into **lists**, with **|** between them. **size** 512 draws faster and better. **Open
+report** shows all pictures with what they were made with.
 """,
     "Resume": """
 Press **Run**, and **Interrupt** whenever you need the computer. What is drawn is kept. **Run** again resumes from
@@ -683,8 +707,37 @@ def resume() -> Template:
     )
 
 
+def studio(title: str, lists: str) -> Template:
+    """A shipped set of prompts in one node."""
+    name = title.lower()
+    values = [name, "", lists, "", "", f"NextStep/{name}", 4, "off"]
+    batch = Node("studio", "NextStepBatchStudio", (420, 470), values, {"model": ("model", 0), "vae": ("model", 1)})
+    return Template(
+        f"NextStep {title}",
+        [
+            [*notes(title, 250), group("Model", loader())],
+            [group("Draw", batch)],
+            [group("Result", save(f"{name}-sheet", "studio", 420, 420))],
+        ],
+        [("studio", widget) for widget in ("lists", "size", "seeds", "folder")],
+    )
+
+
+def brand() -> Template:
+    return studio("Brand", "brand: Northwind Coffee\nstyle: minimal, flat colors, plenty of white space")
+
+
+def marketing() -> Template:
+    return studio("Marketing", "product: a ceramic coffee mug\nmood: bright and fresh | warm and calm")
+
+
+def education() -> Template:
+    return studio("Education", "topic: photosynthesis | the water cycle\nlevel: primary school | university")
+
+
 TEMPLATES = (
     first_run, text_to_image, image_edit, inpaint, outpaint, aspect_ratios, batch_grid, low_vram, compare, resume,
+    brand, marketing, education,
 )  # fmt: skip
 
 
