@@ -711,11 +711,11 @@ def studio(title: str, lists: str) -> Template:
     """A shipped set of prompts in one node."""
     name = title.lower()
     values = [name, "", lists, "", "", f"NextStep/{name}", 4, "off"]
-    batch = Node("studio", "NextStepBatchStudio", (420, 470), values, {"model": ("model", 0), "vae": ("model", 1)})
+    batch = Node("studio", "NextStepBatchStudio", (420, 740), values, {"model": ("model", 0), "vae": ("model", 1)})
     return Template(
         f"NextStep {title}",
         [
-            [*notes(title, 250), group("Model", loader())],
+            [*notes(title, 215), group("Model", loader())],
             [group("Draw", batch)],
             [group("Result", save(f"{name}-sheet", "studio", 420, 420))],
         ],

@@ -18,7 +18,8 @@ from scripts.workflows import ALL, FIRST_RUN, read_workflow, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),
-    values: Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value])),
+    values: Object.fromEntries((node.widgets ?? []).filter(widget => widget.type !== 'button')
+        .map(widget => [widget.name, widget.value])),
 }))"""
 RUN = """() => new Promise(async done => {
     const seen = {progress: [], previews: 0};
@@ -154,7 +155,8 @@ def test_the_template_browser_shows_every_thumbnail(page) -> None:
     dialog = page.get_by_role("dialog").first
     dialog.get_by_text(PACK_NAME, exact=True).first.click()
     for path in ALL:  # those further down are loaded when they come into sight
-        dialog.get_by_role("heading", name=path.stem, exact=True).scroll_into_view_if_needed()
+        heading = dialog.get_by_role("heading", name=path.stem, exact=True)
+        heading.evaluate("element => element.scrollIntoView({block: 'center'})")  # its picture stands above it
         page.wait_for_function(THUMBNAIL, arg=path.stem, timeout=20_000)
     screenshot(page, "templates", fit=False)
     page.keyboard.press("Escape")
