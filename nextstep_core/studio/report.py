@@ -24,6 +24,7 @@ REPORT, SHEET = "report.html", "contact-sheet.jpg"
 PAGE = Path(__file__).parent / "data" / "report.html"
 TITLE, DATA = "<!-- title -->", "<!-- data -->"
 ON_SHEET, CELL, COLUMNS = 200, 256, 8  # pictures, pixels of the longer side, pictures in a row
+ON_LABEL = 24  # letters of a name
 
 
 def report_page(title: str, records: Sequence[Record], served_from: str | None = None) -> str:
@@ -69,7 +70,7 @@ def write_sheet(folder: Path, records: Sequence[Record]) -> Path | None:
                 size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
                 pixels = F.interpolate(pixels, size=size, mode="area")
             pictures.append(pixels[0].movedim(0, -1))
-            labels.append(" ".join(filter(None, (record.label, f"seed {record.seed}"))))
+            labels.append(", ".join(filter(None, (record.label, record.name[:ON_LABEL], f"seed {record.seed}"))))
     if not pictures:
         return None
     columns = min(COLUMNS, max(1, round(len(pictures) ** 0.5 + 0.5)))
