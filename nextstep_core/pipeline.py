@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .decoding.budget import Budget, model_bytes
 from .decoding.engine import NextStepEngine
-from .decoding.job import PICTURES, Job
+from .decoding.job import PICTURES, Job, picked
 from .decoding.memory import AUTO
 from .decoding.progress import Progress
 from .decoding.pruning import Pruning
@@ -264,7 +264,7 @@ class NextStepPipeline:
         tokens = self._draw(job.begun(places), callback, check)
         begun = self._finish(tokens[:, :places], (rows, columns), vae_tile, check)
         chosen = prune.chosen(begun.images)
-        return job.part(chosen).after(tokens[chosen], places)
+        return job.part(chosen).after(picked(tokens, chosen), places)
 
     def _captions(
         self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check

@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.decoding.job import Job
+from ..nextstep_core.decoding.job import Job, picked
 from ..nextstep_core.decoding.pruning import Pruning
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import Grid
@@ -106,7 +106,7 @@ class Drawer:
                 rows, columns = prune.rows(job.grid), job.grid[1]
                 tokens = self._tokens(job.begun(rows * columns), remark)
                 chosen = prune.chosen(self._decoded(tokens[:, : rows * columns], (rows, columns)))
-                job = job.part(chosen).after(tokens[chosen], rows * columns)
+                job = job.part(chosen).after(picked(tokens, chosen), rows * columns)
             return self._decoded(self._tokens(job, remark), self.grid)
 
     def _tokens(self, job: Job, remark: str) -> Tensor:

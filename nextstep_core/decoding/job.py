@@ -39,6 +39,11 @@ class KnownTokens:
         buffer[:, keep] = self.tokens.to(buffer)[:, keep]
 
 
+def picked(tokens: Tensor, pictures: Sequence[int]) -> Tensor:
+    """The tokens of these pictures; on their own device also where they are asked by numbers of the host."""
+    return tokens.index_select(0, torch.tensor(pictures, device=tokens.device))
+
+
 @dataclass(frozen=True)
 class Job:
     """One call's worth of pictures, checked and laid out, ready to decode: all places of them, or the `first` alone."""
@@ -77,7 +82,7 @@ class Job:
 
     def part(self, pictures: Sequence[int]) -> Job:
         """These pictures alone, with the prompts and the noise that they have in the whole job."""
-        known = self.known and replace(self.known, tokens=self.known.tokens[list(pictures)])
+        known = self.known and replace(self.known, tokens=picked(self.known.tokens, pictures))
         return replace(self, rows=self.rows.part(pictures), noise=self.noise.part(pictures), known=known)
 
     def begun(self, places: int) -> Job:

@@ -152,6 +152,10 @@ def described(
         settings = published(plan.documents, plan.config).text_to_image
     except NextStepError as error:
         return Model(offers.bare(name), str(path), problem=str(error))
+    try:
+        size_on_disk = sum(file.stat().st_size for file in kept.source_files(plan))
+    except OSError as error:  # a file went away since it was listed
+        return Model(offers.bare(name), str(path), problem=f"{path} changed meanwhile ({error.strerror}).")
     dtype = default_dtype(device, plan.parameters)
     formats = tuple(map(Format.of, fits(plan, vae or PUBLISHED_VAE, device, dtype, size)))
     chosen = best(formats)
@@ -167,7 +171,7 @@ def described(
         purpose=purpose_of(plan.documents.name),
         vae=None if vae_path is None else str(vae_path),
         dtype=str(dtype).removeprefix("torch."),
-        bytes_on_disk=sum(file.stat().st_size for file in kept.source_files(plan)),
+        bytes_on_disk=size_on_disk,
         formats=formats,
         chosen=None if chosen is None else chosen.quantization,
         seconds=None if pace is None else pace.picture,

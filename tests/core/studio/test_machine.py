@@ -122,3 +122,9 @@ def test_a_device_without_room_for_timing_tells_no_time(monkeypatch: pytest.Monk
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     free = disk_free(tmp_path / "not" / "yet")
     assert free is not None and free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+def test_a_file_that_goes_away_meanwhile_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine.kept, "source_files", lambda plan: [tmp_path / "gone.safetensors"])
+    told = described("tiny", ASSETS / "tiny", (), CPU, (64, 64), times=False)
+    assert told.problem is not None and "changed meanwhile" in told.problem
