@@ -23,6 +23,7 @@ from ..nextstep_core.studio.job_file import Wishes, job_of_prompts, parse_job, r
 from ..nextstep_core.studio.jobs import BatchJob, Order
 from ..nextstep_core.studio.manifest import Manifest
 from ..nextstep_core.studio.prompts import KINDS, parse_lines, parse_lists
+from ..nextstep_core.studio.quality import scores_of
 from ..nextstep_core.studio.report import report_page, write_report, write_sheet
 from ..nextstep_core.studio.sets import SETS, set_path
 from . import host
@@ -167,7 +168,7 @@ class NextStepBatchStudio(Node):
         place, together = host.output_folder(folder), TOGETHER.check(together)
         plan = job_of(job, text, wishes_of(lists, size, seeds, preset))
         artist = HostArtist(model, vae)
-        run = BatchRun(plan, artist, place)
+        run = BatchRun(plan, artist, place, scores_of)
         reporter = host.ProgressReporter(BAR)
 
         def report(state: BatchProgress) -> None:

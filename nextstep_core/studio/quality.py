@@ -43,6 +43,11 @@ class Quality:
         return {**asdict(self), "total": self.total}
 
 
+def scores_of(picture: ImageInput) -> dict[str, float]:
+    """Every score of a picture by its name, as a run writes them down."""
+    return {name: round(value, 4) for name, value in measure_quality(picture).named().items()}
+
+
 def measure_quality(picture: ImageInput) -> Quality:
     """The scores of a picture, PIL or (H, W, 3) in [0, 1], of at least 16x16 pixels; NextStepError for what is none.
 

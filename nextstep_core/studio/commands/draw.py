@@ -20,6 +20,7 @@ from ..job_file import COMMAND, Wishes, check_picture, job_of_prompts, read_job
 from ..jobs import Order
 from ..names import slug
 from ..prompts import Prompt
+from ..quality import scores_of
 from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
@@ -230,7 +231,7 @@ def batch(
         raise NextStepError("No folder for the pictures. Name one with --output.")
     with out.bar("Loading the model") as show:
         artist = ModelChoice(model, models, quantization, max_memory, device, dtype).load(plan.model)
-        run = BatchRun(plan, artist, output)
+        run = BatchRun(plan, artist, output, scores_of)
 
         def report(state: BatchProgress) -> None:
             there = state.done + state.failed

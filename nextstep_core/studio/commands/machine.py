@@ -20,6 +20,7 @@ from ..finding import OK, PROBLEM, Finding
 from ..job_keys import SETTINGS
 from ..machine import SIZE, Memory, Model
 from ..machine import status as ask
+from ..quality import measure_quality
 from ..trial import trial
 from .app import FAILED, Json, Output, command
 from .model import (
@@ -180,7 +181,14 @@ def bench(
         load = time.perf_counter() - started
         show(0.2, "Drawing")
         found = measure(
-            artist.pipeline, artist.facts["Model"], width=sides[0], height=sides[1], runs=runs, steps=steps, load=load
+            artist.pipeline,
+            artist.facts["Model"],
+            width=sides[0],
+            height=sides[1],
+            runs=runs,
+            steps=steps,
+            load=load,
+            quality=lambda picture: measure_quality(picture).total,
         )
     table = Table.grid(padding=(0, 2))
     for name, value in {
@@ -190,6 +198,7 @@ def bench(
         "Prompt": f"{found.prompt.median:.3f} s",
         "Token": f"{1000 * found.token.median:.2f} ms",
         "VAE": f"{found.vae.median:.2f} s",
+        "Quality": f"{found.quality.median:.2f}" if found.quality is not None else "not measured",
         "Least by memory": f"{1000 * found.floor:.2f} ms a token; {found.share:.0%} of it reached",
     }.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))

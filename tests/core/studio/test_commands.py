@@ -88,6 +88,8 @@ def test_the_guides_batch_is_read_unchanged_and_drawn_small(tmp_path: Path) -> N
         "seconds": 0,
         "report": str(tmp_path / "out" / "report.html"),
     }
+    (first, _) = sorted((tmp_path / "out").glob("*.png.json"))
+    assert 0 < json.loads(first.read_text())["scores"]["total"] < 1
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
 
 
@@ -106,6 +108,13 @@ def test_a_picture_that_cannot_be_drawn_is_told_by_the_exit_code(tmp_path: Path,
     (tmp_path / "p.txt").write_text("a\n")
     said = run("batch", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "-m", "tiny", "--size", "32", code=3)
     assert "It does not work." in said
+
+
+def test_what_the_machine_is_and_does() -> None:
+    assert "tiny" in [model["name"] for model in result_of("status", "--quick")["models"]]
+    assert result_of("test")["works"]
+    assert result_of("bench", "-m", "tiny", "--size", "32", "--runs", "1", "--steps", "2")["quality"]["median"] > 0
+    assert "ok" in [finding["verdict"] for finding in result_of("doctor")["findings"]]
 
 
 def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
@@ -141,6 +150,12 @@ def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
         (["convert", "tiny", "x.bin"], ".safetensors"),
         (["convert", "tiny", "x.safetensors", "--quantization", "int3"], "int8"),
         (["download", "../x"], "x"),
+        (["status", "--size", "huge"], "size is 'huge'"),
+        (["status", "--device", "tpu", "--quick"], "--device is tpu"),
+        (["doctor", "--device", "tpu"], "--device is tpu"),
+        (["test", "--device", "tpu"], "--device is tpu"),
+        (["bench", "-m", "tiny", "--size", "16:9"], "--size is 16:9"),
+        (["bench", "-m", "tiny", "--size", "32", "--runs", "0"], "runs is 0"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(arguments: list[str], said: str) -> None:
