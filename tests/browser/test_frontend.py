@@ -91,7 +91,14 @@ def open_template(page, name: str) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog").first
     dialog.get_by_text(PACK_NAME, exact=True).first.click()
-    dialog.get_by_role("heading", name=name, exact=True).click()
+    heading = dialog.get_by_role("heading", name=name, exact=True)
+    dialog.get_by_role("heading").first.wait_for()
+    for _ in range(40):  # those further down are added when the end of the list comes into sight
+        if heading.count():
+            break
+        dialog.get_by_role("heading").last.evaluate("element => element.scrollIntoView()")
+        page.wait_for_timeout(250)
+    heading.click()
     page.wait_for_function("count => app.graph._nodes.length === count", arg=len(read_workflow(path_of(name))["nodes"]))
     page.wait_for_timeout(500)
 
