@@ -15,7 +15,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..nextstep_core.errors import NextStepError
+from ..nextstep_core.errors import NextStepError, OutOfMemory
 from ..nextstep_core.sentences import Sentence
 from . import host
 
@@ -71,9 +71,10 @@ def _raising(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*arguments, **inputs)
         except NextStepError as error:
             said = in_users_language(error.sentence)
-            if said == str(error):
+            kind = OutOfMemory if isinstance(error, OutOfMemory) else NextStepError  # kinds of our own mean nothing there
+            if said == str(error) and type(error) is kind:
                 raise
-            raise type(error).of(Sentence("{said}", said=said)) from error  # the log has both
+            raise kind.of(Sentence("{said}", said=said)) from error  # the log has both
 
     return _like(call, run)
 
