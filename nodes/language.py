@@ -71,7 +71,8 @@ def _raising(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*arguments, **inputs)
         except NextStepError as error:
             said = in_users_language(error.sentence)
-            kind = OutOfMemory if isinstance(error, OutOfMemory) else NextStepError  # kinds of our own mean nothing there
+            # What kinds there are inside means nothing to who reads the host's message.
+            kind = OutOfMemory if isinstance(error, OutOfMemory) else NextStepError
             if said == str(error) and type(error) is kind:
                 raise
             raise kind.of(Sentence("{said}", said=said)) from error  # the log has both
