@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .decoding.budget import Budget, model_bytes
 from .decoding.engine import NextStepEngine
-from .decoding.job import PICTURES, Job, picked
+from .decoding.job import PICTURES, Job
 from .decoding.memory import AUTO
 from .decoding.progress import Progress
 from .decoding.pruning import Pruning
@@ -183,7 +183,8 @@ class NextStepPipeline:
             )
             check_room(job.pictures * height * width * PIXEL_BYTES, what)
             if prune is not None:
-                job = self._pruned(job, prune, vae_tile, callback, check)
+                draw = partial(self._draw, callback=callback, check=check)
+                job = prune.rest(job, draw, lambda begun, part: self._finish(begun, part, vae_tile, check).images)
             return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
 
     def release(self) -> None:
@@ -249,22 +250,6 @@ class NextStepPipeline:
                 if callback is not None and progress.step.sampled:  # what is known was told of when it was drawn
                     callback(progress)
         return progress.tokens
-
-    def _pruned(
-        self,
-        job: Job,
-        prune: Pruning,
-        vae_tile: int | None,
-        callback: Callable[[Progress], None] | None,
-        check: Check,
-    ) -> Job:
-        """Begin all pictures of a job; the job of those that go on. Only their rows are in its KV cache."""
-        rows, columns = prune.rows(job.grid), job.grid[1]
-        places = rows * columns
-        tokens = self._draw(job.begun(places), callback, check)
-        begun = self._finish(tokens[:, :places], (rows, columns), vae_tile, check)
-        chosen = prune.chosen(begun.images)
-        return job.part(chosen).after(picked(tokens, chosen), places)
 
     def _captions(
         self, prompts: list[str], pictures: list[ImageInput], vae_tile: int | None, check: Check

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..nextstep_core.decoding.job import Job, picked
+from ..nextstep_core.decoding.job import Job
 from ..nextstep_core.decoding.pruning import Pruning
 from ..nextstep_core.errors import NextStepError, check_choice
 from ..nextstep_core.images.latents import Grid
@@ -103,10 +104,7 @@ class Drawer:
                 captions, self.grid, self.settings, seed=seeds, negative_prompt=negative, check=host.check_interrupt
             )
             if prune is not None:
-                rows, columns = prune.rows(job.grid), job.grid[1]
-                tokens = self._tokens(job.begun(rows * columns), remark)
-                chosen = prune.chosen(self._decoded(tokens[:, : rows * columns], (rows, columns)))
-                job = job.part(chosen).after(picked(tokens, chosen), rows * columns)
+                job = prune.rest(job, partial(self._tokens, remark=remark), self._decoded)
             return self._decoded(self._tokens(job, remark), self.grid)
 
     def _tokens(self, job: Job, remark: str) -> Tensor:
@@ -123,8 +121,7 @@ class Drawer:
     def output(self, selection: Selection, told: str) -> io.NodeOutput:
         """What such a node gives."""
         seed, picture = selection.kept.seed, selection.picture[None]
-        rows, columns = self.grid
-        blank = {"samples": torch.zeros(1, *self.model.engine.latents.shape((rows, columns)))}
+        blank = {"samples": torch.zeros(1, *self.model.engine.latents.shape(self.grid))}
         info = info_of(self.model, self.positive, self.negative, self.settings, seed, blank)
         host.show_text(told)
         return io.NodeOutput(picture, selection.kept.score, seed, told, info)

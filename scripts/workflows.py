@@ -19,6 +19,11 @@ def read_workflow(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def short_job(path: Path) -> dict[str, str]:
+    """Widgets that make a template of a whole job a short one; none for the others, whose `size` is another choice."""
+    return {"size": "64", "preset": "draft", "seeds": "1"} if "NextStepBatchStudio" in path.read_text() else {}
+
+
 def to_prompt(workflow: dict, object_info: dict, **widgets: object) -> dict:
     """The API prompt of a UI workflow; `widgets` replaces every input of that name that is not a link."""
     prompt = convert_ui_to_api(workflow, object_info)

@@ -12,6 +12,7 @@ from ..errors import NextStepError, shown
 from ..images.latents import Grid
 from ..ranges import Range
 from ..sentences import Sentence
+from .job import Job, picked
 
 DRAWN = Range(Sentence("The share of a picture that is drawn before some are dropped"), 0.01, 1.0)
 
@@ -33,6 +34,17 @@ class Pruning:
     def rows(self, grid: Grid) -> int:
         """Rows of tokens after which pictures are dropped."""
         return max(1, round(grid[0] * self.drawn))
+
+    def rest(self, job: Job, draw: Callable[[Job], Tensor], decode: Callable[[Tensor, Grid], Tensor]) -> Job:
+        """Begin all pictures of a job; the job of those that go on. Only their rows are in its KV cache.
+
+        `draw` gives a job's tokens (pictures, total, token_dim), and `decode` pictures from tokens of a grid.
+        """
+        grid = self.rows(job.grid), job.grid[1]
+        places = grid[0] * grid[1]
+        tokens = draw(job.begun(places))
+        chosen = self.chosen(decode(tokens[:, :places], grid))
+        return job.part(chosen).after(picked(tokens, chosen), places)
 
     def chosen(self, pictures: Tensor) -> list[int]:
         """The pictures that go on; NextStepError when `choose` names none, or what is not there."""

@@ -25,11 +25,11 @@ from ..runtime.interrupt import Check, go_on
 from ..sentences import Sentence
 from .drawing import Artist, Settled, parameters_of
 from .jobs import BatchJob, Order
-from .manifest import Manifest, Record, read_sidecar, sidecar_of
+from .manifest import PART, Manifest, Record, read_sidecar, sidecar_of, write_whole
 from .names import file_name
 
 TOGETHER = Range("together", 1, 256)
-LOCK, PART = ".running", ".part"
+LOCK = ".running"
 Scorer = Callable[[Tensor], Mapping[str, float]]
 
 
@@ -221,7 +221,7 @@ class BatchRun:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_picture(part, picture, self.job.format, self.job.quality, parameters_of(entry.settled, record.facts))
-            _write(sidecar_of(path), record.to_json(indent=2))
+            write_whole(sidecar_of(path), record.to_json(indent=2))
             os.replace(part, path)
         except OSError as error:
             raise not_written(path, error) from None
@@ -254,9 +254,3 @@ def _fields(one: Settled, index: str) -> dict[str, object]:
         "steps": one.settings.steps,
         "cfg": f"{one.settings.cfg:g}",
     }
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + PART)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

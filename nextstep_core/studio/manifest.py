@@ -17,7 +17,7 @@ from ..errors import NextStepError, not_written
 from ..loading.files import read_all
 
 MANIFEST = "manifest.jsonl"
-SIDECAR = ".json"
+SIDECAR, PART = ".json", ".part"
 LARGEST_MANIFEST = 1 << 30  # bytes
 LARGEST_SIDECAR = 1 << 20
 
@@ -100,6 +100,13 @@ class Manifest:
         """Whether this picture is drawn and its file still there."""
         record = self.records.get(key)
         return record is not None and not record.error and (self.path.parent / record.file).is_file()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text under its name only when it is complete; OSError where it cannot be written."""
+    part = path.with_name(path.name + PART)
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def sidecar_of(picture: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..errors import NextStepError, not_written
 from ..images.contact_sheet import contact_sheet
 from ..images.rgb import to_pixels
 from ..images.saving import save_picture
-from .manifest import Record
+from .manifest import Record, write_whole
 
 REPORT, SHEET = "report.html", "contact-sheet.jpg"
 PAGE = Path(__file__).parent / "data" / "report.html"
@@ -44,10 +43,8 @@ def write_report(folder: Path, title: str, records: Sequence[Record]) -> Path:
     cannot be written."""
     page = report_page(title, records)
     path = folder / REPORT
-    part = path.with_name(f"{REPORT}.part")
     try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, page)
     except OSError as error:
         raise not_written(path, error) from None
     return path

@@ -24,7 +24,7 @@ import websocket
 from PIL import Image
 
 from scripts.comfy_server import NO_HOST, ComfyServer, find_comfyui, make_base, running_server
-from scripts.workflows import ALL, FIRST_RUN, ON_EMBEDDED, read_workflow, to_prompt
+from scripts.workflows import ALL, FIRST_RUN, ON_EMBEDDED, read_workflow, short_job, to_prompt
 
 from .case import name_of
 from .outcome import BAD, DEATH, FINE, HANG, OWN, RAW, Outcome
@@ -47,7 +47,10 @@ AWAY, FETCHING = ("NextStepDownload",), ("model_name", "vae_name")
 def good_graphs(object_info: dict) -> list[dict]:
     """The shipped workflows in API form on the embedded model, small and quick, and one with nodes that none of them
     has."""
-    shipped = [to_prompt(read_workflow(path), object_info, **SMALL, **ON_EMBEDDED, image="example.png") for path in ALL]
+    shipped = [
+        to_prompt(read_workflow(path), object_info, **SMALL | ON_EMBEDDED | short_job(path), image="example.png")
+        for path in ALL
+    ]
     return [*shipped, _with_the_others(shipped[ALL.index(FIRST_RUN)])]
 
 

@@ -15,7 +15,7 @@ from sd_parsers import ParserManager
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
 
 from scripts.comfy_server import PACK_NAME, ComfyServer
-from scripts.workflows import ALL, EMBEDDED, FIRST_RUN, ON_EMBEDDED, TEXT_TO_IMAGE, read_workflow, to_prompt
+from scripts.workflows import ALL, EMBEDDED, FIRST_RUN, ON_EMBEDDED, TEXT_TO_IMAGE, read_workflow, short_job, to_prompt
 
 SMALL = {"model_name": "tiny-a", "width": 96, "height": 64, "steps": 4, "seed": 7, "cfg": 3.0}
 LONG = {**SMALL, "width": 512, "height": 512, "steps": 20}
@@ -311,9 +311,7 @@ def test_every_shipped_workflow_runs(server, object_info, path: Path) -> None:
         **ON_EMBEDDED, "steps": 3, "width": 64, "height": 64, "base": "256", "bottom": 32,
         "size": "width and height",
     }  # fmt: skip
-    if "NextStepBatchStudio" in path.read_text():
-        small |= {"size": "32", "preset": "draft", "seeds": "1"}
-    run = server.run(to_prompt(workflow, object_info, **small), workflow)
+    run = server.run(to_prompt(workflow, object_info, **small | short_job(path)), workflow)
     assert run.ended == "execution_success", run.events[-1]
     assert server.images(run)[0].is_file()
 

@@ -128,8 +128,7 @@ def edit(
 
 def _draw(orders: Sequence[Order], choice: ModelChoice, output: Path, format: str | None, out: Output) -> None:
     """Draw orders that differ in their seeds alone, and save each."""
-    if len(orders) > TOGETHER.maximum:
-        TOGETHER.check(len(orders))
+    TOGETHER.check(len(orders))
     files = _files(orders, output, format)
     with out.bar("Loading the model") as show:
         artist = choice.load()

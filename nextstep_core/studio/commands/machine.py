@@ -41,6 +41,14 @@ HOW = {"whole": "fits", "streamed": "fits, streamed", "no": "too large"}
 Folder = Annotated[Path | None, typer.Option("--output", "-o", help="A folder for pictures, to see whether it works.")]
 
 
+def sides_of(size: str) -> tuple[int, int]:
+    """(width, height) of what --size says; NextStepError for a ratio, which has no pixels here."""
+    sides: tuple[int, int] | str = SETTINGS["size"].check("--size", size)
+    if isinstance(sides, str):
+        raise NextStepError("--size is {size}; write 512 or 768x512.", size=size)
+    return sides
+
+
 @command("status", "nextstep status", "nextstep status --size 1024 --json")
 def status(
     models: ModelFolder = None,
@@ -52,9 +60,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the machine, the models, what fits in which format and how long a picture takes."""
-    out, sides = Output(as_json), SETTINGS["size"].check("--size", size)
-    if isinstance(sides, str):
-        raise NextStepError("--size is {size}; write 512 or 768x512.", size=size)
+    out, sides = Output(as_json), sides_of(size)
     folders = model_folders(models)
     with out.bar("Looking"):
         found = ask(folders, folders, device=pick_device(device), size=sides, times=not quick)
@@ -172,9 +178,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure how fast a model draws, and how near that is to what the memory allows."""
-    out, sides = Output(as_json), SETTINGS["size"].check("--size", size)
-    if isinstance(sides, str):
-        raise NextStepError("--size is {size}; write 512 or 768x512.", size=size)
+    out, sides = Output(as_json), sides_of(size)
     with out.bar("Loading the model") as show:
         started = time.perf_counter()
         artist = ModelChoice(model, models, quantization, max_memory, device, dtype).load()

@@ -19,6 +19,7 @@ from ...loading.download import PUBLISHED_CHECKPOINTS
 from ...loading.kept import weights_hash
 from ...loading.store import resolve_source
 from ...pipeline import NextStepPipeline
+from ...runtime.devices import best_device
 from ...runtime.quantization import RECIPES
 from ..drawing import PipelineArtist
 from ..machine import default_dtype
@@ -110,7 +111,7 @@ def find_model(name: str | None, folder: Path | None) -> Path:
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is the fastest there is. NextStepError for one that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return best_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
