@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import (
     RECIPES,
     QuantizedLinear,
-    Recipe,
+    Storage,
     choose_kernels,
     find_recipe,
     quantized_linears,
@@ -34,6 +35,7 @@ from ..runtime.quantization import (
 )
 from ..runtime.quantization.formats import Int4, quantize_in_pieces
 from ..runtime.quantization.layouts import RowBlocks, cpu_layout, find_layout
+from . import comfy_quant, gptq
 from .checkpoint import (
     TensorFiles,
     check_complete,
@@ -46,7 +48,8 @@ from .checkpoint import (
 )
 from .documents import CONFIG, Documents, find_documents
 from .files import is_file
-from .fusion import fuse_locations, published_shapes
+from .fusion import fuse_locations, parts_of, published_shapes
+from .stored import bring_in
 
 GRID_CODES = "gen_pos_embed"
 OPTIONAL = ("lm_head.weight", GRID_CODES)  # not needed for images; computable
@@ -66,7 +69,7 @@ class ModelPlan:
     files: TensorFiles
     model_names: tuple[str, ...]
     text_embedding_names: tuple[str, ...]
-    recipe: Recipe | None = None
+    recipe: Storage | None = None
     stored: bool = False
     layout: RowBlocks | None = None
 
@@ -117,7 +120,7 @@ class ModelPlan:
                 yield name, tensor
                 continue
             weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
-            check_finite(name, scale, self.files.locations[name][0][0])  # what a row has of NaN, its scale has
+            check_finite(name, scale, self.files.path_of(name))  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
             if self.layout is not None and isinstance(to_quantize[name], Int4):
                 weight = self.layout.pack(weight)
@@ -132,7 +135,8 @@ class ModelPlan:
 
     def tensor_bytes(self, recipe: str | None, dtype: torch.dtype) -> dict[str, int]:
         """The same, tensor by tensor."""
-        model = empty_model(self.config, None if recipe is None else RECIPES[recipe])
+        held = self.recipe if self.recipe is not None and recipe == self.recipe.name else None
+        model = empty_model(self.config, None if recipe is None else held or RECIPES[recipe])
         own = {f"{name}.{part}" for name, _ in quantized_linears(model) for part in ("weight", "weight_scale")}
         state = model.state_dict()
         return {name: t.nbytes if name in own else t.numel() * dtype.itemsize for name, t in state.items()}
@@ -172,32 +176,54 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     documents = find_documents(path)
     if quantization is None and is_file(path):
         quantization = reader_of(path).recipe(path)
-    recipe = None if quantization is None else find_recipe(quantization, torch.device(device))
-    if documents.quantization is not None:
-        held = find_recipe(documents.quantization, torch.device(device))
-        if recipe not in (None, held):
-            raise NextStepError(
-                "{path} is already quantized to {format}. Choose no quantization, or quantize the original.",
-                path=path,
-                format=held.name,
-            )
-        recipe = held
-    stored = documents.quantization is not None
+    recipe: Storage | None = None if quantization is None else find_recipe(quantization, torch.device(device))
+    described = documents.read(CONFIG)
+    config = NextStepConfig.from_dict(described, documents.where(CONFIG))
+    files, held = _held_by(find_model_files(path), documents, described, config, device)
+    if held is not None and recipe not in (None, held):
+        raise NextStepError(
+            "{path} is already quantized to {format}. Choose no quantization, or quantize the original.",
+            path=path,
+            format=held.name,
+        )
+    stored, recipe = held is not None, held or recipe
     layout = None if documents.layout is None else find_layout(documents.layout)
-    config = NextStepConfig.from_dict(documents.read(CONFIG), documents.where(CONFIG))
-    files = find_model_files(path)
     empty = empty_model(config, recipe if stored else None)
     model, text_embedding = shapes_of(empty), shapes_of(TextEmbedding(config, device="meta"))
     expected = published_shapes(model | text_embedding, files.shapes, config)
-    quantized = {f"{name}.weight": layer.weight.dtype for name, layer in quantized_linears(empty)}
+    quantized = {
+        part: layer.weight.dtype
+        for name, layer in quantized_linears(empty)
+        for part in (f"{name}.weight", *parts_of(f"{name}.weight", config))
+    }
     check_complete(files, expected, OPTIONAL, quantized)
     files = fuse_locations(files, model, config)
     return ModelPlan(documents, config, files, tuple(model), tuple(text_embedding), recipe, stored, layout)
 
 
+def _held_by(
+    files: TensorFiles,
+    documents: Documents,
+    described: dict[str, Any],
+    config: NextStepConfig,
+    device: torch.device | str,
+) -> tuple[TensorFiles, Storage | None]:
+    """The files with what other programs have quantized in formats of ours, and how quantized weights lie in them."""
+    if documents.quantization is not None:
+        return files, find_recipe(documents.quantization, torch.device(device))
+    packed = gptq.find(files, described, documents.where(CONFIG))
+    others, beside = comfy_quant.find(files)
+    if not packed and not others:
+        return files, None
+    name = gptq.name_of(described) if packed else comfy_quant.name_of(others)
+    plain = NextStepModel(config, device="meta")
+    linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
+    return bring_in(files, packed | others, beside, linears, config, name)
+
+
 def empty_model(
     config: NextStepConfig,
-    recipe: Recipe | None = None,
+    recipe: Storage | None = None,
     operations: Operations = DEFAULT,
     quantized_layer: type[QuantizedLinear] = QuantizedLinear,
 ) -> NextStepModel:

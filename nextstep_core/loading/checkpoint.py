@@ -49,17 +49,43 @@ Place: TypeAlias = tuple[Path, str]  # a file, and the name in it
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A tensor that is computed from others in files."""
+
+    places: tuple[Place, ...]
+    make: Callable[..., Tensor]
+
+
+Source: TypeAlias = Place | Derived
+
+
+def places_of(sources: Iterable[Source]) -> Iterator[Place]:
+    """Every place that is read for these sources."""
+    for source in sources:
+        yield from source.places if isinstance(source, Derived) else (source,)
+
+
+@dataclass(frozen=True)
 class TensorFiles:
     """Where each tensor lies, which shape it has and of which dtype it is, by the name that the modules use.
 
-    A tensor that lies in several places is their concatenation along the first axis. A dtype is None where it is none
-    that weights can have.
+    A tensor that has several sources is their concatenation along the axis of its rows. A dtype is None where it is
+    none that weights can have.
     """
 
     where: str
-    locations: dict[str, tuple[Place, ...]]
+    locations: dict[str, tuple[Source, ...]]
     shapes: dict[str, Shape]
     dtypes: dict[str, torch.dtype | None] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> set[Path]:
+        """The files in which the tensors lie."""
+        return {path for sources in self.locations.values() for path, _ in places_of(sources)}
+
+    def path_of(self, name: str) -> Path:
+        """The first file in which a tensor lies."""
+        return next(places_of(self.locations[name]))[0]
 
 
 @contextmanager
@@ -212,7 +238,7 @@ def _with_gguf(path: Path) -> TensorFiles:
 
 
 def _from_held(where: Path, shards: Mapping[Path, Mapping[str, Held]]) -> TensorFiles:
-    locations: dict[str, tuple[Place, ...]] = {}
+    locations: dict[str, tuple[Source, ...]] = {}
     shapes: dict[str, Shape] = {}
     dtypes: dict[str, torch.dtype | None] = {}
     for file, held in shards.items():
@@ -272,7 +298,7 @@ def check_complete(
 
 
 def _file(files: TensorFiles, name: str) -> str:
-    return files.locations[name][0][0].name
+    return files.path_of(name).name
 
 
 def _name(name: str) -> Words:
@@ -302,40 +328,56 @@ def read_tensors(
     NextStepError when one holds NaN or infinite values. Matrices that stay views are not looked at: that would read a
     checkpoint of 30 GB a second time. What they make of a picture is found when its tokens are checked.
     """
-    order = {path: i for i, path in enumerate(dict.fromkeys(p for n in names for p, _ in files.locations[n]))}
-    names = sorted(names, key=lambda n: max(order[path] for path, _ in files.locations[n]))
-    last_use = {path: name for name in names for path, _ in files.locations[name]}
+    paths = {name: [path for path, _ in places_of(files.locations[name])] for name in names}
+    order = {path: i for i, path in enumerate(dict.fromkeys(path for name in paths for path in paths[name]))}
+    names = sorted(paths, key=lambda name: max(order[path] for path in paths[name]))
+    last_use = {path: name for name in names for path in paths[name]}
     with _OpenFiles() as opened:
         for name in names:
             to = None if name in keep else dtype
-            places, shape = files.locations[name], files.shapes[name]
-            tensor, is_view = _assemble(opened, places, shape, where.get(name, device), to, check)
+            sources, shape = files.locations[name], files.shapes[name]
+            tensor, is_view = _assemble(opened, sources, shape, where.get(name, device), to, check)
             if not is_view or tensor.ndim != 2 or tensor.numel() <= SMALL:
-                check_finite(name, tensor, places[0][0])
+                check_finite(name, tensor, files.path_of(name))
             yield name, tensor
-            opened.close([path for path, _ in files.locations[name] if last_use[path] == name])
+            opened.close([path for path in paths[name] if last_use[path] == name])
 
 
 def _assemble(
     opened: _OpenFiles,
-    places: tuple[Place, ...],
+    sources: tuple[Source, ...],
     shape: Shape,
     device: torch.device | str,
     dtype: torch.dtype | None,
     check: Check,
 ) -> tuple[Tensor, bool]:
-    """(a tensor from its places, whether it is what the file holds and not a copy)."""
-    part = opened.read(*places[0])
+    """(a tensor from its sources, whether it is what the file holds and not a copy)."""
+    part = opened.read(sources[0])
     to = dtype if dtype is not None and part.is_floating_point() else part.dtype
     stays = (part.device, part.dtype) == (torch.device(device), to)
-    if len(places) == 1 and (stays or not part.ndim):
-        return part.to(device, to), stays
-    whole = torch.empty(shape, device=device, dtype=to)
-    row = _copy(part, whole, check)
+    if len(sources) == 1 and (stays or not part.ndim):
+        return part.to(device, to), stays and not isinstance(sources[0], Derived)
+    whole, axis = torch.empty(shape, device=device, dtype=to), rows_axis(shape)
+    first = part.shape[axis]
+    _copy(part, whole.narrow(axis, 0, first), check)
     del part  # one part in memory at a time
-    for place in places[1:]:
-        row += _copy(opened.read(*place), whole[row:], check)
+    for source in sources[1:]:
+        part = opened.read(source)
+        _copy(part, whole.narrow(axis, first, part.shape[axis]), check)
+        first += part.shape[axis]
+        del part
     return whole, False
+
+
+def rows_axis(shape: Shape) -> int:
+    """The axis of a tensor that counts a matrix's rows: the first, but for the scales and zeros of int4."""
+    return 1 if len(shape) == 3 and shape[-1] == 2 else 0
+
+
+def read_small(source: Source) -> Tensor:
+    """A tensor that says how others are to be read; the caller has looked at its size."""
+    with _OpenFiles() as opened:
+        return opened.read(source).clone()
 
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> None:
@@ -358,14 +400,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or all(bool(p.isfinite().all()) for p in tensor.flatten().split(SMALL))
 
 
-def _copy(source: Tensor, target: Tensor, check: Check) -> int:
-    """Copy the rows of `source` to the front of `target`; how many there are."""
+def _copy(source: Tensor, target: Tensor, check: Check) -> None:
+    """Copy `source` to `target`, a piece at a time."""
     rows = max(1, PIECE * len(source) // max(1, source.nbytes))
     for start in range(0, len(source), rows):
         check()
-        piece = source[start : start + rows]
-        target[start : start + len(piece)] = piece
-    return len(source)
+        target[start : start + rows] = source[start : start + rows]
 
 
 class _OpenFiles:
@@ -375,7 +415,10 @@ class _OpenFiles:
         self._stacks: dict[Path, ExitStack] = {}
         self._tensors: dict[Path, Tensors] = {}
 
-    def read(self, path: Path, name: str) -> Tensor:
+    def read(self, source: Source) -> Tensor:
+        if isinstance(source, Derived):
+            return source.make(*map(self.read, source.places))
+        path, name = source
         with _readable(path):
             if path not in self._tensors:
                 stack = self._stacks[path] = ExitStack()

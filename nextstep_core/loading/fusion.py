@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model.config import NextStepConfig
 from ..model.transformer import fused_rows
-from .checkpoint import Shape, TensorFiles
+from .checkpoint import Shape, TensorFiles, rows_axis
 
 
 def parts_of(name: str, config: NextStepConfig) -> dict[str, int]:
@@ -30,7 +30,8 @@ def published_shapes(shapes: Mapping[str, Shape], held: Iterable[str], config: N
     published: dict[str, Shape] = {}
     for name, shape in shapes.items():
         parts = {} if name in held else parts_of(name, config)
-        published |= {part: (rows, *shape[1:]) for part, rows in parts.items()} or {name: shape}
+        axis = rows_axis(shape)
+        published |= {part: (*shape[:axis], rows, *shape[axis + 1 :]) for part, rows in parts.items()} or {name: shape}
     return published
 
 
@@ -40,8 +41,10 @@ def fuse_locations(files: TensorFiles, names: Iterable[str], config: NextStepCon
     for name in names:
         parts = parts_of(name, config)
         if parts and name not in locations:
-            locations[name] = tuple(place for part in parts for place in files.locations[part])
-            shapes[name] = (sum(parts.values()), *files.shapes[next(iter(parts))][1:])
+            locations[name] = tuple(source for part in parts for source in files.locations[part])
+            one = files.shapes[next(iter(parts))]
+            axis = rows_axis(one)
+            shapes[name] = (*one[:axis], sum(parts.values()), *one[axis + 1 :])
     return replace(files, locations=locations, shapes=shapes)
 
 

@@ -93,7 +93,7 @@ def file_name(plan: ModelPlan, dtype: torch.dtype) -> str:
 
 def fingerprint(plan: ModelPlan) -> str:
     """Changes when one of the files changes that a plan is made from; reads none of them."""
-    files = {file for places in plan.files.locations.values() for file, _ in places}
+    files = plan.files.paths
     files |= {path for name in CARRIED if (path := plan.documents.folder / name).is_file()}
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
@@ -101,7 +101,7 @@ def fingerprint(plan: ModelPlan) -> str:
 
 def source_files(plan: ModelPlan) -> list[Path]:
     """The weights files that are not needed any more for a plan that is kept."""
-    return sorted({file for places in plan.files.locations.values() for file, _ in places})
+    return sorted(plan.files.paths)
 
 
 def weights_hash(plan: ModelPlan) -> str:

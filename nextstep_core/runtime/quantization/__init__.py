@@ -6,8 +6,10 @@ model are stored in which format.
 
 from .layers import (
     RECIPES,
+    Held,
     QuantizedLinear,
     Recipe,
+    Storage,
     choose_kernels,
     find_recipe,
     quantize_model,
@@ -17,8 +19,10 @@ from .layers import (
 
 __all__ = [
     "RECIPES",
+    "Held",
     "QuantizedLinear",
     "Recipe",
+    "Storage",
     "find_recipe",
     "choose_kernels",
     "quantize_model",

@@ -1,12 +1,14 @@
 """How a matrix is stored in fewer bits: integers or small floats, with scales that are chosen for the least error.
 
-Scales are rounded to bfloat16 before the integers are fitted to them, so that rounding them costs nothing. The layout
-of int4 (value = (q - 8) * scale + zero, per group of columns) is that of PyTorch's packed int4 products.
+Scales are rounded to bfloat16 before the integers are fitted to them, so that rounding them costs nothing. Files of
+other programs were fitted to finer scales, which are kept in float32. The layout of int4 (value = (q - 8) * scale +
+zero, per group of columns) is that of PyTorch's packed int4 products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -48,17 +50,18 @@ class PerRow:
     name: str
     dtype: torch.dtype
     top: float
+    scale_dtype: torch.dtype = SCALE_DTYPE
 
     def fits(self, rows: int, columns: int) -> bool:
         return True
 
     def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
         weight = torch.empty(rows, columns, dtype=self.dtype, device=device)
-        return weight, torch.empty(rows, dtype=SCALE_DTYPE, device=device)
+        return weight, torch.empty(rows, dtype=self.scale_dtype, device=device)
 
     def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         matrix = matrix.float()
-        scale = (matrix.abs().amax(dim=1) / self.top).clamp_min(TINY).to(SCALE_DTYPE)
+        scale = (matrix.abs().amax(dim=1) / self.top).clamp_min(TINY).to(self.scale_dtype)
         scaled = (matrix / scale.float()[:, None]).clamp_(-self.top, self.top)
         return (scaled if self.dtype.is_floating_point else scaled.round_()).to(self.dtype), scale
 
@@ -73,19 +76,20 @@ class Int4:
 
     name: str
     group: int
+    scale_dtype: torch.dtype = SCALE_DTYPE
 
     def fits(self, rows: int, columns: int) -> bool:
         return columns % self.group == 0 and rows % 16 == 0
 
     def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
         weight = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-        return weight, torch.empty(columns // self.group, rows, 2, dtype=SCALE_DTYPE, device=device)
+        return weight, torch.empty(columns // self.group, rows, 2, dtype=self.scale_dtype, device=device)
 
     def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         groups = matrix.float().view(len(matrix), -1, self.group)
         low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(TINY).to(SCALE_DTYPE)
-        zero = (low + 8 * scale.float()).to(SCALE_DTYPE)
+        scale = ((high - low) / 15).clamp_min(TINY).to(self.scale_dtype)
+        zero = (low + 8 * scale.float()).to(self.scale_dtype)
         values = ((groups - zero.float()) / scale.float()).round_().add_(8).clamp_(0, 15).to(torch.uint8)
         values = values.view(len(matrix), -1)
         return values[:, ::2] << 4 | values[:, 1::2], torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous()
@@ -98,6 +102,50 @@ class Int4:
     def values(self, weight: Tensor) -> Tensor:
         """The integers 0..15 in their own columns, (rows, columns) uint8."""
         return torch.stack([weight >> 4, weight & 15], dim=2).view(len(weight), -1)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The format `inner` of a matrix whose columns were rotated, each group of them, by a Hadamard matrix.
+
+    Rotating spreads outliers over their group, so that fewer bits are lost on them (ConvRot). The inputs are rotated
+    alike; the rotation is its own inverse.
+    """
+
+    inner: PerRow | Int4
+    rotated: int  # columns in a group, a power of 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.inner.name}, rotated"
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return columns % self.rotated == 0 and self.inner.fits(rows, columns)
+
+    def empty(self, rows: int, columns: int, device: Device) -> tuple[Tensor, Tensor]:
+        return self.inner.empty(rows, columns, device)
+
+    def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.quantize(rotate(matrix.float(), self.rotated))
+
+    def dequantize(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        # in float32: a sum over the whole group
+        return rotate(self.inner.dequantize(weight, scale, torch.float32), self.rotated).to(dtype)
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x (..., columns) with every `group` columns multiplied by the Hadamard matrix of that size."""
+    return torch.matmul(x.unflatten(-1, (-1, group)), _hadamard(group, x.device, x.dtype)).flatten(-2)
+
+
+@lru_cache(maxsize=16)
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The regular, symmetric, orthonormal Hadamard matrix (size, size); size is a power of 4."""
+    four = 0.5 * torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return matrix.to(device, dtype)
 
 
 def quantize_in_pieces(format: Format, matrix: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,21 @@ from ..interrupt import Check, go_on
 from .formats import FP8, INT4, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
 from .layouts import RowBlocks
 from .products import Kernel, choose
+
+
+class Storage(Protocol):
+    """How a model's matrices are stored: a recipe, or what a file holds."""
+
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether some of its matrices are stored in a format that CPUs want to lie in another way."""
+
+    def format_of(self, name: str, rows: int, columns: int) -> Format | None:
+        """The format for the linear layer called `name`, or None where it stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +45,27 @@ class Recipe:
 
     @property
     def has_layouts(self) -> bool:
-        """Whether some of its matrices are stored in a format that CPUs want to lie in another way."""
         return isinstance(self.transformer, Int4)
 
     def format_of(self, name: str, rows: int, columns: int) -> Format | None:
-        """The format for the linear layer called `name`, or None where it stays as it is."""
         if name.startswith("layers."):
             return self.transformer if self.transformer.fits(rows, columns) else self.head
         return self.head if ".res_blocks." in name or name == "image_out_projector" else None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a file of another program holds: the format of each linear layer by name."""
+
+    name: str
+    formats: Mapping[str, Format] = field(hash=False)
+
+    @property
+    def has_layouts(self) -> bool:
+        return False  # its matrices are brought into a CPU's layout when they are loaded
+
+    def format_of(self, name: str, rows: int, columns: int) -> Format | None:
+        return self.formats.get(name)
 
 
 RECIPES = {
@@ -104,7 +133,7 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]
 
 
 def _stored_linears(
-    model: nn.Module, recipe: Recipe, layer: type[QuantizedLinear]
+    model: nn.Module, recipe: Storage, layer: type[QuantizedLinear]
 ) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
     """The linear layers that `recipe` stores in a format, each with an empty meta-device layer to take its place."""
     for name, linear in list(model.named_modules()):
@@ -115,7 +144,7 @@ def _stored_linears(
                 yield name, linear, layer(format, *shape, linear.bias is not None, "meta")
 
 
-def replace_linears(model: nn.Module, like: nn.Module, recipe: Recipe, layer: type[QuantizedLinear]) -> None:
+def replace_linears(model: nn.Module, like: nn.Module, recipe: Storage, layer: type[QuantizedLinear]) -> None:
     """Put empty layers of the class `layer` in the place of a meta-device model's linear layers.
 
     `like` is the same model from PyTorch's own layers: only they are sure to tell their shape and whether they have a
@@ -140,10 +169,11 @@ def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, c
 
     `check` is called before each layer and may raise to stop.
     """
-    kernels: dict[tuple[str, int], Kernel] = {}
+    kernels: dict[tuple[Format, int], Kernel] = {}
     for _, layer in quantized_linears(model):
         check()
-        key = layer.format.name, layer.columns
+        key = layer.format, layer.columns
         if key not in kernels:
-            kernels[key] = choose(layer.format, layer.own_weight(device), layer.weight_scale.to(device), dtype)
+            weight, scale = layer.own_weight(device), layer.weight_scale.to(device)
+            kernels[key] = choose(layer.format, layer.columns, weight, scale, dtype)
         layer.pack(kernels[key], device)

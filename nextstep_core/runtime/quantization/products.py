@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import NextStepError
-from .formats import FP8, INT8, Format, Int4
+from .formats import Format, Int4, PerRow, Rotated, rotate
 from .layouts import RowBlocks, cpu_layout
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _dequantized(format: Format) -> Kernel:
 def _packed_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     rounded = x.bfloat16().contiguous()  # the packed product is fast in bfloat16 only; it adds up in float32
     if len(x) > MOST_PACKED_ROWS:
-        return F.linear(rounded, INT8.dequantize(weight, scale, rounded.dtype)).to(x.dtype)
+        return F.linear(rounded, weight.to(rounded.dtype) * scale.to(rounded.dtype)[:, None]).to(x.dtype)
     return torch._weight_int8pack_mm(rounded, weight, scale.bfloat16()).to(x.dtype)
 
 
@@ -91,8 +91,11 @@ def _packed_int4(format: Int4, on_cpu: bool) -> Kernel:
     product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
     layout = cpu_layout() if on_cpu else None
 
+    exact = on_cpu and format.scale_dtype == torch.float32
+
     def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        return product(x.bfloat16(), weight, format.group, scale.bfloat16()).to(x.dtype)
+        computed = x.dtype if exact else torch.bfloat16
+        return product(x.to(computed), weight, format.group, scale.to(computed)).to(x.dtype)
 
     def pack(weight: Tensor) -> Tensor:
         if layout is not None:
@@ -108,22 +111,32 @@ def _packed_int4(format: Int4, on_cpu: bool) -> Kernel:
 
 def candidates(format: Format, device_type: str) -> list[Kernel]:
     """What can multiply a matrix of `format` on a device, best first; the last one works everywhere."""
+    if isinstance(format, Rotated):
+        return [_of_rotated(kernel, format.rotated) for kernel in candidates(format.inner, device_type)]
     found = []
     if isinstance(format, Int4):
         found.append(_packed_int4(format, device_type == "cpu"))
-    if format == INT8 and device_type != "cuda":  # its kernel for CUDA reads the weights byte by byte
+    if isinstance(format, PerRow) and format.dtype == torch.int8 and device_type != "cuda":
+        # its kernel for CUDA reads the weights byte by byte
         found.append(Kernel("packed int8 product", _packed_int8, aligned if device_type == "cpu" else None))
-    if format in (INT8, FP8) and device_type == "cuda":
+    if isinstance(format, PerRow) and device_type == "cuda":
         found.append(_compiled(format))
     return [*found, _dequantized(format)]
 
 
-def choose(format: Format, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Kernel:
+def _of_rotated(kernel: Kernel, group: int) -> Kernel:
+    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return kernel.run(rotate(x, group), weight, scale)
+
+    return replace(kernel, name=f"{kernel.name}, inputs rotated", run=run)
+
+
+def choose(format: Format, columns: int, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Kernel:
     """The kernel for a weight and scale on their device, for few rows of `dtype`.
 
     NextStepError when not even the plain product, which all others are compared with, is finite.
     """
-    x = torch.randn(2, weight.shape[1] * (2 if isinstance(format, Int4) else 1)).to(weight.device, dtype)
+    x = torch.randn(2, columns).to(weight.device, dtype)
     plain = _dequantized(format).run(x, weight, scale).float()
     if not plain.isfinite().all():
         raise NextStepError(

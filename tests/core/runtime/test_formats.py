@@ -77,7 +77,7 @@ def test_every_kernel_multiplies_by_the_stored_matrix(format: Format, dtype: tor
     torch.manual_seed(0)
     weight, scale = format.quantize(torch.randn(64, 256))
     stored = format.dequantize(weight, scale, torch.float32)
-    for kernel in [*candidates(format, "cpu"), choose(format, weight, scale, dtype)]:
+    for kernel in [*candidates(format, "cpu"), choose(format, 256, weight, scale, dtype)]:
         packed = kernel.packed(weight)
         for rows in (1, 2, 40):
             x = torch.randn(rows, 256).to(dtype)
@@ -96,7 +96,7 @@ def test_results_have_the_dtype_of_the_input(format: Format, dtype: torch.dtype)
     torch.manual_seed(0)
     weight, scale = format.quantize(torch.randn(64, 256))
     assert format.dequantize(weight, scale, dtype).dtype == dtype
-    for kernel in [*candidates(format, "cpu"), choose(format, weight, scale, dtype)]:
+    for kernel in [*candidates(format, "cpu"), choose(format, 256, weight, scale, dtype)]:
         packed = kernel.packed(weight)
         for rows in (1, 16, 17):
             assert kernel.run(torch.randn(rows, 256).to(dtype), packed, scale).dtype == dtype, kernel.name
@@ -163,4 +163,4 @@ def test_scales_that_no_dtype_can_multiply_by_are_one_sentence(format: Format) -
     weight, scale = format.quantize(torch.randn(64, 256))
     scale = torch.full_like(scale.float(), -3e38)
     with pytest.raises(NextStepError, match=f"A matrix of the {format.name} weights gives numbers"):
-        choose(format, weight, scale, torch.float32)
+        choose(format, 256, weight, scale, torch.float32)
