@@ -124,7 +124,7 @@ def save_model(
         raise NextStepError("{where} is already a single file of this kind. Copy it instead.", where=plan.files.where)
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
     tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
-    return _save(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
+    return write_file(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
 
 
 def marks_of(plan: ModelPlan) -> dict[str, str]:
@@ -141,16 +141,20 @@ def save_vae(vae: Path, path: Path, dtype: torch.dtype) -> int:
     """Write a VAE folder or file to one `.safetensors` with its config in the metadata; its size in bytes."""
     _, documents = find_vae(vae)
     _, state = load_vae_state(vae, dtype)
-    return _save(path, state, {MARK: VERSION, "format": "pt", CONFIG: documents.text(CONFIG)}, state.items())
+    return write_file(path, state, {MARK: VERSION, "format": "pt", CONFIG: documents.text(CONFIG)}, state.items())
 
 
-def _save(
+def write_file(
     path: Path,
     like: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     tensors: Iterable[tuple[str, Tensor]],
     check: Check = go_on,
 ) -> int:
+    """Write `tensors`, of which `like` gives shapes and dtypes, to a safetensors file at `path`; its size in bytes.
+
+    NextStepError when it cannot be written, or another run is writing it.
+    """
     _check_name(path)
     file = StreamedFile(path, like, metadata)
     taken = Sentence("Another run is writing {path}. Wait until it has finished, or choose another name.", path=path)

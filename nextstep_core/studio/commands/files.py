@@ -11,6 +11,7 @@ import typer
 from ...errors import NextStepError, check_choice
 from ...loading.build import plan_model
 from ...loading.checkpoint import DTYPES
+from ...loading.comfy_file import FORMATS, save_for_comfyui
 from ...loading.download import PUBLISHED_CHECKPOINTS, plan_download
 from ...loading.download import download as fetch
 from ...loading.meter import Meter
@@ -52,6 +53,7 @@ def download(
 @command(
     "convert",
     "nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8",
+    "nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8-convrot --comfyui",
     "nextstep convert NextStep-1.1 nextstep-vae.safetensors --vae",
 )
 def convert(
@@ -61,12 +63,19 @@ def convert(
     quantization: Annotated[str, typer.Option("--quantization", help=f"{PLAIN} or {', '.join(RECIPES)}.")] = PLAIN,
     dtype: Annotated[str, typer.Option("--dtype", help="Of everything that is not quantized.")] = "bf16",
     vae: Annotated[bool, typer.Option("--vae", help="Write the checkpoint's VAE instead.")] = False,
+    comfyui: Annotated[
+        bool,
+        typer.Option(
+            "--comfyui",
+            help=f"In ComfyUI's own layout, which other nodes read too; --quantization: {', '.join(FORMATS)}.",
+        ),
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a single file, quantized if you like."""
     out = Output(as_json)
-    check_choice("--quantization", quantization, (PLAIN, *RECIPES))
+    check_choice("--quantization", quantization, FORMATS if comfyui else (PLAIN, *RECIPES))
     check_choice("--dtype", dtype, DTYPES)
     if to.suffix != ".safetensors":
         raise NextStepError("The file to write is {file}; give it a name that ends in .safetensors.", file=to)
@@ -76,10 +85,17 @@ def convert(
         told(Sentence("Converting"), at, advice=Sentence("Close other programs.")),
         out.bar("Converting") as show,
     ):
+
+        def show_tensors(done: int, of: int) -> None:
+            show(done / of, f"Tensor {done + 1} of {of}")
+
         if vae:
             is_vae = source.is_file() or not (source / "tokenizer.json").is_file()
             size = save_vae(source if is_vae else vae_beside(source, None), to, DTYPES[dtype])
+        elif comfyui:
+            plan = plan_model(source, None, at)
+            size = save_for_comfyui(plan, to, quantization, DTYPES[dtype], at, show_tensors)
         else:
             plan = plan_model(source, None if quantization == PLAIN else quantization, at)
-            size = save_model(plan, to, DTYPES[dtype], at, lambda n, all: show(n / all, f"Tensor {n + 1} of {all}"))
+            size = save_model(plan, to, DTYPES[dtype], at, show_tensors)
     out.result({"file": str(to), "bytes": size}, f"{to}: {size / 1e9:.2f} GB")
