@@ -48,6 +48,7 @@ PUBLISHED_CHECKPOINTS = {
     "NextStep-1-Large": "stepfun-ai/NextStep-1-Large",
     "NextStep-1-Large-Edit": "stepfun-ai/NextStep-1-Large-Edit",
     "NextStep-1-Large-Pretrain": "stepfun-ai/NextStep-1-Large-Pretrain",
+    "NextStep-1.1-W4A16-AutoRound": "INCModel/NextStep-1.1-W4A16-AutoRound",
     "NextStep-1-f8ch16-Tokenizer": "stepfun-ai/NextStep-1-f8ch16-Tokenizer",
 }
 POLL_SECONDS = 0.25

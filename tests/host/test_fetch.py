@@ -59,7 +59,7 @@ def picture(server: ComfyServer, run: Run) -> np.ndarray:
 def test_from_nothing_to_a_picture_and_a_second_start_fetches_nothing(start, hub: Hub, tmp_path: Path) -> None:
     with start() as server:
         assert options(server)[:3] == [EMBEDDED, CHOICE, "NextStep-1.1-Pretrain (downloads 29 GB)"]
-        assert options(server)[-1] == "NextStep-1-Large-Pretrain (downloads 29 GB)"
+        assert options(server)[-1] == "NextStep-1.1-W4A16-AutoRound (downloads 10 GB)"
         assert options(server, "NextStepVAELoader", "vae_name") == [EMBEDDED, VAE_CHOICE]
         assert not hub.asked and not any((tmp_path / "base" / "models" / "nextstep").iterdir())
         first = server.run(drawing(CHOICE))

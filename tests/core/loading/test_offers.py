@@ -19,6 +19,7 @@ def test_lists_offer_what_is_published_and_not_there() -> None:
         "NextStep-1.1-Pretrain (downloads 29 GB)",
         "NextStep-1-Large-Edit (downloads 29 GB)",
         "NextStep-1-Large-Pretrain (downloads 29 GB)",
+        "NextStep-1.1-W4A16-AutoRound (downloads 10 GB)",
     ]
     assert offers.offers([offers.VAE_ALONE], {}) == ["NextStep-1-f8ch16-Tokenizer (downloads 0.3 GB)"]
     assert set(PUBLISHED_CHECKPOINTS) == {*offers.CHECKPOINTS, offers.VAE_ALONE}
