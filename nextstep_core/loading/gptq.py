@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import NextStepError, shown
 from ..runtime.quantization.formats import Int4
-from ..sentences import Words
+from ..sentences import Sentence, Words
 from .checkpoint import TensorFiles, read_small
 from .stored import StoredMatrix, held_shape, misfit, told
 
@@ -47,7 +47,7 @@ def find(files: TensorFiles, config: Mapping[str, Any], where: Words) -> dict[st
                 "{where} says that its weights are quantized ({method}), but no packed matrices of a kind that can be "
                 "read were found beside it. Use the original checkpoint or one that AutoRound or GPTQ packed.",
                 where=where,
-                method=shown(str(said.get("quant_method"))),
+                method=shown(said.get("quant_method")),
             )
         return {}
     if said is None or said.get("quant_method") not in METHODS:
@@ -69,17 +69,17 @@ def name_of(config: Mapping[str, Any]) -> str:
 def _zero_offset(said: Mapping[str, Any], where: Words) -> int:
     """What is to be added to a stored zero."""
     if said.get("bits", BITS) != BITS:
-        raise _unreadable(where, f"{shown(str(said['bits']))} bits", "4 bits")
+        raise _unreadable(where, Sentence("{bits} bits", bits=shown(said["bits"])), Sentence("{bits} bits", bits=BITS))
     key = "packing_format" if said["quant_method"] == "auto-round" else "checkpoint_format"
     packing = said.get(key) or LESS_ONE[key][0]
     if packing in PLAIN_ZEROS[key]:
         return 0
     if packing in LESS_ONE[key]:
         return 1
-    raise _unreadable(where, shown(str(packing)), ", ".join((*LESS_ONE[key], *PLAIN_ZEROS[key])))
+    raise _unreadable(where, shown(packing), ", ".join((*LESS_ONE[key], *PLAIN_ZEROS[key])))
 
 
-def _unreadable(where: Words, found: Words, expected: str) -> NextStepError:
+def _unreadable(where: Words, found: Words, expected: Words) -> NextStepError:
     return NextStepError(
         "{where} describes weights that are packed with {found}; what can be read is {expected}. Use another "
         "checkpoint, or quantize the original while loading.",

@@ -17,7 +17,10 @@ from .download import PUBLISHED_CHECKPOINTS
 VAE_ALONE, EDITING = "NextStep-1-f8ch16-Tokenizer", "NextStep-1-Large-Edit"
 FOUR_BITS = "NextStep-1.1-W4A16-AutoRound"
 CHECKPOINTS = tuple(name for name in PUBLISHED_CHECKPOINTS if name != VAE_ALONE)
-SIZES = dict.fromkeys(CHECKPOINTS, 29.0) | {FOUR_BITS: 10.0, VAE_ALONE: 0.3}  # GB, about; the true size is known when it is asked for
+SIZES = dict.fromkeys(CHECKPOINTS, 29.0) | {
+    FOUR_BITS: 10.0,
+    VAE_ALONE: 0.3,
+}  # GB, about; the true size is known when it is asked for
 
 EMBEDDED, CACHED, KEPT = "embedded", "Hugging Face cache", "kept quantized"
 REMARK = re.compile(rf" \((?:{EMBEDDED}|{CACHED}|{KEPT}|downloads [^()]*)\)$")

@@ -18,6 +18,8 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.comfy_file import save_for_comfyui
+from nextstep_core.loading.documents import CARRIED, CONFIG, MARK, VERSION
 from nextstep_core.loading.single_file import save_model, save_vae
 from tests.hostile_files import HEADERS, PICKLES, rewrite
 
@@ -30,6 +32,10 @@ BYTES = (0, 1, 0x7F, 0x80, 0xFF)
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn)
 VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, 0.0)
 
+KINDS = ("whole", "int8", "int4", "comfyui-int8-convrot", "comfyui-fp8", "packed")
+WHOLE = tuple(f"{kind}.safetensors" for kind in KINDS)  # files that hold a checkpoint alone
+PACKED = good.CHECKPOINT.parents[1] / "packed.safetensors"
+
 Change = Callable[[bytes, Random], "tuple[str, bytes]"]
 
 
@@ -41,6 +47,11 @@ def files() -> dict[str, bytes]:
         save_model(plan_model(good.CHECKPOINT), folder / "whole.safetensors", torch.float32)
         save_model(plan_model(good.CHECKPOINT, "int8"), folder / "int8.safetensors", torch.float32)
         save_model(plan_model(good.CHECKPOINT, "int4"), folder / "int4.safetensors", torch.float32)
+        for format in ("int8-convrot", "fp8"):
+            save_for_comfyui(
+                plan_model(good.CHECKPOINT), folder / f"comfyui-{format}.safetensors", format, torch.float32
+            )
+        _write_packed(folder / "packed.safetensors")
         save_vae(good.CHECKPOINT / "vae", folder / "vae.safetensors", torch.float32)
         if find_spec("gguf") is not None:
             _write_gguf(folder / "q8.gguf")
@@ -49,6 +60,19 @@ def files() -> dict[str, bytes]:
         shutil.rmtree(folder)
     kept = {name: (good.CHECKPOINT / name).read_bytes() for name in (*SHARDS, "vae/checkpoint.pt")}
     return kept | made
+
+
+def _write_packed(path: Path) -> None:
+    """The checkpoint as AutoRound packs it, in a single file that carries its config."""
+    recorded, variant = load_file(PACKED), "less-one/"
+    tensors = load_file(good.CHECKPOINT / SHARDS[0]) | load_file(good.CHECKPOINT / SHARDS[1])
+    packed = {name.removeprefix(variant): t for name, t in recorded.items() if name.startswith(variant)}
+    replaced = {f"{name.rpartition('.')[0]}.weight" for name in packed}
+    documents = {name: (good.CHECKPOINT / name).read_text() for name in CARRIED if (good.CHECKPOINT / name).exists()}
+    said = {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}
+    documents[CONFIG] = json.dumps(json.loads(documents[CONFIG]) | {"quantization_config": said})
+    tensors = {name: t for name, t in tensors.items() if name not in replaced} | packed
+    path.write_bytes(_marked(save(tensors, {MARK: VERSION} | documents)))
 
 
 def _write_gguf(path: Path) -> None:
@@ -110,7 +134,7 @@ def _draw(folder: Path, name: str, data: bytes, quantization: str | None) -> Ten
     """Draw with a file of these bytes in the place of a good one."""
     folder.mkdir(exist_ok=True)
     good.put(good.lay_out(folder) / name, data)
-    if name in ("whole.safetensors", "int8.safetensors", "int4.safetensors"):
+    if name in WHOLE:
         return good.draw(folder / name, vae=folder / "vae")
     if name == "vae.safetensors":
         return good.draw(folder, vae=folder / name)
@@ -182,13 +206,16 @@ def _tensor(data: bytes, rng: Random) -> tuple[str, bytes]:
     name = rng.choice(sorted(tensors))
     what = _change(tensors, name, rng)
     changed = save(tensors, metadata)
-    if metadata and "nextstep" in metadata:  # whose mark stands first
-        length = int.from_bytes(changed[:8], "little")
-        header = json.loads(changed[8 : 8 + length])
-        marked = {"__metadata__": {"nextstep": "1"} | header.pop("__metadata__")} | header
-        text = json.dumps(marked, separators=(",", ":")).encode()
-        changed = struct.pack("<Q", len(text)) + text + changed[8 + length :]
-    return what, changed
+    return what, _marked(changed) if metadata and MARK in metadata else changed
+
+
+def _marked(data: bytes) -> bytes:
+    """A single file, as another program's writer orders it, with its mark in front."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    marked = {"__metadata__": {MARK: VERSION} | header.pop("__metadata__")} | header
+    text = json.dumps(marked, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def _change(tensors: dict[str, Tensor], name: str, rng: Random) -> str:
