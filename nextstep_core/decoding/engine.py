@@ -21,7 +21,15 @@ from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.positions import grid_side, has_codes
-from ..request.layout import IMAGE_SLOT, Caption, EncodedImage, PromptRows, build_rows, check_placeholders
+from ..request.layout import (
+    IMAGE_SLOT,
+    Caption,
+    EncodedImage,
+    PromptRows,
+    build_rows,
+    check_context,
+    check_placeholders,
+)
 from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
@@ -145,9 +153,9 @@ class NextStepEngine:
     def _sample_posterior(self, image: EncodedImage, noise: NoiseStream, picture: int) -> EncodedImage:
         return image.sampled(self.latents.cut(noise.for_posterior(picture, *self.latents.shape(image.grid)))[0])
 
-    def check_prompt(self, text: str, grids: Sequence[Grid] = ()) -> None:
+    def check_prompt(self, text: str, grids: Sequence[Grid] = (), picture: Grid | None = None) -> None:
         """NextStepError when `text`, with input images of these grids in its slots, is no text, or longer than the
-        model's context by itself."""
+        model's context: by itself, or with the `picture` that is to be drawn."""
         words = self.tokenizer.check_length(Sentence("The prompt"), text).replace(IMAGE_SLOT, "")
         limit = context_of(self.config)
         ids = self.tokenizer.encode(words)
@@ -160,6 +168,8 @@ class NextStepEngine:
                 length=length,
                 limit=limit,
             )
+        if picture is not None:
+            check_context(self.config, length, picture)
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""

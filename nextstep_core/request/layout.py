@@ -121,7 +121,7 @@ def build_rows(
     """
     _check_texts(tokenizer, captions, negative_prompt, positive_prompt)
     for caption in captions:
-        _check_context(config, sum(image.grid[0] * image.grid[1] for image in caption.images), grid)
+        check_context(config, sum(image.grid[0] * image.grid[1] for image in caption.images), grid)
     repeated = [caption for caption in captions for _ in range(images_per_caption)]
     suffix = f" {positive_prompt}" if positive_prompt else ""
     rows = [Caption(caption.text + suffix, caption.images) for caption in repeated]
@@ -144,7 +144,7 @@ def build_rows(
             check_placeholders(tokenizer, config, read[text], sum(i.grid[0] * i.grid[1] for i in row.images))
         ids.append(read[text])
     width = max(map(len, ids))
-    _check_context(config, width + len(prefix), grid)
+    check_context(config, width + len(prefix), grid)
     check_room(
         len(ids) * (width + len(prefix)) * POSITION_BYTES,
         Sentence("{count} prompts of {length:,} tokens", count=len(ids), length=width),
@@ -194,7 +194,8 @@ def _fill_slots(tokenizer: NextStepTokenizer, config: NextStepConfig, row: Capti
     return parts[0] + "".join(image + part for image, part in zip(images, parts[1:]))
 
 
-def _check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> None:
+def check_context(config: NextStepConfig, prompt_length: int, grid: Grid) -> None:
+    """NextStepError when a prompt of so many tokens and a picture of this grid are more than the model's context."""
     limit, needed = context_of(config), prompt_length + grid[0] * grid[1]
     if needed > limit:
         raise NextStepError(

@@ -84,7 +84,7 @@ def settle(engine: NextStepEngine, order: Order) -> Settled:
     if order.images and IMAGE_SLOT not in text:
         text = IMAGE_SLOT * len(order.images) + text
     try:
-        engine.check_prompt(text, [grid] * len(order.images))
+        engine.check_prompt(text, [grid] * len(order.images), grid)
     except NextStepError as error:
         raise NextStepError("{where}: {reason}", where=order.where, reason=error) from None
     return Settled(order, text, width, height, settings)

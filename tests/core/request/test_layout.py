@@ -124,6 +124,10 @@ def test_a_text_alone_may_fill_the_context(pipeline, tokenizer) -> None:
     small = replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=length - 1))
     with pytest.raises(NextStepError, match=f"{length}.*{length - 1}"):
         small.check_prompt(text)
+    fits = replace(pipeline.engine, config=replace(pipeline.engine.config, max_position_embeddings=length + 12))
+    fits.check_prompt(text, picture=(3, 4))
+    with pytest.raises(NextStepError, match=f"{length} tokens long and the image 15"):
+        fits.check_prompt(text, picture=(3, 5))
 
 
 def test_slots_and_images_must_agree() -> None:
