@@ -51,8 +51,8 @@ from .scenes import (
 from .tokenizer import BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_AREA, IMAGE_PLACEHOLDER, PAD
 from .vae_training import newest_vae, to_pixels
 
-# Families of variations in a shard, on the grid and anywhere.
-FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16), "large": (24, 16), "three": (60, 20)}  # "wide" for each
+# Families of variations in a shard, on the grid and anywhere; "wide" for each of the four canvases.
+FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16), "large": (24, 16), "three": (60, 20)}
 # Captions name no place: most pictures drawn from text alone are of the few places of the grid, which keeps the shapes
 # clean. What edits keep they learn from the others.
 DRAWN_ON_GRID = 0.95

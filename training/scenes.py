@@ -278,9 +278,9 @@ def place_freely(
 
 def place_three(rng: random.Random, things: Sequence[tuple[str, str]], background: str) -> Scene:
     """Three small objects in three quarters of a 128x128 scene, named as one reads."""
-    near, far = LARGE[0] // 4, 3 * LARGE[0] // 4
-    quarters = sorted(rng.sample(range(4), 3))
-    places = [(_near(rng, far if quarter % 2 else near), _near(rng, far if quarter > 1 else near)) for quarter in quarters]
+    sides = LARGE[0] // 4, 3 * LARGE[0] // 4
+    quarters = (divmod(quarter, 2) for quarter in sorted(rng.sample(range(4), 3)))
+    places = [(_near(rng, sides[column]), _near(rng, sides[row])) for row, column in quarters]
     small = RADII["small"]
     objects = (SceneObject(shape, color, small, *place) for (color, shape), place in zip(things, places, strict=True))
     return Scene(background, tuple(objects), *LARGE)
