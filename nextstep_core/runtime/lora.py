@@ -105,7 +105,7 @@ class Attached:
             pairs = [pair for own in of_layers.values() for pair in own]
             self._scales = torch.cat([low.scale for _, low in pairs]).to(device)
             self._adapter_of = torch.cat([torch.full_like(low.scale, n, dtype=torch.long) for n, low in pairs])
-            self._counts = self._scales.clone()
+            self._counts = self._scales.to(dtype, copy=True)
             self._layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
             start = 0
             for name, own in of_layers.items():
@@ -119,7 +119,7 @@ class Attached:
         """Inside, the layers of `model` add what the adapters say, at these strengths."""
         with torch.inference_mode():
             of_ranks = torch.tensor(strengths)[self._adapter_of].to(self._scales)
-            torch.mul(self._scales, of_ranks, out=self._counts)
+            self._counts.copy_(self._scales * of_ranks)
         with ExitStack() as stack:
             for name, tensors in self._layers.items():
                 stack.callback(model.get_submodule(name).register_forward_hook(_hook(*tensors)).remove)
