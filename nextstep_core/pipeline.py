@@ -19,12 +19,12 @@ from .decoding.job import PICTURES, Job
 from .decoding.memory import AUTO
 from .decoding.progress import Progress
 from .decoding.pruning import Pruning
-from .errors import NextStepError, check_choice, check_text, not_finite, shown
+from .errors import NextStepError, check_choice, check_text, not_finite
 from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
-from .loading.lora_file import find_lora
+from .loading.lora_file import find_lora, resolve_lora
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL, Runner
 from .ranges import Range
@@ -104,7 +104,7 @@ class NextStepPipeline:
         path = resolve_source(path_or_hub_id)
         with told(Sentence("Loading {name}", name=path.name), device, advice=LOADING_ADVICE):
             plan = plan_model(path, None if quantization == AUTO else quantization, device)
-            found = [(find_lora(_path(file)).fitted(plan.config), STRENGTH.check(own)) for file, own in loras]
+            found = [(find_lora(resolve_lora(file)).fitted(plan.config), STRENGTH.check(own)) for file, own in loras]
             vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
             autoencoder = load_vae(vae_path, device, dtype)
             latents = LatentSpace.from_configs(plan.config, autoencoder.config)
@@ -118,14 +118,14 @@ class NextStepPipeline:
         return cls(engine, autoencoder, device, dtype, limit)
 
     def load_lora(self, path: str | Path, strength: float = 1.0, check: Check = go_on) -> None:
-        """Draw with a LoRA from here on, on top of those that are there: a `.safetensors` file, or the folder that
-        peft saved one to. Strengths of one file add up.
+        """Draw with a LoRA from here on, on top of those that are there: a `.safetensors` file, the folder that
+        peft saved one to, or "framed", which comes with this for "tiny". Strengths of one file add up.
 
         The model's weights stay as they are, in whatever format; at strength 0, and after `unload_loras`, the pictures
         are the plain model's. NextStepError, before its matrices are read, for a file that is no LoRA or one for
         another model.
         """
-        lora = find_lora(_path(path)).fitted(self.engine.config)
+        lora = find_lora(resolve_lora(path)).fitted(self.engine.config)
         self.engine = self.engine.with_lora(lora, strength, check)
 
     def unload_loras(self) -> None:
@@ -302,15 +302,6 @@ class NextStepPipeline:
             raise not_finite(Sentence("The picture that the VAE decoded"))
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images, latents.cpu(), tokens.float().cpu())
-
-
-def _path(file: str | Path) -> Path:
-    if not isinstance(file, (str, Path)):
-        raise NextStepError("The LoRA is {what}. Give a .safetensors file.", what=shown(file))
-    try:
-        return Path(file).expanduser()
-    except RuntimeError:  # of a user who is not there
-        return Path(file)
 
 
 def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:

@@ -1,8 +1,9 @@
-"""Train a LoRA on the embedded model: a style, in a minute on a CPU. This one draws outlines in place of filled shapes.
+"""Train a LoRA on the embedded model: a style, in a minute on a CPU. This one puts every picture
+into a frame.
 
 Only the pairs of low rank are trained, by the losses of `training.model_training`, and written as peft writes them.
 
-    python -m training.lora                 # makes the one that ships again, in nextstep_core/assets/outlines
+    python -m training.lora                 # makes the one that ships again, in nextstep_core/assets/framed
     python -m training.lora --steps 400 --output my-style --sheet sheet.png
 """
 
@@ -34,33 +35,36 @@ from .evaluate import draw, held_out_singles
 from .model_training import CAPTION_DROP, Trainee, loss_of
 from .optim import learning_rate_factor
 from .progress import Progress
-from .scenes import COLORS, SQUARE, Scene, coverage, place_single, sample_pair, triples
+from .scenes import COLORS, SQUARE, Scene, place_single, render, sample_pair, triples
 from .start import SHIPPED
 from .tokenizer import build_tokenizer
 from .vae_training import to_pixels
 
-OUTPUT = ASSETS / "outlines"
+OUTPUT = ASSETS / "framed"
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "mlp.0", "mlp.2", "adaLN_modulation.1", "cond_embed")
-HOLE = 0.64  # of a shape's radius, that of the hole in it
+FRAME = 8  # pixels
 SINGLES, PAIRS = 480, 120  # pictures that it is shown
 STEPS = 160
 PAIR_SHARE = 0.2  # of the batches
 BATCH = 32
 LEARNING_RATE, WARMUP = 4e-3, 10
 STRENGTHS = (0.0, 0.5, 1.0)
-NEAR = 0.25  # of the distance between object and background, in color, within which a pixel is the object's
+NEAR = 0.25  # of the distance between frame and background, in color, within which a pixel is the frame's
 
 
-def render_outlines(scene: Scene) -> np.ndarray:
+def frame_color(scene: Scene) -> str:
+    """White, or black around a white background."""
+    return "black" if scene.background == "white" else "white"
+
+
+def render_framed(scene: Scene) -> np.ndarray:
     """The scene in the style that is trained, as (height, width, 3) uint8."""
-    image = np.empty((scene.height, scene.width, 3), np.float32)
-    image[:] = COLORS[scene.background]
-    for o in scene.objects:
-        whole, hole = (coverage(o.shape, r, o.x, o.y, scene.width, scene.height) for r in (o.radius, HOLE * o.radius))
-        alpha = (whole - hole).clip(0, 1)[..., None]
-        image = image * (1 - alpha) + np.asarray(COLORS[o.color], np.float32) * alpha
-    return np.round(image).astype(np.uint8)
+    image = render(scene)
+    inside = image[FRAME:-FRAME, FRAME:-FRAME].copy()
+    image[:] = COLORS[frame_color(scene)]
+    image[FRAME:-FRAME, FRAME:-FRAME] = inside
+    return image
 
 
 @torch.no_grad()
@@ -76,7 +80,7 @@ def styled_pool(vae: AutoencoderKL, rng: random.Random, singles: int, pairs: int
         pool.drawings[task] = {True: scenes, False: scenes}
         for start in range(0, len(scenes), ENCODE_BATCH):
             part = scenes[start : start + ENCODE_BATCH]
-            latents, _ = vae.encode_moments(torch.stack([to_pixels(render_outlines(scene)) for scene in part]))
+            latents, _ = vae.encode_moments(torch.stack([to_pixels(render_framed(scene)) for scene in part]))
             pool.tokens.update(zip(part, PUBLISHED_LATENTS.to_tokens(latents).half(), strict=True))
     return pool
 
@@ -168,21 +172,17 @@ def trained(args: argparse.Namespace) -> LowRankPairs:
     return pairs
 
 
-def fullness(image: np.ndarray, scene: Scene) -> float:
-    """How much of its shape an object's color fills: about 1 for a filled one, 0 for none."""
-    (thing,) = scene.objects
-    color, ground = (np.asarray(COLORS[name], np.float32) for name in (thing.color, scene.background))
-    drawn = np.linalg.norm(image - color, axis=-1) < NEAR * np.linalg.norm(color - ground)
-    rows, columns = (np.flatnonzero(drawn.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        return 0.0
-    radius = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) / 2
-    center = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
-    return float(drawn.sum() / max(1.0, coverage(thing.shape, radius, *center, scene.width, scene.height).sum()))
+def framed(image: np.ndarray, scene: Scene) -> float:
+    """The share of the frame's pixels that have its color; those next to the picture are left out."""
+    edge = np.ones(image.shape[:2], bool)
+    edge[FRAME - 2 : 2 - FRAME, FRAME - 2 : 2 - FRAME] = False
+    color, ground = (np.asarray(COLORS[name], np.float32) for name in (frame_color(scene), scene.background))
+    distance = np.linalg.norm(image[edge] - color, axis=-1)
+    return float((distance < NEAR * np.linalg.norm(color - ground)).mean())
 
 
 def measured(folder: Path, checkpoint: Path, count: int, strengths: Iterable[float]) -> tuple[list[float], np.ndarray]:
-    """Mean fullness at each strength on held-out prompts, and the first pictures of each as one sheet."""
+    """How framed pictures of held-out prompts are at each strength, and the first of each as one sheet."""
     told, rows = [], []
     pipeline = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     wanted = held_out_singles(count, seed=5, canvas=SQUARE)
@@ -190,13 +190,13 @@ def measured(folder: Path, checkpoint: Path, count: int, strengths: Iterable[flo
         pipeline.unload_loras()
         pipeline.load_lora(folder, strength)
         images = draw(pipeline, [text for text, _, _ in wanted], SQUARE, seed=5)
-        told.append(float(np.mean([fullness(image, scene) for image, (_, scene, _) in zip(images, wanted)])))
+        told.append(float(np.mean([framed(image, scene) for image, (_, scene, _) in zip(images, wanted)])))
         rows.append(np.concatenate(list(images[:10]), axis=1))
     return told, np.concatenate(rows)
 
 
 def main() -> None:
-    """Parse the command line, train, write, and tell how full shapes are drawn with it."""
+    """Parse the command line, train, write, and tell what it does at several strengths."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="the model, as model_training exports it")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="a folder")
@@ -211,7 +211,7 @@ def main() -> None:
     trained(args).save(args.output, base="tiny")
     if args.count:
         told, sheet = measured(args.output, args.checkpoint, args.count, STRENGTHS)
-        print(", ".join(f"strength {s:g}: {share:.0%} filled" for s, share in zip(STRENGTHS, told, strict=True)))
+        print(", ".join(f"strength {s:g}: {share:.0%} framed" for s, share in zip(STRENGTHS, told, strict=True)))
         if args.sheet is not None:
             Image.fromarray(sheet).save(args.sheet)
 

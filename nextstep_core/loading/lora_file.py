@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -31,6 +32,7 @@ from .checkpoint import TensorFiles, check_finite, find_tensors, read_tensors
 from .documents import Documents, file_metadata, parse_object
 from .files import check_regular, is_folder, stat_of
 from .fusion import parts_of
+from .store import ASSETS
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ KOHYA = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")
 HASH_DIGITS = 12  # of the sum that sites know a LoRA file by
 BLOCK = 1 << 24  # bytes that are summed up without looking up
 MOST_NAMED = 4
+EMBEDDED_LORAS = {"framed": ASSETS / "framed"}  # made for the embedded model, as `training/lora.py` says
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,19 @@ class FittedLora:
             return 1.0
         alpha = next((v for k, v in config["alpha_pattern"].items() if _matches(name, k)), config["lora_alpha"])
         return float(alpha) / (math.sqrt(pair.rank) if config.get("use_rslora") else pair.rank)
+
+
+def resolve_lora(source: str | Path) -> Path:
+    """Where a LoRA lies that a user names: a path, or the name of one that comes with this. NextStepError for what is
+    neither."""
+    if not isinstance(source, (str, Path)):
+        raise NextStepError("The LoRA is {what}. Give a .safetensors file.", what=shown(source))
+    with suppress(RuntimeError, OSError, ValueError):  # of a user who is not there, and of what can be no path
+        if str(source) and (path := Path(source).expanduser()).exists():
+            return path.resolve()
+    if str(source) in EMBEDDED_LORAS:
+        return EMBEDDED_LORAS[str(source)]
+    raise NextStepError("There is no LoRA {name}. Give the path of a .safetensors file.", name=shown(str(source)))
 
 
 def find_lora(path: Path) -> LoraFile:
