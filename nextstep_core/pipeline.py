@@ -119,7 +119,7 @@ class NextStepPipeline:
 
     def load_lora(self, path: str | Path, strength: float = 1.0, check: Check = go_on) -> None:
         """Draw with a LoRA from here on, on top of those that are there: a `.safetensors` file, the folder that
-        peft saved one to, or "framed", which comes with this for "tiny". Strengths of one file add up.
+        peft saved one to, or "night", which comes with this for "tiny". Strengths of one file add up.
 
         The model's weights stay as they are, in whatever format; at strength 0, and after `unload_loras`, the pictures
         are the plain model's. NextStepError, before its matrices are read, for a file that is no LoRA or one for

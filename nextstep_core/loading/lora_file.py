@@ -71,7 +71,7 @@ KOHYA = ("lora_unet_", "lora_transformer_", "lora_", "lycoris_")
 HASH_DIGITS = 12  # of the sum that sites know a LoRA file by
 BLOCK = 1 << 24  # bytes that are summed up without looking up
 MOST_NAMED = 4
-EMBEDDED_LORAS = {"framed": ASSETS / "framed"}  # made for the embedded model, as `training/lora.py` says
+EMBEDDED_LORAS = {"night": ASSETS / "night"}  # made for the embedded model, as `training/lora.py` says
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def picture(graph: ComfyGraph, prompt: dict) -> np.ndarray:
 def test_the_list_holds_what_is_read_here_and_what_comes_with_the_pack(graph: ComfyGraph, loras: Path) -> None:
     names = graph.nodes.NODE_CLASS_MAPPINGS["NextStepLoadLora"].define_schema().inputs[1].options
     assert {"all.safetensors", str(Path("styles") / "head.safetensors")} <= set(names) and "old.pt" not in names
-    assert names[-1] == "framed (embedded)"
+    assert names[-1] == "night (embedded)"
 
 
 @pytest.mark.parametrize("recipe", ["none", "int8"])
@@ -106,7 +106,7 @@ def test_a_file_that_was_written_again_is_read_again(graph: ComfyGraph, config: 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("flux.safetensors", "Flux"), ("gone.safetensors", "no LoRA"), ("framed (embedded)", "another")]
+    ("name", "said"), [("flux.safetensors", "Flux"), ("gone.safetensors", "no LoRA"), ("night (embedded)", "another")]
 )
 def test_wrong_files_are_told_of(graph: ComfyGraph, loras: Path, name: str, said: str) -> None:
     how, message = graph.ending(with_loras((name, 1.0)))

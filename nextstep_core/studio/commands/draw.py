@@ -47,7 +47,7 @@ def stated(**values: Any) -> dict[str, Any]:
     "generate",
     'nextstep generate "a frosty mug on a wooden table" --preset standard --seed 1 --seed 2',
     'nextstep generate "a red circle on a blue background" 64 20 --model tiny',
-    'nextstep generate "a red circle on a blue background" 64 --model tiny --lora framed:0.8',
+    'nextstep generate "a red circle on a blue background" 64 --model tiny --lora night:0.8',
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in plain sentences.")],
