@@ -94,8 +94,8 @@ class NextStepLoadLora(Node):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str | None = None, **_: Any) -> str:
-        path = lora_files().get(lora_name or "")
+    def fingerprint_inputs(cls, lora_name: object = None, **_: Any) -> str:
+        path = lora_files().get(lora_name) if isinstance(lora_name, str) else None
         return "" if path is None else fingerprint(path)
 
     @classmethod
