@@ -262,7 +262,7 @@ def test_a_wrong_one_is_refused_before_the_models_weights_are_read(checkpoint: P
         data[-4000:] = b"\xff" * 4000
         shard.write_bytes(data)
     with pytest.raises(NextStepError, match="not a LoRA file"):
-        NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32, loras=[(lora, 0.5), (checkpoint / "x", 1.0)])
+        NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32, loras=[(lora, 0.5), (checkpoint / "config.json", 1.0)])
 
 
 def test_it_may_be_given_when_the_model_is_loaded(pipeline, golden: Path, lora: Path) -> None:
