@@ -142,6 +142,12 @@ def test_a_batch_with_a_lora_is_another_batch(graph: ComfyGraph, loras: Path) ->
     assert "<lora:all:0.5>" in artists[1].facts.values() and len(artists[0].facts) + 2 == len(artists[1].facts)
 
 
+def test_the_models_card_names_it(graph: ComfyGraph, loras: Path) -> None:
+    prompt = with_loras(("all.safetensors", 0.25))
+    prompt["card"] = node("NextStepModelInfo", model=["lora0", 0], width=64, height=64)
+    assert "<lora:all:0.25>" in graph.value(prompt, "card")
+
+
 def test_its_memory_is_planned_for(graph: ComfyGraph, loras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, asked = graph.pack("nodes.host"), []
     real = host.plan_memory

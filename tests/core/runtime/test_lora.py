@@ -161,6 +161,26 @@ def test_on_quantized_weights(golden: Path, lora: Path, recipe: str) -> None:
     assert torch.equal(draw(pipe), plain)
 
 
+def test_on_a_gguf_file(golden: Path, checkpoint: Path, lora: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer, kind = gguf.GGUFWriter(checkpoint / "q8.gguf", "qwen2"), gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in (
+        NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32).engine.model.state_dict().items()
+    ):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pipe = NextStepPipeline.from_pretrained(checkpoint / "q8.gguf", dtype=torch.float32, vae=checkpoint / "vae")
+    plain = draw(pipe)
+    pipe.load_lora(lora, 0.5)
+    assert (draw(pipe) - plain).abs().max() > 0.1
+    pipe.unload_loras()
+    assert torch.equal(draw(pipe), plain)
+
+
 def test_in_bfloat16(golden: Path, lora: Path) -> None:
     pipe = NextStepPipeline.from_pretrained(golden / "tiny-a", dtype=torch.bfloat16)
     plain = draw(pipe)
@@ -262,7 +282,9 @@ def test_a_wrong_one_is_refused_before_the_models_weights_are_read(checkpoint: P
         data[-4000:] = b"\xff" * 4000
         shard.write_bytes(data)
     with pytest.raises(NextStepError, match="not a LoRA file"):
-        NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32, loras=[(lora, 0.5), (checkpoint / "config.json", 1.0)])
+        NextStepPipeline.from_pretrained(
+            checkpoint, dtype=torch.float32, loras=[(lora, 0.5), (checkpoint / "config.json", 1.0)]
+        )
 
 
 def test_it_may_be_given_when_the_model_is_loaded(pipeline, golden: Path, lora: Path) -> None:
