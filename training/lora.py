@@ -1,5 +1,4 @@
-"""Train a LoRA on the embedded model: a style, in a minute on a CPU. This one draws
-every scene at night.
+"""Train a LoRA on the embedded model: a style, in a minute on a CPU. This one draws every scene at night.
 
 Only the pairs of low rank are trained, by the losses of `training.model_training`, and written as peft writes them.
 
@@ -50,7 +49,7 @@ STEPS = 160
 PAIR_SHARE = 0.2  # of the batches
 BATCH = 32
 LEARNING_RATE, WARMUP = 2e-3, 10
-STRENGTHS = (0.0, 0.5, 1.0)
+STRENGTHS, QUANTIZED = (0.0, 0.5, 1.0), (None, "int8", "int4")
 
 
 def at_night(scene: Scene) -> Scene:
@@ -164,11 +163,13 @@ def trained(args: argparse.Namespace) -> LowRankPairs:
     return pairs
 
 
-def measured(folder: Path, checkpoint: Path, count: int, strengths: Iterable[float]) -> tuple[list[str], np.ndarray]:
+def measured(
+    folder: Path, checkpoint: Path, count: int, strengths: Iterable[float], quantization: str | None = None
+) -> tuple[list[str], np.ndarray]:
     """How many pictures of held-out prompts are right by day, and how many by night, in words for each strength; and
     the first of each as one sheet."""
     told, rows = [], []
-    pipeline = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipeline = NextStepPipeline.from_pretrained(checkpoint, dtype=torch.float32, quantization=quantization)
     wanted = held_out_singles(count, seed=5, canvas=SQUARE)
     for strength in strengths:
         pipeline.unload_loras()
@@ -198,10 +199,10 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="a file for the first pictures of each strength")
     args = parser.parse_args()
     trained(args).save(args.output, base="tiny")
-    if args.count:
-        told, sheet = measured(args.output, args.checkpoint, args.count, STRENGTHS)
-        print("\n".join(told))
-        if args.sheet is not None:
+    for quantization in QUANTIZED if args.count else ():
+        told, sheet = measured(args.output, args.checkpoint, args.count, STRENGTHS, quantization)
+        print("\n".join(f"{quantization or 'float32'}, {line}" for line in told))
+        if args.sheet is not None and quantization is None:
             Image.fromarray(sheet).save(args.sheet)
 
 

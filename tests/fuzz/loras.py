@@ -55,6 +55,7 @@ def case(rng: Random) -> Case:
         what, beside = mutated(json.dumps(CONFIG), rng) if rng.random() < 0.8 else ("a config", json.dumps(CONFIG))
         done.append(f"beside it {what}")
     strength: Any = rng.choice((*STRENGTHS, rng.choice(NONE)))
+    named_so = rng.choice(NONE) if rng.random() < 0.05 else None
     hostile = rng.choice(sorted(HEADERS)) if rng.random() < 0.05 else None
 
     def attempt(folder: Path) -> Tensor:
@@ -66,7 +67,7 @@ def case(rng: Random) -> Case:
         if beside:
             good.put(folder / "adapter_config.json", beside)
         pipe = NextStepPipeline(pipeline().engine, pipeline().vae, torch.device("cpu"), torch.float32)
-        pipe.load_lora(path, strength)
+        pipe.load_lora(path if named_so is None else named_so, strength)
         _, height, width, _ = good.SHAPE
         return pipe.generate("A red apple.", height=height, width=width, steps=2, cfg=2.0, sampler="flow-ode").images
 
