@@ -118,11 +118,15 @@ def vae_roots() -> list[Path]:
     return [Path(root) for root in folder_paths.get_folder_paths("vae")]
 
 
-def lora_files() -> dict[str, Path]:
-    """The host's LoRA files of the kinds that are read here, by the names that its own loader lists them under."""
-    names = [name for name in folder_paths.get_filename_list(LORA_FOLDER) if name.endswith(SUFFIXES)]
-    paths = {name: folder_paths.get_full_path(LORA_FOLDER, name) for name in names if can_be_shown(name)}
-    return {name: Path(path) for name, path in paths.items() if path is not None}
+def lora_names() -> list[str]:
+    """The host's LoRA files of the kinds that are read here, as its own loader lists them."""
+    return [n for n in folder_paths.get_filename_list(LORA_FOLDER) if n.endswith(SUFFIXES) and can_be_shown(n)]
+
+
+def lora_file(name: str) -> Path | None:
+    """Where a file of this list lies; None for any other name."""
+    path = folder_paths.get_full_path(LORA_FOLDER, name) if name in lora_names() else None
+    return None if path is None else Path(path)
 
 
 def last_saved_latent(filename_prefix: str) -> Path | None:

@@ -18,17 +18,18 @@ from .language import Node, in_users_language
 from .types import CATEGORY, HostModel, ModelSocket, check_sockets
 from .widgets import ends
 
-EMBEDDED_ENDING = " (embedded)"
+EMBEDDED = {f"{name} (embedded)": path for name, path in EMBEDDED_LORAS.items()}
 
 
-def lora_files() -> dict[str, Path]:
-    """LoRA files by the name that the dropdown shows: the host's, then those that come with the pack."""
-    return host.lora_files() | {f"{name}{EMBEDDED_ENDING}": path for name, path in EMBEDDED_LORAS.items()}
+def lora_file(name: str) -> Path | None:
+    """The file of a name in the dropdown, which has the host's and then those that come with the pack; None where there
+    is none."""
+    return EMBEDDED.get(name) or host.lora_file(name)
 
 
 def find_file(name: object) -> Path:
     """The file that a saved name means; NextStepError where there is none."""
-    path = lora_files().get(check_text("lora_name", name))
+    path = lora_file(check_text("lora_name", name))
     if path is None:
         raise NextStepError(
             "There is no LoRA {name}. Put the .safetensors file into {folder} and press R to refresh the node, or "
@@ -69,7 +70,7 @@ class NextStepLoadLora(Node):
                 ModelSocket.Input("model", tooltip="From Load NextStep Model, or from another NextStep Load LoRA."),
                 io.Combo.Input(
                     "lora_name",
-                    options=list(lora_files()),
+                    options=[*host.lora_names(), *EMBEDDED],
                     tooltip="A .safetensors file in models/loras, as peft, diffusers or kohya's scripts write it.",
                 ),
                 io.Float.Input(
@@ -95,7 +96,7 @@ class NextStepLoadLora(Node):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: object = None, **_: Any) -> str:
-        path = lora_files().get(lora_name) if isinstance(lora_name, str) else None
+        path = lora_file(lora_name) if isinstance(lora_name, str) else None
         return "" if path is None else fingerprint(path)
 
     @classmethod

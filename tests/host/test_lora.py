@@ -155,3 +155,12 @@ def test_its_memory_is_planned_for(graph: ComfyGraph, loras: Path, monkeypatch: 
     picture(graph, with_loras(("all.safetensors", 0.35)))
     model = graph.value(with_loras(("all.safetensors", 0.35)), "lora0")
     assert asked[0][-1] == model.engine.lora_bytes(torch.float32) > 0
+
+
+def test_what_it_takes_of_the_device_goes_with_the_model(graph: ComfyGraph, loras: Path) -> None:
+    prompt = with_loras(("all.safetensors", 0.45))
+    picture(graph, prompt)
+    attachments = graph.value(prompt, "lora0").engine.caches.adapters
+    assert attachments._last is not None
+    graph.free()
+    assert attachments._last is None
