@@ -14,6 +14,7 @@ from .host import offer_pictures, register_model_folder
 from .information import NextStepModelInfo
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
+from .lora import NextStepLoadLora
 from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .presets import NextStepPreset
 from .prompt_sets import NextStepPromptList, NextStepPromptTemplate
@@ -52,6 +53,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepQualityScore,
     NextStepQualityGate,
     NextStepBestOfN,
+    NextStepLoadLora,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

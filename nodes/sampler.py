@@ -119,7 +119,8 @@ def steps_of(model: HostModel, job: Job) -> Iterator[tuple[Progress, Shown]]:
     """Draw a job on the host's device, as much at once as its memory allows: after every token, where it stands."""
     each = model.engine.working_bytes(job.part([0]), model.dtype)
     streamed = streamed_bytes(model.engine.model)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
+    loras = model.engine.lora_bytes(model.dtype)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release, loras)
     shape = (job.pictures, *model.engine.latents.shape(job.grid))
     decoding = host.vae_bytes(model.vae, shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
@@ -218,8 +219,10 @@ class Preview:
 
     def __init__(self, model: HostModel, job: Job) -> None:
         self.model, self.job, self.shown_at, self.shown = model, job, 0.0, (0, 0)
-        if model.rgb_map is None and model.vae is not None:
-            model.rgb_map = fit_latent_to_rgb(model.vae.encode)
+        plain = model.plain or model
+        if plain.rgb_map is None and model.vae is not None:
+            plain.rgb_map = fit_latent_to_rgb(model.vae.encode)
+        model.rgb_map = plain.rgb_map
 
     def update(self, progress: Progress) -> Shown:
         """(the pictures side by side, or None where nothing new is due; size in pixels as width and height)."""

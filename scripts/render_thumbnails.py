@@ -143,6 +143,12 @@ def compare(studio: Studio) -> Image.Image:
     return sheet((drawn, (0, (SIDE - side) // 2, SIDE, (SIDE + side) // 2)))
 
 
+def lora(studio: Studio) -> Image.Image:
+    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=1)
+    height = SIDE * drawn.height // drawn.width
+    return sheet((drawn, (0, (SIDE - height) // 2, SIDE, (SIDE + height) // 2)))
+
+
 def resume(studio: Studio) -> Image.Image:
     drawn = studio.draw("Resume", "a white triangle on a purple background", width=64, height=64, seed=2)
     rest = masked(drawn, (0, 40, 64, 64))[1]
@@ -187,6 +193,7 @@ THUMBNAILS = {
     "Low VRAM": low_vram,
     "Compare": compare,
     "Resume": resume,
+    "LoRA": lora,
     "Brand": lambda s: many(
         s,
         "Brand",

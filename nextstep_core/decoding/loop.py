@@ -58,7 +58,7 @@ class Run:
         """Take or make the steps, and read the prompt; arguments as in `decode`."""
         started, total = time.monotonic(), job.total
         sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
-        key = "" if caches.prefilled is None else job.prompt_key(tokens.dtype)
+        key = "" if caches.prefilled is None else caches.prompt_key(job, tokens.dtype)
         return cls(
             sequence,
             sample,

@@ -18,6 +18,7 @@ from ..model.nextstep import NextStepModel
 from ..model.positions import rotary_table
 from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
+from ..runtime.lora import Attachments
 from ..sampling.guidance import guide
 from ..sampling.solvers import ETA, SAMPLERS, normalize_token
 from .job import Job
@@ -147,8 +148,16 @@ class FlowIntegration:
         self.reads = (model.head, model.image_out_projector)
         self.sampler = SAMPLERS[shape.sampler]
         self.times = self.sampler.grid(shape.steps, shape.shift)
-        times = torch.tensor(self.times, device=shape.device)
-        self.time_codes = self.head.time_embed(times, shape.dtype)[:, None]  # (N, 1, dim), to go with all rows
+        self.time_codes = self._embedded_times()
+
+    def _embedded_times(self) -> Tensor:
+        times = torch.tensor(self.times, device=self.shape.device)
+        codes: Tensor = self.head.time_embed(times, self.shape.dtype)
+        return codes[:, None]  # (N, 1, dim), to go with all rows
+
+    def refresh(self) -> None:
+        """Compute anew, in its place, what is kept from run to run: what is added to the layers may have changed."""
+        self.time_codes.copy_(self._embedded_times())
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
@@ -170,7 +179,12 @@ class TokenSampler:
 
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
-        self._step = wrap(FlowIntegration(model, shape))
+        self._plain = FlowIntegration(model, shape)
+        self._step = wrap(self._plain)
+
+    def refresh(self) -> None:
+        """See `FlowIntegration`."""
+        self._plain.refresh()
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
@@ -182,11 +196,13 @@ class TokenSampler:
 class StepCaches:
     """What a model keeps from run to run: prompts that were read, and captured steps with their memory.
 
-    graphs None runs every step as it is; prefilled None reads every prompt anew.
+    graphs None runs every step as it is; prefilled None reads every prompt anew. `adapters` are those of the run that
+    is under way.
     """
 
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
+    adapters: Attachments = field(default_factory=Attachments)
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""
@@ -196,10 +212,19 @@ class StepCaches:
 
         if self.graphs is None or not self.graphs.supports(shape.device):
             return make(unwrapped)
-        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, shape.device, make)
+        # What is captured reads the adapters' matrices; as a part of the key they live as long as it does.
+        key = shape, self.adapters.in_use
+        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(key, shape.device, make)
+        if self.adapters.in_use is not None:
+            pair[1].refresh()
         return pair
+
+    def prompt_key(self, job: Job, dtype: torch.dtype) -> str:
+        """Tells apart what the transformer makes of prompts."""
+        return job.prompt_key(dtype) + self.adapters.key
 
     def release(self) -> None:
         """Free the device memory that is kept for the next run."""
         if self.graphs is not None:
             self.graphs.clear()
+        self.adapters.clear()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
@@ -19,7 +18,7 @@ from ..model.config import MODEL_TYPES
 from .build import VAE_WEIGHT_NAMES
 from .checkpoint import SINGLE_NAME
 from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
-from .files import can_be_shown, is_file, is_folder
+from .files import can_be_shown, is_file, is_folder, stat_of
 from .gguf_file import SUFFIX as GGUF
 from .kept import FOLDER
 from .store import vae_beside
@@ -205,14 +204,5 @@ def fingerprint(path: Path) -> str:
         files = sorted(path.iterdir()) if is_folder(path) else [path, path.parent / CONFIG]
     except OSError:
         files = []
-    found = json.dumps([str(path), [found for file in files if (found := _stat(file)) is not None]])
+    found = json.dumps([str(path), [found for file in files if (found := stat_of(file)) is not None]])
     return hashlib.sha256(found.encode(errors="surrogatepass")).hexdigest()
-
-
-def _stat(file: Path) -> tuple[str, int, int] | None:
-    """(name, size, when it was changed) of a regular file, None for anything else."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return (file.name, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

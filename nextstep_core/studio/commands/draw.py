@@ -24,7 +24,7 @@ from ..quality import scores_of
 from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
-from .model import PLAIN, Device, Dtype, MaxMemory, ModelChoice, ModelFolder, ModelName, Quantization
+from .model import PLAIN, Device, Dtype, Loras, MaxMemory, ModelChoice, ModelFolder, ModelName, Quantization
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
@@ -47,6 +47,7 @@ def stated(**values: Any) -> dict[str, Any]:
     "generate",
     'nextstep generate "a frosty mug on a wooden table" --preset standard --seed 1 --seed 2',
     'nextstep generate "a red circle on a blue background" 64 20 --model tiny',
+    'nextstep generate "a red circle on a blue background" 64 --model tiny --lora night:0.8',
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in plain sentences.")],
@@ -66,6 +67,7 @@ def generate(
     format: Format = None,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -81,7 +83,7 @@ def generate(
         negative_prompt=negative_prompt,
     )
     orders = job_of_prompts([Prompt(prompt)], COMMAND, Wishes(wishes, tuple(seed or (0,)))).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
     _draw(orders, choice, output, format, Output(as_json))
 
 
@@ -110,6 +112,7 @@ def edit(
     format: Format = None,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -122,7 +125,7 @@ def edit(
     orders = job_of_prompts(
         [Prompt(instruction)], COMMAND, Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
     ).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
     _draw(orders, choice, output, format, Output(as_json))
 
 
@@ -206,6 +209,7 @@ def batch(
     ] = False,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -229,7 +233,7 @@ def batch(
     if output is None:
         raise NextStepError("No folder for the pictures. Name one with --output.")
     with out.bar("Loading the model") as show:
-        artist = ModelChoice(model, models, quantization, max_memory, device, dtype).load(plan.model)
+        artist = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ())).load(plan.model)
         run = BatchRun(plan, artist, output, scores_of)
 
         def report(state: BatchProgress) -> None:

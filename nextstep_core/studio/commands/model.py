@@ -17,11 +17,14 @@ from ...loading.build import plan_model
 from ...loading.checkpoint import DTYPES
 from ...loading.download import PUBLISHED_CHECKPOINTS
 from ...loading.kept import weights_hash
+from ...loading.lora_file import SUFFIXES, resolve_lora
 from ...loading.store import resolve_source
 from ...pipeline import NextStepPipeline
+from ...request.parameters import lora_facts
 from ...runtime.devices import best_device
+from ...runtime.lora import STRENGTH
 from ...runtime.quantization import RECIPES
-from ..drawing import PipelineArtist
+from ..drawing import PipelineArtist, identity_of
 from ..machine import default_dtype
 
 PLAIN = "none"
@@ -47,6 +50,12 @@ Quantization = Annotated[
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="Device memory to take at most, such as 20GB. The rest is streamed.")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[:STRENGTH]", help="A LoRA and its strength, 1 if none is given; several add up."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, cuda:1, mps or cpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"auto or {', '.join(DTYPES)}.")]
 
@@ -61,23 +70,26 @@ class ModelChoice:
     max_memory: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    loras: tuple[str, ...] = ()
 
     def load(self, named: str | None = None) -> PipelineArtist:
         """The model that is asked for, else the one that is `named`, else the first that is found."""
         check_choice("--quantization", self.quantization, (PLAIN, AUTO, *RECIPES))
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         limit = None if self.max_memory is None else bytes_of(self.max_memory)
+        loras = [lora_of(text, self.folder) for text in self.loras]
         path, device = find_model(self.name or named, self.folder), pick_device(self.device)
         plan = plan_model(path, None, device)
         dtype = DTYPES[self.dtype] if self.dtype != "auto" else default_dtype(device, plan.parameters)
         recipe = None if self.quantization == PLAIN else self.quantization
         pipeline = NextStepPipeline.from_pretrained(
-            path, device=device, dtype=dtype, quantization=recipe, max_memory=limit
+            path, device=device, dtype=dtype, quantization=recipe, max_memory=limit, loras=loras
         )
         stored = plan.recipe.name if plan.recipe else recipe or str(dtype).removeprefix("torch.")
         digest = weights_hash(plan)
-        facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored}
-        return PipelineArtist(pipeline, facts, f"{digest} {stored} {dtype}")
+        applied = pipeline.engine.loras
+        facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored, **lora_facts(applied)}
+        return PipelineArtist(pipeline, facts, identity_of(digest, stored, dtype, applied))
 
 
 def model_folders(folder: Path | None) -> list[Path]:
@@ -106,6 +118,26 @@ def find_model(name: str | None, folder: Path | None) -> Path:
     if name in PUBLISHED_CHECKPOINTS:
         raise NextStepError("{name} is not there yet. Fetch it: nextstep download {name}", name=name)
     return resolve_source(name)
+
+
+def lora_of(text: str, folder: Path | None) -> tuple[Path, float]:
+    """A LoRA as the option names it, and its strength: a path, a name in the folder `loras` beside the models, with or
+    without its ending, or one that comes with this."""
+    name, sign, number = text.rpartition(":")
+    try:
+        strength = STRENGTH.check(float(number)) if sign else 1.0
+    except NextStepError:
+        raise
+    except ValueError:  # a colon of the path's own
+        name, sign, strength = "", "", 1.0
+    name = name if sign else text
+    roots = [root.parent / "loras" for root in model_folders(None)]
+    roots += [] if folder is None else [folder / "loras", folder.parent / "loras"]
+    for root in roots:
+        for file in (root / name, root / f"{name}{SUFFIXES[0]}"):
+            if name and not Path(name).exists() and file.exists():
+                return file, strength
+    return resolve_lora(name), strength
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from nextstep_core.loading.store import ASSETS
 from nextstep_core.studio.commands import app
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,6 +67,39 @@ def test_edit(tmp_path: Path) -> None:
         "edit", str(tmp_path / "cup.png"), "Make it blue.", "--size", "32", "--steps", "2", "-m", "tiny", "-o", out
     )
     assert told["pictures"][0]["file"] == out and Path(out).exists()
+
+
+def test_loras_by_name_by_path_and_in_the_folder_beside_the_models(tmp_path: Path) -> None:
+    night = ASSETS / "night" / "adapter_model.safetensors"
+    (tmp_path / "models" / "nextstep").mkdir(parents=True)
+    (tmp_path / "models" / "loras").mkdir()
+    (tmp_path / "models" / "loras" / "own: it.safetensors").write_bytes(night.read_bytes())
+    arguments = ("generate", "a red circle", "64", "4", "--model", "tiny", "-o", str(tmp_path / "x.png"))
+    told = result_of(*arguments, "--lora", "night:0.5", "--lora", str(night.parent))
+    assert told["LoRAs"] == "<lora:night:1.5>", "one file"
+    beside = ("--models", str(tmp_path / "models" / "nextstep"))
+    for name in ("own: it", "own: it:1", "own: it.safetensors:1"):
+        assert result_of(*arguments, *beside, "--lora", name)["LoRAs"] == "<lora:own_ it:1>"
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.text["parameters"].startswith("a red circle <lora:own_ it:1>\n")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [("gone", "no LoRA 'gone'"), ("night:x", "no LoRA"), ("night:1e9", "strength is"), ("", "no LoRA")],
+)
+def test_loras_that_are_none(tmp_path: Path, lora: str, said: str) -> None:
+    out = str(tmp_path / "x.png")
+    assert said in run("generate", "a red circle", "64", "4", "--model", "tiny", "-o", out, "--lora", lora, code=1)
+
+
+def test_a_batch_with_another_lora_is_drawn_again(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    arguments = ("batch", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "-m", "tiny", "--size", "32")
+    drawn = [
+        result_of(*arguments, "--steps", "2", *lora)["drawn"] for lora in ((), ("--lora", "night"), ("--lora", "night"))
+    ]
+    assert drawn == [1, 1, 0]
 
 
 def test_the_guides_batch_is_read_unchanged_and_drawn_small(tmp_path: Path) -> None:
