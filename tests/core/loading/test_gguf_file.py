@@ -1,23 +1,32 @@
-"""GGUF files: names, plain floats, and files that are refused."""
+"""GGUF files: names, the numbers of every format, plain floats, and files that are refused."""
 
 from __future__ import annotations
 
 import re
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nextstep_core import NextStepError
+from nextstep_core.loading import checkpoint as reading
+from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.checkpoint import find_model_files, find_tensors, read_tensors
-from nextstep_core.loading.gguf_file import nearest_recipe, our_name
+from nextstep_core.loading.gguf_file import NEAREST, nearest_recipe, open_tensors, our_name
 from nextstep_core.loading.gguf_header import read_header
+from nextstep_core.loading.gguf_int4 import KINDS, scale_of, weight_of
+from nextstep_core.runtime.quantization import RECIPES
+from nextstep_core.runtime.quantization.formats import INT4_32
 
 gguf = pytest.importorskip("gguf")
 
 MATRIX = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+RECORDED = Path(__file__).resolve().parents[2] / "data" / "gguf"  # written by llama.cpp: see NOTES.md there
+FORMATS = sorted(path.stem for path in RECORDED.glob("*.gguf"))
 
 
 def write(path: Path, tensors: dict[str, np.ndarray], architecture: str = "qwen2", dtype=None) -> Path:
@@ -60,16 +69,163 @@ def test_plain_floats_are_read_as_they_are(tmp_path: Path, dtype: type) -> None:
     assert nearest_recipe(path) is None
 
 
-def test_the_nearest_recipe_counts_matrices_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_becomes_the_floats_that_llama_cpp_makes_of_it(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "PIECE", 512)  # a row at a time
+    checks: list[None] = []
+    files, name = find_tensors(RECORDED / f"{kind}.gguf"), "layers.0.mlp.up_proj.weight"
+    read = dict(read_tensors(files, [name], dtype=torch.float32, check=lambda: checks.append(None)))
+    assert torch.equal(read[name], load_file(RECORDED / "floats.safetensors")[kind])
+    assert len(checks) == len(read[name]), "between its rows it can be stopped"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_integers_of_4_bits_stay_what_they_are(kind: str) -> None:
+    """Scales and zeros alone are rounded, to bfloat16."""
+    blocks = open_tensors(RECORDED / f"{kind}.gguf")("blk.0.ffn_up.weight")
+    floats = load_file(RECORDED / "floats.safetensors")[kind]
+    weight, scale = weight_of(blocks), scale_of(blocks)
+    stays = INT4_32.dequantize(weight, scale, torch.float32)
+    again = INT4_32.dequantize(*INT4_32.quantize(floats), torch.float32)
+    error, of_again = ((x - floats).norm() / floats.norm() for x in (stays, again))
+    assert error < 0.0025
+    assert kind == "Q4_1" or of_again > 10 * error, "Q4_1 finds its scales as our int4 does"
+    groups = floats.view(len(floats), -1, 32)
+    values = INT4_32.values(weight).view(groups.shape).float()
+    own_scale = (groups - groups.mean(2, True)).norm(dim=2) / (values - values.mean(2, True)).norm(dim=2)
+    assert torch.allclose(own_scale, scale[..., 0].T.float().abs(), rtol=2**-8)
+
+
+def test_a_matrix_is_read_in_pieces(tmp_path: Path, monkeypatch) -> None:
     kind = gguf.GGMLQuantizationType.Q8_0
-    raw = gguf.quantize(MATRIX, kind)
-    assert nearest_recipe(write(tmp_path / "eight.gguf", {"blk.0.attn_q.weight": raw}, dtype=kind)) == "int8"
+    raw = np.zeros((4096, 1024 // 32 * 34), np.uint8)
+    files = find_tensors(write(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": raw}, dtype=kind))
+    monkeypatch.setattr(reading, "PIECE", 1 << 20)
+    tracemalloc.start()  # sees NumPy's memory, in which pieces become floats, not the tensor that they go to
+    try:
+        (_, tensor), *_ = read_tensors(files, files.shapes, dtype=torch.bfloat16)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tensor.shape == (4096, 1024) and peak < 3 << 20 < tensor.numel() * 4
 
 
-def test_another_family_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX}, architecture="llama")
-    with pytest.raises(NextStepError, match="x.gguf.*llama"):
+def test_reading_can_be_stopped_between_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(reading, "PIECE", 512)
+    calls = iter(range(10))
+
+    def stop() -> None:
+        if next(calls):
+            raise KeyboardInterrupt
+
+    files = find_tensors(RECORDED / "Q4_K.gguf")
+    with pytest.raises(KeyboardInterrupt):
+        dict(read_tensors(files, files.shapes, check=stop))
+    assert next(calls) == 2
+
+
+def test_without_a_dtype_plain_floats_keep_theirs_and_blocks_become_bfloat16() -> None:
+    def dtype_of(kind: str) -> torch.dtype:
+        files = find_tensors(RECORDED / f"{kind}.gguf")
+        return dict(read_tensors(files, files.shapes))["layers.0.mlp.up_proj.weight"].dtype
+
+    assert [dtype_of(kind) for kind in ("F16", "BF16", "Q8_0")] == [torch.float16, torch.bfloat16, torch.bfloat16]
+
+
+def test_plain_floats_are_views_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", {"blk.0.attn_q.weight": MATRIX})
+    read = open_tensors(path)("blk.0.attn_q.weight")
+    assert isinstance(read, torch.Tensor)
+    at = path.read_bytes().index(MATRIX.tobytes())
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(np.float32(5).tobytes())
+    assert read[0, 0] == 5
+    read[0, 0] = 6
+    assert np.frombuffer(path.read_bytes(), np.float32, 1, at) == 5, "and never written to"
+
+
+@pytest.mark.parametrize("alignment", [1, 32])
+def test_a_file_that_is_not_aligned_is_read(tmp_path: Path, alignment: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.add_custom_alignment(alignment)
+    writer.add_tensor("output_norm.weight", MATRIX[0, :3].copy())
+    writer.add_tensor("blk.0.attn_q.weight", MATRIX)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = find_tensors(tmp_path / "x.gguf")
+    read = dict(read_tensors(files, files.shapes))
+    assert torch.equal(read["layers.0.self_attn.q_proj.weight"], torch.from_numpy(MATRIX))
+
+
+def test_the_nearest_recipe_is_that_of_most_numbers_in_matrices_of_layers(tmp_path: Path) -> None:
+    def blocks(kind: str, rows: int, name: str) -> tuple[str, np.ndarray, object]:
+        type_ = gguf.GGMLQuantizationType[kind]
+        numbers, size = gguf.GGML_QUANT_SIZES[type_]
+        return f"{name}.weight", np.zeros((rows, 256 // numbers * size), np.uint8), type_
+
+    def recipe(*tensors: tuple[str, np.ndarray, object]) -> str | None:
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+        writer.add_tensor("output_norm.weight", np.zeros(10**4, np.float32))
+        for name, raw, kind in tensors:
+            writer.add_tensor(name, raw, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return nearest_recipe(tmp_path / "x.gguf")
+
+    down, up, embedding = "blk.0.ffn_down", "blk.0.ffn_up", "token_embd"
+    assert recipe(blocks("Q8_0", 1, up)) == "int8"
+    assert recipe(blocks("Q4_K", 3, up), blocks("Q6_K", 2, down)) == "int4-g32"
+    assert recipe(blocks("Q4_K", 2, up), blocks("Q6_K", 3, down)) == "int8"
+    assert recipe(blocks("Q4_K", 1, up), blocks("Q6_K", 9, embedding)) == "int4-g32"
+    assert recipe(blocks("Q2_K", 1, up)) == "int4"
+    assert recipe(blocks("F16", 1, up)) is None is recipe()
+    assert recipe(blocks("Q8_0", 1, embedding)) == "int8"
+
+
+def test_nearest_recipes_are_recipes_of_formats_that_there_are() -> None:
+    assert set(NEAREST.values()) <= set(RECIPES)
+    assert all(hasattr(gguf.GGMLQuantizationType, kind) for kind in NEAREST)
+    assert {kind for kind, recipe in NEAREST.items() if recipe == "int4-g32"} == KINDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("llama", "blk.0.attn_q.weight"), ("flux", "double_blocks.0.img_attn.qkv.weight")]
+)
+def test_another_family_is_refused(tmp_path: Path, architecture: str, name: str) -> None:
+    path = write(tmp_path / "x.gguf", {name: MATRIX}, architecture=architecture)
+    with pytest.raises(NextStepError, match=f"x.gguf has the architecture '{architecture}'.*qwen2"):
         find_tensors(path)
+
+
+def test_original_names_say_what_it_is_whatever_the_architecture(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.gguf", {"model.layers.0.self_attn.q_proj.weight": MATRIX}, architecture="pig")
+    assert list(find_tensors(path).shapes) == ["layers.0.self_attn.q_proj.weight"]
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    """Beside a checkpoint the tensors of the other parts would come from there, without a word."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("output_norm.weight", MATRIX[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(NextStepError, match=r"x.gguf is one of 3 files.*--merge"):
+        find_tensors(tmp_path / "x.gguf")
+
+
+def test_wrong_shapes_are_refused_before_weights_are_read(checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "_copy", lambda *_: pytest.fail("weights were read"))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = write(checkpoint / "x.gguf", {"blk.0.ffn_up.weight": np.zeros((7, 34), np.uint8)}, dtype=kind)
+    with pytest.raises(NextStepError, match=r"layers.0.mlp.up_proj.weight is \[7, 32\] in x.gguf"):
+        plan_model(path)
 
 
 def test_a_broken_file_is_named_first(tmp_path: Path) -> None:
@@ -134,14 +290,16 @@ HOSTILE = {
     "axes without end": (header(tensors=(text("a") + struct.pack("<I", 2**31),)), "axes"),
     "a huge tensor": (header(tensors=(tensor("a", (2**40, 2**40)),)), "past the end of the file"),
     "an unknown format": (header(tensors=(tensor("a", (32,), kind=999),)), "format 999"),
-    "half a block": (header(tensors=(tensor("a", (31,), kind=8),)), "whole blocks"),
+    "half a block": (header(tensors=(tensor("a", (5, 31), kind=8),)), r"'a' has the shape \[5, 31\].*blocks of 32"),
+    "a format without floats": (header(tensors=(tensor("a", (256,), kind=15),)) + b"\0" * 999, "format Q8_K"),
+    "a tensor that is cut off": (header(tensors=(tensor("a", (64,), kind=8),)) + b"\0" * 60, "'a' ends past the end"),
     "no alignment": (header(text("general.alignment") + struct.pack("<II", 4, 0)), "alignment"),
     "two of a name": (header(tensors=(tensor("a", (1,)), tensor("a", (1,)))) + b"\0" * 99, "two tensors"),
     "in each other": (
         header(tensors=tuple(tensor(f"a{n}", (64,)) for n in range(9))) + b"\0" * 300,
         "overlapping tensors",
     ),
-    "numbers that are no floats": (header(tensors=(tensor("a", (1,), kind=26),)) + b"\0" * 99, "format 26"),
+    "numbers that are no floats": (header(tensors=(tensor("a", (1,), kind=26),)) + b"\0" * 99, "format I32"),
 }
 
 
