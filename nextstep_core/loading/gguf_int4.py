@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantization import QuantizedLinear
-from ..runtime.quantization.formats import INT4_32, SCALE_DTYPE
+from ..runtime.quantization.formats import INT4_32, SCALE_DTYPE, quantize_in_pieces
 from . import gguf_file
-from .checkpoint import Derived, Source, TensorFiles
+from .checkpoint import Derived, TensorFiles
 
 PIECE = 512  # rows that are taken apart at once
 GROUP = INT4_32.group
@@ -102,30 +103,36 @@ def _raw(blocks: gguf_file.Blocks, start: int, size: int) -> Tensor:
 
 
 def with_own_scales(files: TensorFiles, layers: Mapping[str, QuantizedLinear]) -> TensorFiles:
-    """The files with weight and scale of those `layers` that int4 in groups of 32 holds as the file does."""
+    """The files with weight and scale of those `layers` that int4 in groups of 32 holds as the file does.
+
+    The other parts of a fused layer, of which a part is held so, are quantized.
+    """
     wanted = {f"{name}.weight": layer for name, layer in layers.items() if layer.format == INT4_32}
-    if not wanted:
-        return files
     kinds: dict[Path, dict[str, str]] = {}
     locations, shapes, dtypes = dict(files.locations), dict(files.shapes), dict(files.dtypes)
 
-    def is_int4(source: Source) -> bool:
-        if isinstance(source, Derived) or source[0].suffix != gguf_file.SUFFIX:
+    def is_int4(path: Path, name: str) -> bool:
+        if path.suffix != gguf_file.SUFFIX:
             return False
-        path, name = source
         if path not in kinds:
             kinds[path] = gguf_file.kinds(path)
         return kinds[path][name] in KINDS
 
     for name, layer in wanted.items():
-        sources = files.locations[name]
-        if not all(map(is_int4, sources)):
+        places = [source for source in files.locations[name] if not isinstance(source, Derived)]
+        held = [is_int4(*place) for place in places]
+        if len(places) < len(files.locations[name]) or not any(held):
             continue
-        places = [source for source in sources if not isinstance(source, Derived)]
-        for own, make, like in (
-            (name, weight_of, layer.weight),
-            (f"{name}_scale", scale_of, layer.weight_scale),
+        for own, like, as_held, part in (
+            (name, layer.weight, weight_of, 0),
+            (f"{name}_scale", layer.weight_scale, scale_of, 1),
         ):
-            locations[own] = tuple(Derived((place,), make) for place in places)
+            makes = (as_held if same else partial(_quantized, part) for same in held)
+            locations[own] = tuple(Derived((place,), make) for place, make in zip(places, makes))
             shapes[own], dtypes[own] = tuple(like.shape), like.dtype
     return replace(files, locations=locations, shapes=shapes, dtypes=dtypes)
+
+
+def _quantized(part: int, matrix: Tensor) -> Tensor:
+    """Weight (0) or scale (1) of a matrix in another format, which may be rows that become floats piece by piece."""
+    return quantize_in_pieces(INT4_32, matrix)[part]
