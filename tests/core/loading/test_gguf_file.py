@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from nextstep_core import NextStepError
 from nextstep_core.loading import checkpoint as reading
-from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.build import ModelPlan, plan_model
 from nextstep_core.loading.checkpoint import TensorFiles, find_model_files, find_tensors, read_tensors
 from nextstep_core.loading.gguf_file import NEAREST, nearest_recipe, open_tensors, our_name
 from nextstep_core.loading.gguf_header import read_header
 from nextstep_core.loading.gguf_int4 import KINDS, scale_of, weight_of, with_own_scales
+from nextstep_core.loading.kept import find, keep
+from nextstep_core.loading.single_file import save_model
 from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear
 from nextstep_core.runtime.quantization.formats import INT4, INT4_32
 
@@ -215,6 +217,37 @@ def test_nearest_recipes_are_recipes_of_formats_that_there_are() -> None:
     assert set(NEAREST.values()) <= set(RECIPES)
     assert all(hasattr(gguf.GGMLQuantizationType, kind) for kind in NEAREST)
     assert {kind for kind, recipe in NEAREST.items() if recipe == "int4-g32"} == KINDS.keys()
+
+
+def test_a_gguf_file_is_converted_and_kept_as_it_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    """Its integers of 4 bits lie in the file, laid out for this CPU or not."""
+    kind, names = gguf.GGMLQuantizationType.Q4_0, ("q_proj", "k_proj", "v_proj", "o_proj")
+    source = find_model_files(checkpoint)
+    of_layers = [f"layers.{n}.self_attn.{name}.weight" for n in range(2) for name in names]
+    floats = dict(read_tensors(source, of_layers, dtype=torch.float32))
+    raw = {name: gguf.quantize(matrix.numpy(), kind) for name, matrix in floats.items()}
+    plan = plan_model(write(checkpoint / "x.gguf", raw, dtype=kind))
+    assert plan.recipe is RECIPES["int4-g32"] and not plan.stored
+    layer = "layers.1.self_attn.qkv_proj"
+    expected = torch.from_numpy(
+        np.concatenate([gguf.dequantize(raw[f"layers.1.self_attn.{n}.weight"], kind) for n in names[:3]])
+    )
+
+    def held(of: ModelPlan) -> torch.Tensor:
+        linear = of.load_model("cpu", torch.bfloat16).get_submodule(layer)
+        return INT4_32.dequantize(linear.own_weight("cpu"), linear.weight_scale, torch.float32)
+
+    assert (held(plan) - expected).norm() < 0.0025 * expected.norm()
+    for number, planned in enumerate((plan, plan.for_computing_on(torch.device("cpu")))):
+        path = tmp_path / f"{number}.safetensors"
+        save_model(planned, path, torch.bfloat16)
+        assert plan_model(path).stored and torch.equal(held(plan_model(path)), held(plan))
+    shelf = tmp_path / "kept"
+    shelf.mkdir()
+    for _ in keep(planned, torch.bfloat16, shelf, planned.read_model("cpu", torch.bfloat16)):
+        pass
+    found = find(planned, torch.bfloat16, [shelf])
+    assert found is not None and torch.equal(held(plan_model(found)), held(plan))
 
 
 @pytest.mark.parametrize(
