@@ -165,4 +165,5 @@ def quantize_in_pieces(format: Format, matrix: Tensor, check: Check = go_on) -> 
 INT8 = PerRow("int8", torch.int8, 127.0)
 FP8 = PerRow("fp8", torch.float8_e4m3fn, 448.0)
 INT4 = Int4("int4", 64)
+INT4_32 = Int4("int4-g32", 32)
 INT4_128 = Int4("int4-g128", 128)
