@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..runtime.interrupt import Check, go_on
+from ..runtime.quantization.search import METHOD
 from ..sentences import Sentence
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
@@ -92,11 +93,13 @@ def file_name(plan: ModelPlan, dtype: torch.dtype) -> str:
 
 
 def fingerprint(plan: ModelPlan) -> str:
-    """Changes when one of the files changes that a plan is made from; reads none of them."""
+    """Changes when one of the files changes that a plan is made from, or how int4 is fitted to them; reads none."""
     files = plan.files.paths
     files |= {path for name in CARRIED if (path := plan.documents.folder / name).is_file()}
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    # What was kept of other formats than int4 stays good.
+    made = [METHOD] if plan.recipe is not None and plan.recipe.has_layouts else []
+    return hashlib.sha256(json.dumps([*stats, *made]).encode()).hexdigest()
 
 
 def source_files(plan: ModelPlan) -> list[Path]:
