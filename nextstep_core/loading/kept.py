@@ -25,7 +25,7 @@ from ..runtime.quantization.search import METHOD
 from ..sentences import Sentence
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
-from .documents import CARRIED, CONFIG, file_metadata, is_marked
+from .documents import CALIBRATION, CARRIED, CONFIG, file_metadata, is_marked
 from .files import can_be_shown
 from .locks import held
 from .single_file import PART, StreamedFile, empty_like, marks_of
@@ -64,7 +64,9 @@ def is_shelf(path: Path) -> bool:
 
 def lacks_weights(checkpoint: Path) -> bool:
     """Whether a checkpoint's folder holds no weights any more, so that only what was kept of them can be loaded."""
-    return is_shelf(checkpoint) or (checkpoint.is_dir() and not any(checkpoint.glob(f"*{SUFFIX}")))
+    if is_shelf(checkpoint) or not checkpoint.is_dir():
+        return is_shelf(checkpoint)
+    return all(path.name.endswith(CALIBRATION) for path in checkpoint.glob(f"*{SUFFIX}"))
 
 
 def by_recipe(folders: Iterable[Path]) -> dict[str, Path]:
