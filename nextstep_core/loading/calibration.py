@@ -29,6 +29,7 @@ from .single_file import write_file
 MARK, VERSION = "nextstep.calibration", "1"
 WEIGHTS, GRID = "weights", "grid"  # in the metadata: the hash of the weights that drew, and rows x columns of tokens
 PROMPTS = Range(Sentence("The number of prompts to calibrate with"), 2, 512)
+LARGEST_TOKEN = 1000.0  # those that models draw have unit variance
 LARGEST = 256 << 20  # bytes of a file
 MOST_POSITIONS = 1 << 17  # where a config states no limit
 HELD_OUT = 8  # of so many prompts, one is kept to measure with
@@ -168,7 +169,7 @@ def _drawn(held: dict[str, Tensor], grid: str, config: NextStepConfig) -> Drawn 
         and ids.shape[1] + rows * columns <= (config.max_position_embeddings or MOST_POSITIONS)
         and (not config.use_gen_pos_embed or has_codes(config, (rows, columns)))
         and 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size
-        and bool(tokens.isfinite().all())
+        and bool((tokens.abs() <= LARGEST_TOKEN).all())  # NaN is not
         and bool((valid <= 1).all())
         and bool((valid[:, 1:] >= valid[:, :-1]).all())  # only the left is padded
         and bool(valid[:, -1].all())

@@ -219,6 +219,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "ids beyond the vocabulary": (lambda t, m: t["ids"].fill_(640), "does not fit"),
     "negative ids": (lambda t, m: t["ids"].fill_(-1), "does not fit"),
     "tokens that are no numbers": (lambda t, m: t["tokens"].fill_(torch.nan), "does not fit"),
+    "tokens that no model draws": (lambda t, m: t["tokens"].fill_(1e30), "does not fit"),
     "narrow tokens": (lambda t, m: t.update(tokens=t["tokens"][..., :32].contiguous()), "does not fit"),
     "one picture": (lambda t, m: t.update(tokens=t["tokens"][:1]), "does not fit"),
     "three rows": (lambda t, m: t.update(ids=t["ids"][:3], valid=t["valid"][:3]), "does not fit"),
