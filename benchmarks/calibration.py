@@ -196,8 +196,10 @@ def types(drawn: Split) -> list[Row]:
     """What each type of matrix loses alone, and what is left where it stays in int8."""
     recipe, count = Recipe("int4", INT4, INT8), max(COUNTS)
     rows = [measured(f"{part} alone", Mixed(recipe, only=(part,)), drawn) for part in TYPES]
-    rows += [measured(f"{part} in int8", Mixed(recipe, int8=(part,)), drawn) for part in TYPES]
-    rows += [measured(f"{part} in int8, fitted", Mixed(recipe, int8=(part,)), drawn, count) for part in TYPES]
+    for parts in (*((part,) for part in TYPES), (OUT, DOWN)):
+        for fitted in (0, count):
+            name = f"{' and '.join(parts)} in int8{', fitted' if fitted else ''}"
+            rows.append(measured(name, Mixed(recipe, int8=parts), drawn, fitted))
     return [*rows, measured("all in int8", Recipe("int8", INT8, INT8), drawn)]
 
 

@@ -28,7 +28,7 @@ from .single_file import write_file
 
 MARK, VERSION = "nextstep.calibration", "1"
 WEIGHTS, GRID = "weights", "grid"  # in the metadata: the hash of the weights that drew, and rows x columns of tokens
-PROMPTS = Range(Sentence("The number of prompts to calibrate with"), 2, 512)
+PROMPTS = Range(Sentence("The number of prompts to calibrate with"), 2, 128)
 LARGEST_TOKEN = 1000.0  # those that models draw have unit variance
 LARGEST = 256 << 20  # bytes of a file
 MOST_POSITIONS = 1 << 17  # where a config states no limit
