@@ -20,6 +20,7 @@ from ..model.transformer import DecoderLayer, Span
 from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization.compensation import compensated
 from ..runtime.quantization.formats import Format, Int4, quantize_in_pieces
+from ..runtime.quantization.search import TINY
 from .build import GRID_CODES, ModelPlan, fill
 from .calibration import Drawn, codes_of, projected, relative_error
 from .checkpoint import check_finite, read_tensors
@@ -190,10 +191,10 @@ def _left_out(module: nn.Module, name: str) -> Iterator[None]:
 def _mended(matrix: Tensor, gram: Tensor, lost: Tensor) -> Tensor:
     """The matrix that makes of the stored stream's inputs what comes nearest to its products with the exact ones, in
     part. `lost` is the sum of (exact - stored) stored^T."""
-    damped = gram.clone()
-    damped.diagonal().add_(SLACK * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    damped = gram.to("cpu" if gram.device.type == "mps" else gram.device, copy=True)
+    damped.diagonal().add_(SLACK * damped.diagonal().mean() + TINY)
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed or not lost.any():
+    if failed:
         return matrix
-    wanted = torch.cholesky_solve((matrix @ lost).T, lower).T
+    wanted = torch.cholesky_solve((matrix @ lost).T.to(lower.device), lower).T.to(matrix.device)
     return torch.add(matrix, wanted, alpha=MENDED)

@@ -28,7 +28,9 @@ ROWS = 4096  # at once: a few numbers for each of their weights lie in memory
 def compensated(format: Int4, matrix: Tensor, gram: Tensor, check: Check = go_on) -> tuple[Tensor, Tensor]:
     """Weight and scale as `format` stores them, of a matrix (rows, columns) whose inputs have the Gram matrix
     (columns, columns), both float32 on one device. `check` is called all the while and may raise to stop."""
-    curvature, ahead = _factors(gram)
+    # Apple GPUs lack some of the factorizations.
+    on = "cpu" if gram.device.type == "mps" else gram.device
+    curvature, ahead = (factor.to(gram.device) for factor in _factors(gram.to(on)))
     weight, scale = format.empty(len(matrix), matrix.shape[1], matrix.device)
     for start in range(0, len(matrix), ROWS):
         rows = slice(start, start + ROWS)

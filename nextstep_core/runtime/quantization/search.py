@@ -97,7 +97,7 @@ def search(groups: Tensor, stored: torch.dtype, weights: Tensor | None = None) -
 
 def _searched(values: Tensor, weights: Tensor | None, stored: torch.dtype) -> _Fit:
     groups = _Groups(values, weights, stored)
-    low, high = torch.aminmax(values, dim=-1, keepdim=True)
+    low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     best, drawn_in = groups.between(low, high), low
     for share in DRAWN_IN:
         better = best.take_better(groups.between(share * low, high))
