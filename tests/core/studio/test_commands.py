@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from nextstep_core.loading.calibration import PROMPTS
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.studio.commands import app
+from nextstep_core.studio.commands.calibrate import GENERAL
+from nextstep_core.studio.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -125,6 +128,11 @@ def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
     file = tmp_path / "tiny-int8.safetensors"
     assert result_of("convert", "tiny", str(file), "--quantization", "int8")["bytes"] == file.stat().st_size
     result_of("convert", "tiny", str(tmp_path / "vae.safetensors"), "--vae")
+
+
+def test_the_prompts_that_calibrate_comes_with() -> None:
+    texts = [prompt.text for prompt in read_prompts(GENERAL)]
+    assert len(set(texts)) == len(texts) == PROMPTS.check(48)
 
 
 @pytest.mark.slow
