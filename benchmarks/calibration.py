@@ -228,6 +228,15 @@ def types(drawn: Split) -> list[Row]:
     return [*rows, measured("all in int8", Recipe("int8", INT8, INT8), drawn)]
 
 
+def search_seconds(rows: int = 512, columns: int = 5120) -> float:
+    """CPU seconds that scales and zeros of a billion weights take without data."""
+    matrix = torch.randn(rows, columns)
+    INT4.quantize(matrix[:64])
+    started = time.process_time()
+    INT4.quantize(matrix)
+    return (time.process_time() - started) / matrix.numel() * 1e9
+
+
 def at_scale(folder: Path, prompts: int, side: int) -> dict[str, Any]:
     """What fitting a checkpoint takes, with tokens of unit variance; a layer's share is told by itself."""
     plan = plan_model(folder, "int4")
@@ -294,6 +303,8 @@ def main() -> None:
         result["scale"] = at_scale(options.scale, options.prompts, options.size)
         print("\n".join(f"{name:26}{value}" for name, value in result["scale"].items()))
     else:
+        result["search_seconds"] = search_seconds()
+        print(f"\nwithout data: {result['search_seconds']:.0f} s of a CPU for a billion weights")
         drawn = draw()
         tables: dict[str, Callable[[Split], list[Row]]] = {"ways": ways, "parts": parts, "types": types}
         for name, rows_of in tables.items():
