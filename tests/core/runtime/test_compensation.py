@@ -45,6 +45,19 @@ def test_products_lose_less_than_with_nearest_values(format: Int4) -> None:
     assert found.sum() <= errors(format, weights, format.quantize(weights), unseen).sum() / 2
 
 
+@pytest.mark.parametrize("where", ["in a group", "in the next group"])
+def test_an_error_is_taken_up_by_the_columns_behind_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding alone, where every second column nearly repeats one before it: their sum is what counts."""
+    monkeypatch.setattr(compensation, "PASSES", 0)
+    generator = torch.Generator().manual_seed(0)
+    once, noise = (torch.randn(512, 64, generator=generator) for _ in range(2))
+    pair = once, once + 0.1 * noise
+    inputs = torch.stack(pair, dim=2).flatten(1) if where == "in a group" else torch.cat(pair, dim=1)
+    weights, gram = matrix(32, 128), inputs.T @ inputs
+    found = errors(INT4, weights, compensated(INT4, weights, gram), gram).sum()
+    assert found <= 0.7 * errors(INT4, weights, INT4.quantize(weights), gram).sum()
+
+
 def test_no_pass_makes_a_row_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, weights = correlated(128, 512), matrix(32, 128)
     gram = inputs.T @ inputs
