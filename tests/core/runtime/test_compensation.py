@@ -67,7 +67,7 @@ def test_no_pass_makes_a_row_worse(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(compensation, "PASSES", passes)
         made.append(errors(INT4, weights, compensated(INT4, weights, gram), damped))
     assert all((later <= earlier * (1 + 1e-4)).all() for earlier, later in zip(made, made[1:]))
-    assert made[-1].sum() < 0.95 * made[0].sum(), "they are worth it"
+    assert made[-1].sum() < 0.92 * made[0].sum(), "integers alone would come to 0.93"
 
 
 def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
