@@ -24,6 +24,7 @@ from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
+from .loading.calibration import PROMPTS, Drawn
 from .loading.lora_file import find_lora, resolve_lora
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL, Runner
@@ -37,6 +38,7 @@ from .runtime.placement import held_bytes, place, send_away
 from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
 from .sampling.noise import Seeds, check_seeds
+from .sampling.settings import SEED
 from .sentences import Sentence
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
@@ -89,9 +91,9 @@ class NextStepPipeline:
         `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
         `quantization` stores the weights as "int8", "int4", "int4-g32", "int4-g128" or "fp8" while they are loaded;
         "auto" takes none, int8 or int4, the first that fits `max_memory` or, without that, the device (a CPU: none).
-        `cuda_graphs` captures the work of a token on a CUDA device and replays it. `loras` are files and their strengths, as
-        `load_lora` takes them. `check` is called all the while and stops by raising. Raises NextStepError, before any weight is read, for whatever is missing, damaged or does not
-        fit.
+        `cuda_graphs` captures the work of a token on a CUDA device and replays it. `loras` are files and their
+        strengths, as `load_lora` takes them. `check` is called all the while and stops by raising. Raises NextStepError,
+        before any weight is read, for whatever is missing, damaged or does not fit.
 
         `max_memory` is how many bytes of the device are taken at most; None, as many as there are. Weights that do not
         fit stay with the host and are streamed, and after each picture what is kept for the next is freed. On a CPU,
@@ -208,6 +210,36 @@ class NextStepPipeline:
                 draw = partial(self._draw, callback=callback, check=check)
                 job = prune.rest(job, draw, lambda begun, part: self._finish(begun, part, vae_tile, check).images)
             return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
+
+    @torch.inference_mode()
+    def calibrate(
+        self,
+        prompts: Sequence[str],
+        *,
+        height: int = 256,
+        width: int = 256,
+        seed: int = 0,
+        callback: Callable[[Progress], None] | None = None,
+        check: Check = go_on,
+    ) -> Drawn:
+        """Draw prompts with the recommended settings, each with a seed of its own from `seed` on, for what there is to
+        learn of the inputs of every layer: `nextstep_core.loading.compensated` stores weights for them.
+
+        `callback` and `check` as in `generate`. Raises NextStepError for impossible requests before any long work.
+        """
+        texts = list(prompts) if isinstance(prompts, (list, tuple)) else [cast(str, prompts)]
+        count = PROMPTS.check(len(texts))
+        for text in texts:
+            check_text(Sentence("A prompt"), text)
+        first = SEED.check(seed)
+        seeds = [(first + n) % (SEED.maximum + 1) for n in range(count)]
+        with self._kept_to_memory():
+            captions = self._captions(texts, [], None, check)
+            job = self.engine.make_job(
+                captions, self.engine.grid(height, width), self.engine.recommended(), seed=seeds, check=check
+            )
+            tokens = self._draw(job, callback, check)
+        return Drawn(job.rows.ids, job.rows.valid, tokens.float().cpu(), job.grid)
 
     def release(self) -> None:
         """Free what is kept of the device's memory for the next run; it is taken again when it is needed. With

@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_engine_and_its_model_and_draws(wheel: Path, tmp_pat
         "nextstep_core",
         f"nextstep-{nextstep_core.__version__}.dist-info",
     }
+    assert "nextstep_core/studio/data/calibration.txt" in names
     assert "nextstep_core/py.typed" in names and "nextstep_core/assets/tiny/vae/checkpoint.pt" in names
     assert "nextstep_core/assets/night/adapter_model.safetensors" in names
     code = (

@@ -17,7 +17,7 @@ from ..errors import NextStepError
 from ..model.config import MODEL_TYPES
 from .build import VAE_WEIGHT_NAMES
 from .checkpoint import SINGLE_NAME
-from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
+from .documents import CALIBRATION, CONFIG, INDEX_NAME, find_documents, is_marked
 from .files import can_be_shown, is_file, is_folder, stat_of
 from .gguf_file import SUFFIX as GGUF
 from .kept import FOLDER
@@ -74,12 +74,13 @@ def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
-    """Regular files of these kinds in a folder, in order."""
+    """Regular files of these kinds in a folder, in order, that can hold weights."""
     try:
         names = sorted(filter(can_be_shown, os.listdir(folder)))
     except OSError:
         return []
-    return [folder / name for name in names if name.endswith(suffixes) and is_file(folder / name)]
+    names = [name for name in names if name.endswith(suffixes) and not name.endswith(CALIBRATION)]
+    return [folder / name for name in names if is_file(folder / name)]
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from nextstep_core.loading.calibration import PROMPTS
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.studio.commands import app
+from nextstep_core.studio.commands.calibrate import GENERAL
+from nextstep_core.studio.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+SHAPES = ("circle", "square", "triangle", "star")
 GUIDE = {
     "prompts": ["a red circle", "a blue square"],
     "settings": {"size": 512, "steps": 20, "guidance": 3.0, "quality": "high"},
@@ -157,9 +163,46 @@ def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
     result_of("convert", "tiny", str(tmp_path / "vae.safetensors"), "--vae")
 
 
+def test_the_prompts_that_calibrate_comes_with() -> None:
+    texts = [prompt.text for prompt in read_prompts(GENERAL)]
+    assert len(set(texts)) == len(texts) == PROMPTS.check(48)
+
+
+@pytest.mark.slow
+def test_calibrate_and_convert_with_it(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ASSETS / "tiny", tmp_path / "tiny"))
+    (tmp_path / "p.txt").write_text("".join(f"a red {shape} on a blue background\n" for shape in SHAPES))
+    drawing = ("calibrate", str(model), "--prompts", str(tmp_path / "p.txt"), "--size", "32")
+    told = result_of(*drawing, "--count", "4", "--measure", "int4")
+    assert told["file"] == str(model / "calibration.safetensors") and told["prompts"] == 4
+    assert 0 < told["error"]["with"] < 0.5 and 0 < told["error"]["without"] < 0.5
+    file = str(tmp_path / "int4.safetensors")
+    fitted = result_of("convert", str(model), file, "--quantization", "int4")
+    assert fitted["calibration"] == told["file"] and fitted["error"] == pytest.approx(told["error"]["with"], rel=0.01)
+    plain = result_of("convert", str(model), file, "--quantization", "int4", "--calibration", "none")
+    assert "calibration" not in plain and plain["bytes"] == fitted["bytes"]
+    assert "calibration" not in result_of("convert", str(model), file, "--quantization", "int8")
+    other = ("convert", str(GOLDEN / "tiny-a"), file, "--quantization", "int4", "--calibration", told["file"])
+    assert "other weights" in run(*other, code=1)
+    assert "already quantized" in run("calibrate", file, "--size", "32", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["calibrate", "tiny", "--count", "1"], "is 1"),
+        (["calibrate", "tiny", "--count", "0"], "is 0"),
+        (["calibrate", "tiny", "--count", "9999"], "is 9999"),
+        (["calibrate", "tiny", "--prompts", "nothere.txt"], "does not exist"),
+        (["calibrate", "tiny", "--prompts", "x.bin"], ".txt"),
+        (["calibrate", "tiny", "--size", "16:9"], "--size is 16:9"),
+        (["calibrate", "tiny", "--measure", "int8"], "int4"),
+        (["calibrate", "tiny", "-o", "x.bin"], ".safetensors"),
+        (["calibrate", "tiny", "--device", "tpu"], "--device is tpu"),
+        (["calibrate", "nothere"], "nothere"),
+        (["convert", "tiny", "x.safetensors", "--quantization", "int4", "--calibration", "nothere"], "does not exist"),
+        (["convert", "tiny", "x.safetensors", "--quantization", "int8", "--calibration", "y"], "--calibration is for"),
+        (["convert", "tiny", "x.safetensors", "--vae", "--calibration", "y"], "--calibration is for"),
         (["generate", "a", "50", "--model", "tiny"], "multiple of 16"),
         (["generate", "a", "64", "0", "--model", "tiny"], "steps is 0"),
         (["generate", "a", "--preset", "best", "--model", "tiny"], "draft"),
