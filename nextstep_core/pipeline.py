@@ -92,8 +92,8 @@ class NextStepPipeline:
         `quantization` stores the weights as "int8", "int4", "int4-g32", "int4-g128" or "fp8" while they are loaded;
         "auto" takes none, int8 or int4, the first that fits `max_memory` or, without that, the device (a CPU: none).
         `cuda_graphs` captures the work of a token on a CUDA device and replays it. `loras` are files and their
-        strengths, as `load_lora` takes them. `check` is called all the while and stops by raising. Raises NextStepError,
-        before any weight is read, for whatever is missing, damaged or does not fit.
+        strengths, as `load_lora` takes them. `check` is called all the while and stops by raising. Raises
+        NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
 
         `max_memory` is how many bytes of the device are taken at most; None, as many as there are. Weights that do not
         fit stay with the host and are streamed, and after each picture what is kept for the next is freed. On a CPU,
