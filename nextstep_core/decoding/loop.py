@@ -53,11 +53,18 @@ class Run:
 
     @classmethod
     def start(
-        cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int
+        cls,
+        model: NextStepModel,
+        job: Job,
+        embeds: Tensor,
+        tokens: Tensor,
+        caches: StepCaches,
+        chunk: int,
+        beyond: int = 0,
     ) -> Run:
-        """Take or make the steps, and read the prompt; arguments as in `decode`."""
+        """Take or make the steps, and read the prompt; arguments as in `decode` and `StepShape.of_job`."""
         started, total = time.monotonic(), job.total
-        sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
+        sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype, beyond))
         key = "" if caches.prefilled is None else job.prompt_key(tokens.dtype)
         return cls(
             sequence,

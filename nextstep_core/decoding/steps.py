@@ -52,12 +52,13 @@ class StepShape:
     dtype: torch.dtype
 
     @classmethod
-    def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype) -> StepShape:
-        """The shape of a job's steps on a device; guidance scales are inputs of every token and no part of it."""
+    def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype, beyond: int = 0) -> StepShape:
+        """The shape of a job's steps on a device, with room for so many positions `beyond` its end; guidance scales are
+        inputs of every token and no part of it."""
         return cls(
             rows=job.batch,
             branches=job.rows.branches,
-            positions=bucketed(job.length),
+            positions=bucketed(job.length + beyond),
             sampler=job.settings.sampler,
             steps=job.settings.steps,
             shift=job.settings.shift,
@@ -92,6 +93,21 @@ class TransformerStep:
         return projected.repeat(len(self.valid) // len(tokens), 1, 1)
 
 
+class WindowStep:
+    """Several image tokens of every picture through the transformer, each picture's at places of its own."""
+
+    def __init__(self, step: TransformerStep) -> None:
+        self.step, self.reads = step, step.reads
+
+    def __call__(self, tokens: Tensor, positions: Tensor, visible: int) -> Tensor:
+        """All hidden states (rows, T, hidden) of tokens (M, T, token_dim) at positions (M, T)."""
+        embeds = self.step.project(tokens)
+        positions = positions.repeat(len(embeds) // len(positions), 1)
+        span = span_at(positions, self.step.rotary, self.step.valid, visible)
+        hidden: Tensor = self.step.model(embeds, span, self.step.cache)
+        return hidden
+
+
 class TokenSequence:
     """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache.
 
@@ -104,6 +120,7 @@ class TokenSequence:
         self.positions = torch.arange(shape.positions, device=shape.device)
         self._plain = TransformerStep(model, shape)
         self._step = wrap(self._plain)
+        self._window = wrap(WindowStep(self._plain))
 
     def prefill(
         self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
@@ -133,6 +150,11 @@ class TokenSequence:
         if tokens.shape[1] == 1:
             return self._step(tokens, self.positions[start : start + 1], visible=bucketed(start + 1))
         return self._run(self._plain.project(tokens), start)
+
+    def feed_window(self, tokens: Tensor, places: Tensor, last: int) -> Tensor:
+        """Run image tokens (M, T, token_dim) at places (M, T), of which `last` is the greatest; all hidden states (rows,
+        T, hidden). What is fed at the same places later takes their place."""
+        return self._window(tokens, places + self.prompt_length, visible=bucketed(self.prompt_length + last + 1))
 
     def _run(self, embeds: Tensor, start: int) -> Tensor:
         end = start + embeds.shape[1]
@@ -170,12 +192,13 @@ class TokenSampler:
 
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
-        self._step = wrap(FlowIntegration(model, shape))
+        integration = FlowIntegration(model, shape)
+        self._step, self._window = wrap(integration), wrap(integration)  # a captured step has one shape
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
-        scales cfg and cfg_img as a tensor (2,)."""
-        return self._step(hidden, noise, guidance)
+        scales cfg and cfg_img as a tensor (2,), or (2, M, 1) where every token has scales of its own."""
+        return (self._step if guidance.ndim == 1 else self._window)(hidden, noise, guidance)
 
 
 @dataclass(frozen=True)
