@@ -85,10 +85,11 @@ class Run:
         """What the token at `place` is sampled from, given the hidden states before it."""
         return hidden if self.codes is None else hidden + self.codes[place]
 
-    def step(self, done: int, sampled: int) -> TokenStep:
-        """The state after `done` places, of which so many were sampled."""
+    def step(self, done: int, sampled: int, reads: int | None = None) -> TokenStep:
+        """The state after `done` places, of which so many were sampled in so many reads (None: one each)."""
         left = self.keep.count(False) - sampled
-        return TokenStep(done, len(self.keep), sampled, left, time.monotonic() - self.started)
+        seconds = time.monotonic() - self.started
+        return TokenStep(done, len(self.keep), sampled, left, seconds, sampled if reads is None else reads)
 
     def check_finite(self) -> None:
         """NextStepError, saying where it began, when a token is NaN or infinite.

@@ -93,6 +93,18 @@ class TransformerStep:
         return projected.repeat(len(self.valid) // len(tokens), 1, 1)
 
 
+class OfSizes(dict[int, Step]):
+    """Steps by the size that they are captured for, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Step]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, size: int) -> Step:
+        self[size] = self._make()
+        return self[size]
+
+
 class WindowStep:
     """Several image tokens of every picture through the transformer, each picture's at places of its own."""
 
@@ -118,9 +130,10 @@ class TokenSequence:
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.prompt_length = 0
         self.positions = torch.arange(shape.positions, device=shape.device)
-        self._plain = TransformerStep(model, shape)
-        self._step = wrap(self._plain)
-        self._window = wrap(WindowStep(self._plain))
+        self._plain = plain = TransformerStep(model, shape)
+        self._step = wrap(plain)
+        # a captured step has one shape, so each length of a window is a step of its own
+        self._windows = OfSizes(lambda: wrap(WindowStep(plain)))
 
     def prefill(
         self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
@@ -152,9 +165,10 @@ class TokenSequence:
         return self._run(self._plain.project(tokens), start)
 
     def feed_window(self, tokens: Tensor, places: Tensor, last: int) -> Tensor:
-        """Run image tokens (M, T, token_dim) at places (M, T), of which `last` is the greatest; all hidden states (rows,
-        T, hidden). What is fed at the same places later takes their place."""
-        return self._window(tokens, places + self.prompt_length, visible=bucketed(self.prompt_length + last + 1))
+        """Run image tokens (M, T, token_dim) at places (M, T), of which `last` is the greatest; all hidden states
+        (rows, T, hidden). What is fed at the same places later takes their place."""
+        visible = bucketed(self.prompt_length + last + 1)
+        return self._windows[tokens.shape[1]](tokens, places + self.prompt_length, visible=visible)
 
     def _run(self, embeds: Tensor, start: int) -> Tensor:
         end = start + embeds.shape[1]
@@ -193,23 +207,27 @@ class TokenSampler:
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
         integration = FlowIntegration(model, shape)
-        self._step, self._window = wrap(integration), wrap(integration)  # a captured step has one shape
+        self._step = wrap(integration)
+        self._windows = OfSizes(lambda: wrap(integration))
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
         scales cfg and cfg_img as a tensor (2,), or (2, M, 1) where every token has scales of its own."""
-        return (self._step if guidance.ndim == 1 else self._window)(hidden, noise, guidance)
+        step = self._step if guidance.ndim == 1 else self._windows[len(hidden)]
+        return step(hidden, noise, guidance)
 
 
 @dataclass(frozen=True)
 class StepCaches:
-    """What a model keeps from run to run: prompts that were read, and captured steps with their memory.
+    """What a model keeps from run to run: prompts that were read, captured steps with their memory, and what windows of
+    each size cost (`lookahead`).
 
     graphs None runs every step as it is; prefilled None reads every prompt anew.
     """
 
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
+    costs: dict[StepShape, dict[int, float]] = field(default_factory=dict)
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""

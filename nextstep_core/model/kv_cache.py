@@ -37,8 +37,8 @@ class KVCache:
         return per_position * batch * bucketed(length) * dtype.itemsize
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, T, D) at `positions`, (T,) or each row's own (B, T); return the first `visible` keys and values
-        as views."""
+        """Store (B, Hkv, T, D) at `positions`, (T,) or each row's own (B, T); return the first `visible` keys and
+        values as views."""
         slot = self.data[layer]  # (2, B, Hkv, length, D): keys, then values
         # Positions come as a tensor, not as a slice: a captured step writes to wherever the tensor says by then.
         # Not index_copy_, which Apple GPUs lack in PyTorch 2.7 and before.
