@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from ..sampling.settings import GenerationSettings
+from ..sampling.settings import OFF, GenerationSettings
 
 PRODUCT = "ComfyUI-NextStep"
 
@@ -38,6 +38,7 @@ def parameters_text(
         "CFG schedule": settings.cfg_schedule if settings.cfg_schedule != "constant" else "",
         "Timestep shift": f"{settings.shift:g}",
         "Normalized tokens": "yes" if settings.use_norm else "",
+        "Lookahead": settings.lookahead if settings.lookahead != OFF else "",
         **facts,
     }
     lines = [_one_line(prompt)]
