@@ -28,7 +28,7 @@ from .information import unsuited
 from .language import in_users_language
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, cfg_img_input, known_to, setting_inputs, with_widgets
+from .widgets import DrawingNode, cfg_img_input, known_to, lookahead_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ def undrawn_mask(job: Job, progress: Progress) -> Tensor:
 def rate_text(progress: Progress) -> str:
     """Rate and remaining time for the node."""
     minutes, seconds = divmod(round(progress.seconds_left), 60)
-    return f"{progress.tokens_per_second:.1f} tokens/s, {minutes}:{seconds:02d} left"
+    at_once = progress.step.tokens_per_read
+    ahead = f", {at_once:.1f} at a time" if at_once > 1 else ""
+    return f"{progress.tokens_per_second:.1f} tokens/s{ahead}, {minutes}:{seconds:02d} left"
 
 
 def finished_text(job: Job, seconds: float) -> Sentence:
@@ -277,6 +279,7 @@ class NextStepSampler(DrawingNode):
                     tooltip="What Interrupt returns: nothing, or the finished part. Run again with the same seed and "
                     "settings to complete the same picture, or sample the kept latent.",
                 ),
+                lookahead_input(),
             ],
             outputs=[
                 io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node."),

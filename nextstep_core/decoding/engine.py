@@ -40,9 +40,10 @@ from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream, Seeds
-from ..sampling.settings import GenerationSettings
+from ..sampling.settings import OFF, GenerationSettings
 from ..sentences import Sentence
 from .job import PICTURES, Job, KnownTokens
+from .lookahead import MOST, look_ahead
 from .loop import decode
 from .memory import Piece, RunSize, working_bytes
 from .progress import Progress, TokenStep
@@ -194,7 +195,9 @@ class NextStepEngine:
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
-        size = RunSize(job.batch, job.length, min(CHUNK, job.longest_stretch), job.settings.steps)
+        window = 0 if job.settings.lookahead == OFF else MOST
+        fed = max(min(CHUNK, job.longest_stretch), window)
+        size = RunSize(job.batch, job.length + window, fed, job.settings.steps, max(1, window))
         return working_bytes(self.config, size, dtype)
 
     def lora_bytes(self, dtype: torch.dtype) -> int:
@@ -293,7 +296,8 @@ class NextStepEngine:
 
     def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)
-        return decode(self.model, job, embeds, tokens, self.caches, chunk)
+        loop = decode if job.settings.lookahead == OFF else look_ahead
+        return loop(self.model, job, embeds, tokens, self.caches, chunk)
 
     def release(self) -> None:
         """Free the device memory that is kept for the next run; it is taken again when it is needed."""

@@ -25,12 +25,13 @@ FEWEST = 64  # positions in one call; fewer would save next to nothing
 @dataclass(frozen=True)
 class RunSize:
     """What a run's memory depends on: rows of the transformer's batch, the positions of their prompt and in all, how
-    many are fed in one call, and the flow steps."""
+    many are fed in one call, the flow steps, and how many tokens of a picture are drawn in one call."""
 
     rows: int
     length: int
     fed_at_once: int
     steps: int
+    drawn_at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> 
     scores = size.rows * config.num_attention_heads * size.fed_at_once * size.length
     # The modulations: three vectors a block and two for the last layer, for every step and one more (a grid of n steps
     # may have n + 1 times).
-    head = size.rows * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
+    head = size.rows * size.drawn_at_once * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
     cache = KVCache.bytes_needed(config, size.rows, size.length, dtype)
     return cache + (activations + scores + head) * dtype.itemsize
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from ..runtime.lora import Stack
-from ..sampling.settings import GenerationSettings
+from ..sampling.settings import OFF, GenerationSettings
 
 PRODUCT = "ComfyUI-NextStep"
 LORAS, LORA_HASHES = "LoRAs", "Lora hashes"
@@ -43,6 +43,7 @@ def parameters_text(
         "CFG schedule": settings.cfg_schedule if settings.cfg_schedule != "constant" else "",
         "Timestep shift": f"{settings.shift:g}",
         "Normalized tokens": "yes" if settings.use_norm else "",
+        "Lookahead": settings.lookahead if settings.lookahead != OFF else "",
         **facts,
     }
     lines = [_one_line(f"{prompt} {pairs.pop(LORAS, '')}")]

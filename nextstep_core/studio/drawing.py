@@ -148,6 +148,7 @@ class PipelineArtist:
                 shift=settings.shift,
                 sampler=settings.sampler,
                 use_norm=settings.use_norm,
+                lookahead=settings.lookahead,
                 seed=[one.order.seed for one in orders],
                 callback=report,
                 check=check,
