@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextstep_core.errors import NextStepError
+from nextstep_core.loading import comfy_file
 from nextstep_core.loading.build import make_ready
 from nextstep_core.loading.calibration import Drawn, conditions, relative_error
 from nextstep_core.model.nextstep import NextStepModel
 from nextstep_core.request.layout import Caption
+from nextstep_core.runtime.interrupt import go_on
 from nextstep_core.runtime.quantization import RECIPES, quantize_model
+from nextstep_core.runtime.quantization.formats import FP8, INT8, Rotated
 from training.evaluate import held_out_singles
 from training.scenes import SQUARE
 
@@ -22,6 +25,7 @@ from .subjects import Subject
 from .timing import Case
 
 FORMATS = ("bf16", *RECIPES)
+COMFYUI = {f"ComfyUI {name}": name for name in comfy_file.FORMATS}
 PROMPTS = 12
 SIDE = 64  # pixels
 TIMES = (0.0, 0.25, 0.5, 0.75, 0.96)
@@ -89,11 +93,13 @@ def format_errors(subject: Subject, device: torch.device) -> Iterator[FormatErro
     probe = probe_for(subject, device)
     c = condition(subject.model, subject, probe, torch.float32)
     v = velocity(subject.model, probe, c, torch.float32)
-    for name in FORMATS:
+    for name in (*FORMATS, *COMFYUI):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         model = copy.deepcopy(subject.model).to(dtype)
         try:
-            if name != "bf16":
+            if name in COMFYUI:
+                store_for_comfyui(model, COMFYUI[name])
+            elif name != "bf16":
                 quantize_model(model, name, device)
                 make_ready(model, device, dtype)
             found = condition(model, subject, probe, dtype), velocity(model, probe, c, dtype)
@@ -104,9 +110,21 @@ def format_errors(subject: Subject, device: torch.device) -> Iterator[FormatErro
             yield FormatError(subject.name, name, *errors)
 
 
+def store_for_comfyui(model: NextStepModel, name: str) -> None:
+    """Give the matrices the values that a file in ComfyUI's layout holds."""
+    for path, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and RECIPES["int8"].format_of(path, *linear.weight.shape) is not None:
+            weight, scale, said = comfy_file.FORMATS[name](linear.weight, go_on)
+            format = FP8 if weight.is_floating_point() else INT8
+            if said.get("convrot"):
+                format = Rotated(format, int(said["convrot_groupsize"]))
+            scales = scale.flatten().expand(len(weight))
+            linear.weight = nn.Parameter(format.dequantize(weight, scales, torch.float32), requires_grad=False)
+
+
 def show_errors(errors: list[FormatError]) -> None:
     """Print the rows."""
-    print(f"{'model':16}{'format':12}{'error of c':>12}{'of velocity':>14}")
+    print(f"{'model':16}{'format':22}{'error of c':>12}{'of velocity':>14}")
     for row in errors:
         numbers = row.reason or f"{row.condition:12.2e}{row.velocity:14.2e}"
-        print(f"{row.model:16}{row.format:12}{numbers}")
+        print(f"{row.model:16}{row.format:22}{numbers}")
