@@ -500,7 +500,7 @@ def sampler(
     on_interrupt: str = "discard",
     fed: dict[str, tuple[str, int]] | None = None,
 ) -> Node:
-    values = [*seed, steps, cfg, "constant", shift, "auto", "auto", 2.0, on_interrupt]
+    values = [*seed, steps, cfg, "constant", shift, "auto", "auto", 2.0, on_interrupt, "off"]
     links = {
         "model": ("model", 0),
         "positive": (encoded, 0),
@@ -508,7 +508,7 @@ def sampler(
         "negative": ("negative", 0),
         **(fed or {}),
     }
-    return Node("sampler", "NextStepSampler", (300, 604), values, links)
+    return Node("sampler", "NextStepSampler", (300, 628), values, links)
 
 
 def decode(width: int = 340) -> Node:
