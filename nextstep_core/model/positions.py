@@ -21,10 +21,11 @@ def rotary_table(config: NextStepConfig, length: int, device: torch.device, dtyp
     (a, b) turns into (a cos - b sin, b cos + a sin). The first half of the sines carries the minus, so that applying it
     needs no negation.
     """
-    # In float32 also for a bfloat16 model: bfloat16 cannot tell position 257 from 256.
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    # In float32 at least, also for a bfloat16 model: bfloat16 cannot tell position 257 from 256.
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=exact, device=device) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
-    positions = torch.arange(length, dtype=torch.float32, device=device) / config.rope_factor
+    positions = torch.arange(length, dtype=exact, device=device) / config.rope_factor
     angles = torch.outer(positions, frequencies)  # (length, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).to(dtype)

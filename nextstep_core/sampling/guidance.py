@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
 def guide(velocity: Tensor, branches: int, cfg: float, cfg_img: float) -> Tensor:
-    """Combine the velocities (branches * M, D) of all branches into (M, D), in float32.
+    """Combine the velocities (branches * M, D) of all branches into (M, D), in float32 or float64.
 
     Two branches: v_u + cfg (v_c - v_u). Three: v_u + cfg_img (v_img - v_u) + cfg (v_c - v_img).
     """
-    velocity = velocity.float()
+    velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
     if branches == 1:
         return velocity
     if branches == 2:
