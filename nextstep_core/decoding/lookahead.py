@@ -12,13 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..model.nextstep import NextStepModel
 from .job import Job
-from .loop import Run, to_device
+from .loop import Run, plain, to_device
 from .progress import TokenStep
 from .steps import StepCaches, StepShape
 
@@ -27,7 +28,7 @@ TOLERANCES = {"exact": 1e-4, "fast": 0.05}
 SIZES = (1, 2, 4, 8, 16, 32)  # of windows, in places: few, since each is captured once
 MOST = SIZES[-1]
 WORTH = 0.9  # of the cost of a place, what it must fall to for a window of twice the size to be tried at all
-QUICK = 0.1  # seconds; what takes longer is not timed a second time
+QUICK, REPEATED = 0.1, 3  # seconds; what takes longer is not timed again, and what does not, so often
 FORGET = 0.9  # of what was learned, what is kept after each window
 
 
@@ -56,15 +57,20 @@ def look_ahead(
 ) -> Iterator[TokenStep]:
     """As `loop.decode`, several tokens at a time, within the tolerance of the job's settings.
 
-    Pictures advance on their own; each step tells of the one that is furthest behind.
+    Pictures advance on their own; each step tells of the one that is furthest behind. What windows cost and bring is
+    learned in the first run of a shape; where they do not pay, the next ones go token by token.
     """
     run = Run.start(model, job, embeds, tokens, caches, chunk, beyond=MOST)
+    key = StepShape.of_job(job, tokens.device, tokens.dtype, MOST), job.settings.lookahead
+    choice = caches.windows.get(key)
+    if choice is not None and choice.size() == 1:
+        yield from plain(run)
+        return
     windows = Windows(run, job.grid[1])
     yield from windows.begin()
-    shape = StepShape.of_job(job, tokens.device, tokens.dtype, MOST)
-    if windows.first < windows.total and shape not in caches.costs:
-        caches.costs[shape] = measured(windows.read)
-    yield from ahead(windows, WindowChoice(caches.costs.get(shape, {1: 1.0})), TOLERANCES[job.settings.lookahead])
+    if choice is None and windows.first < windows.total:
+        choice = caches.windows[key] = WindowChoice(measured(windows.read_one, windows.read))
+    yield from ahead(windows, choice or WindowChoice({1: 1.0}), TOLERANCES[job.settings.lookahead])
 
 
 def ahead(windows: Windows, choice: WindowChoice, tolerance: float) -> Iterator[TokenStep]:
@@ -76,22 +82,25 @@ def ahead(windows: Windows, choice: WindowChoice, tolerance: float) -> Iterator[
     run.check_finite()
 
 
-def measured(read: Callable[[int], Tensor]) -> dict[int, float]:
-    """What a read with windows of each size takes, in seconds; only of sizes that may pay on this device."""
-    costs: dict[int, float] = {}
-    for size in SIZES:
-        costs[size] = _seconds(read, size)
-        if costs[size] < QUICK:  # the first call may have captured the work, or compiled it
-            costs[size] = _seconds(read, size)
-        if size > 1 and costs[size] > WORTH * 2 * costs[size // 2]:
+def measured(read_one: Callable[[], Tensor], read: Callable[[int], Tensor]) -> dict[int, float]:
+    """What a read takes, in seconds: of one token as the plain loop draws it, and of windows of those sizes that may
+    pay on this device."""
+    costs = {1: _seconds(read_one)}
+    for size in SIZES[1:]:
+        costs[size] = _seconds(partial(read, size))
+        if size > 2 and costs[size] > WORTH * 2 * costs[size // 2]:
             break
     return costs
 
 
-def _seconds(read: Callable[[int], Tensor], size: int) -> float:
-    started = time.perf_counter()
-    read(size).flatten()[0].item()  # waits for the device
-    return time.perf_counter() - started
+def _seconds(read: Callable[[], Tensor]) -> float:
+    """The least of a few calls, of which the first may have captured the work, or compiled it."""
+    seconds: list[float] = []
+    while len(seconds) < REPEATED and (not seconds or seconds[-1] < QUICK):
+        started = time.perf_counter()
+        read().flatten()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 class Windows:
@@ -147,6 +156,13 @@ class Windows:
         guidance = run.guidance[inside].flatten(0, 1).T[..., None]  # (2, M * size, 1)
         drawn = run.sample(hidden.flatten(0, 1), noise, guidance).view(pictures, size, -1)
         return torch.where(self.known[places][..., None], self.guess[self.rows, places], drawn)
+
+    def read_one(self) -> Tensor:
+        """What the plain loop does for the first picture's next token, whose result is not used."""
+        run, place = self.run, self.first
+        hidden = run.sequence.feed(self.guess[:, place - 1 : place], place - 1)
+        noise = self._noise(min(place, self.total - 1))
+        return run.sample(run.condition(hidden, place), noise, run.guidance[place])
 
     def advance(self, size: int, tolerance: float) -> tuple[int, int]:
         """Draw a window of every picture, keep what is right and guess the rest anew: of how many guesses that were

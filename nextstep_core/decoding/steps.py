@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -233,7 +233,7 @@ class TokenSampler:
 @dataclass(frozen=True)
 class StepCaches:
     """What a model keeps from run to run: prompts that were read, captured steps with their memory, and what windows of
-    each size cost (`lookahead`).
+    each size cost and bring (`lookahead`).
 
     graphs None runs every step as it is; prefilled None reads every prompt anew. `adapters` are those of the run that
     is under way.
@@ -242,7 +242,7 @@ class StepCaches:
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
     adapters: Attachments = field(default_factory=Attachments)
-    costs: dict[StepShape, dict[int, float]] = field(default_factory=dict)
+    windows: dict[tuple[StepShape, str], Any] = field(default_factory=dict)
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""

@@ -178,7 +178,18 @@ def test_only_sizes_that_may_pay_are_timed(monkeypatch: pytest.MonkeyPatch) -> N
         clock[0] += 0.01 if size <= 4 else 0.01 * size
         return torch.zeros(1)
 
-    assert list(measured(read)) == [1, 2, 4, 8] and set(asked) == {1, 2, 4, 8}
+    assert list(measured(lambda: read(1), read)) == [1, 2, 4, 8] and set(asked) == {1, 2, 4, 8}
+
+
+def test_where_windows_do_not_pay_the_next_run_goes_token_by_token(tiny: NextStepPipeline, monkeypatch) -> None:
+    engine = replace(tiny.engine, caches=StepCaches())
+    pipe = NextStepPipeline(engine, tiny.vae, CPU, torch.float32)
+    monkeypatch.setattr(lookahead, "measured", lambda *_: {1: 1.0, 2: 10.0})
+    options = {"width": 64, "height": 64, "steps": 4, "seed": 1}
+    plain = pipe.generate(TEXTS[0], **options).tokens
+    for _ in range(2):
+        assert distance(pipe.generate(TEXTS[0], lookahead="exact", **options).tokens, plain) <= CLOSE
+    assert torch.equal(pipe.generate(TEXTS[0], lookahead="exact", **options).tokens, plain), "the plain loop itself"
 
 
 def test_what_is_no_mode_is_refused(tiny: NextStepPipeline) -> None:
