@@ -16,15 +16,17 @@ from ...sampling.solvers import SAMPLERS
 from ...sentences import Sentence
 from ..batch import TOGETHER, BatchProgress, BatchRun
 from ..drawing import parameters_of
+from ..hands import Alone
 from ..job_file import COMMAND, Wishes, check_picture, job_of_prompts, read_job
 from ..jobs import Order
+from ..model_choice import PLAIN, ModelChoice
 from ..names import slug
 from ..prompts import Prompt
 from ..quality import scores_of
 from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
-from .model import PLAIN, Device, Dtype, MaxMemory, ModelChoice, ModelFolder, ModelName, Quantization
+from .model import Device, Dtype, MaxMemory, ModelFolder, ModelName, Quantization
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
@@ -230,7 +232,7 @@ def batch(
         raise NextStepError("No folder for the pictures. Name one with --output.")
     with out.bar("Loading the model") as show:
         artist = ModelChoice(model, models, quantization, max_memory, device, dtype).load(plan.model)
-        run = BatchRun(plan, artist, output, scores_of)
+        run = BatchRun(plan, Alone(artist, scores_of), output)
 
         def report(state: BatchProgress) -> None:
             there = state.done + state.failed
