@@ -57,6 +57,24 @@ class BatchProgress:
         """Time that the rest will take at the rate so far; None before the first picture."""
         return (self.total - self.done - self.failed) * self.seconds / self.drawn if self.drawn else None
 
+    @property
+    def a_minute(self) -> float | None:
+        """Pictures, at the rate so far; None before the first."""
+        return 60 * self.drawn / self.seconds if self.drawn and self.seconds else None
+
+    @property
+    def in_words(self) -> str:
+        """One line: how many are done, how many failed, the rate, the time left."""
+        words = [f"{self.done + self.failed} of {self.total} pictures"]
+        if self.failed:
+            words.append(f"{self.failed} failed")
+        if self.a_minute is not None:
+            words.append(f"{self.a_minute:.1f} a minute")
+        if self.seconds_left is not None:
+            minutes, seconds = divmod(round(self.seconds_left), 60)
+            words.append(f"{minutes}:{seconds:02d} left")
+        return ", ".join(words)
+
 
 @dataclass(frozen=True)
 class Summary:

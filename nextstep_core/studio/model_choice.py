@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +57,14 @@ class ModelChoice:
     def load(self, named: str | None = None) -> PipelineArtist:
         """The same model with its weights."""
         return self.prepare(named).load()
+
+    def as_data(self, named: str | None = None) -> dict[str, Any]:
+        """The choice for another process, perhaps on another machine: with the whole paths of what lies on this one."""
+        name = self.name or named
+        if name is not None and Path(name).exists():
+            name = str(Path(name).resolve())
+        folder = None if self.folder is None else str(self.folder.resolve())
+        return asdict(self) | {"name": name, "folder": folder}
 
 
 @dataclass(frozen=True)
@@ -127,3 +137,8 @@ def bytes_of(text: str) -> int:
     if found is None:
         raise NextStepError("--max-memory is {text!r}; write a size such as 20GB.", text=text[:80])
     return int(float(found[1]) * UNITS[found[2]])
+
+
+def prepare(choice: Mapping[str, Any]) -> PreparedModel:
+    """The model of a choice that came as plain data; see `ModelChoice.as_data`."""
+    return ModelChoice(**{**choice, "folder": Path(choice["folder"]) if choice["folder"] else None}).prepare()

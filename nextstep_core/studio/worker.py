@@ -1,7 +1,7 @@
 """One worker of a cluster: a model in a process of its own, somewhere.
 
-What goes in and out is plain data, so that whoever sends work may hold this package under another name, as ComfyUI does,
-and so that a worker of another version is told from its first answer. Nothing here knows what carries the data.
+What goes in and out is plain data, so that whoever sends work may hold this package under another name, as ComfyUI
+does, and so that a worker of another version is told from its first answer. Nothing here knows what carries the data.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from .. import __version__
 from ..decoding.progress import Progress
@@ -46,6 +48,7 @@ class Worker:
     """Finds a model, loads it, draws with it. `maker` is "module:function" of what finds it, called with `choice`."""
 
     def __init__(self, maker: str, choice: Data, meters: Meters = lambda *_: None) -> None:
+        torch.set_num_threads(1)  # each has a core to itself, and another number of threads changes the last bits
         self._maker, self._choice, self._meters = maker, choice, meters
         self._prepared: Prepared | None = None
         self._artist: Artist | None = None
@@ -102,8 +105,6 @@ class Worker:
 
 def versions() -> dict[str, str]:
     """What must be the same wherever pictures of one job are drawn."""
-    import torch
-
     return {"nextstep": __version__, "torch": torch.__version__.partition("+")[0]}
 
 

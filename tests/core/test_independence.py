@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CORE = sorted((ROOT / "nextstep_core").rglob("*.py"))
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 DECLARED = {"torch", "tokenizers", "safetensors", "huggingface_hub", "filelock", "PIL", "numpy", "einops"}
-OPTIONAL = {"gguf"}
+OPTIONAL = {"gguf", "ray"}
 COMMANDS = {"typer", "rich"}  # the first brings the second
 
 
