@@ -51,7 +51,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     torch.set_num_threads(1)  # as workers do
     where = Where(workers=options.workers)
-    with Cluster(where, {}, maker="tests.stress.artists:stub") as hands:
+    with Cluster(where, {}, maker=stub) as hands:
         alone = seconds(Alone(stub({}), scores_of), options.jobs, 1, 16, 3)
         away = seconds(hands, options.jobs, 1, 16, 3)
     each = 1000 / options.jobs

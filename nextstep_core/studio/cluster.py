@@ -26,10 +26,9 @@ from .drawing import Settled
 from .hands import FileKind, Finished, Pictures, Tell
 from .jobs import Order
 from .planning import Batch
-from .worker import ERROR, Data, finished_of, order_data, settled_data, settled_of, versions
+from .worker import ERROR, Data, Maker, finished_of, order_data, settled_data, settled_of, versions
 
 PACKAGE = Path(__file__).resolve().parents[1]  # sent to the workers, so that theirs is the same
-MAKER = "nextstep_core.studio.model_choice:prepare"
 INSTALL = 'python -m pip install "ray[default,client]"'
 GPUS, WORKERS = Range("gpus", 1, 4096), Range("workers", 1, 4096)
 ADDRESS = re.compile(r"auto|(ray://)?[\w.-]{1,253}:\d{1,5}")
@@ -122,7 +121,9 @@ class Waiting:
 class Cluster:
     """Hands for a batch run. Connects, and waits until there are workers that have the model and agree on it."""
 
-    def __init__(self, where: Where, choice: Mapping[str, Any], check: Check = go_on, maker: str = MAKER) -> None:
+    def __init__(
+        self, where: Where, choice: Mapping[str, Any], check: Check = go_on, maker: Maker | None = None
+    ) -> None:
         """`choice` names the model as every worker finds it; see `model_choice.ModelChoice`. NextStepError where
         there is no cluster, no GPU, no model, or another version of this package or of torch."""
         self.where, self._maker, self._choice = where.check(), maker, dict(choice)
@@ -397,14 +398,13 @@ def _actor_class(ray: Any, where: Where, sent: bool) -> Any:
     class NextStepWorker:
         """Sent to the workers as it stands here, since they may know this module under another name, or not at all."""
 
-        def __init__(self, maker: str, choice: dict[str, Any]) -> None:
-            from importlib import import_module
-
+        def __init__(self, maker: Any, choice: dict[str, Any]) -> None:
+            from nextstep_core.studio.worker import Worker
             from ray.util.metrics import Counter
 
             names = ("pictures", "tokens", "seconds", "failures")
             self.meters = {name: Counter(f"nextstep_{name}", f"NextStep: {name}") for name in names}
-            self.worker = import_module("nextstep_core.studio.worker").Worker(maker, choice, self.count)
+            self.worker = Worker(maker, choice, self.count)
 
         def call(self, what: str, *arguments: Any) -> Any:
             return getattr(self.worker, what)(*arguments)

@@ -18,12 +18,13 @@ from typing import Any
 
 from ..errors import NextStepError
 from .batch import TOGETHER, BatchProgress, BatchRun
-from .cluster import MAKER, Cluster, Where
+from .cluster import Cluster, Where
 from .job_file import COMMAND, Wishes, job_of_prompts
 from .jobs import BatchJob
 from .manifest import Record
 from .model_choice import PLAIN, ModelChoice
 from .prompts import Prompt
+from .worker import Maker
 
 
 class Stopped(Exception):
@@ -45,7 +46,7 @@ class Distributed:
         max_memory: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        maker: str = MAKER,
+        maker: Maker | None = None,
     ) -> None:
         """The workers of the cluster at `address`, else of this machine: one on each GPU, on so many `gpus`, or so many
         `workers` on CPUs. `model` is a path or a hub id, the same wherever they are. NextStepError where they cannot be

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from ..sampling.settings import GenerationSettings
 from .drawing import Artist, Settled
 from .hands import FileKind, Finished, finish
 from .jobs import Asked, Order
+from .model_choice import prepare
 from .quality import scores_of
 
 Data = dict[str, Any]
@@ -37,19 +37,25 @@ ERROR = "error"
 class Prepared(Protocol):
     """A model that was found but not read yet; see `model_choice.PreparedModel`."""
 
-    facts: dict[str, str]
-    identity: str
+    @property
+    def facts(self) -> dict[str, str]: ...
+
+    @property
+    def identity(self) -> str: ...
 
     def load(self) -> Artist:
         """Read it."""
 
 
-class Worker:
-    """Finds a model, loads it, draws with it. `maker` is "module:function" of what finds it, called with `choice`."""
+Maker = Callable[[Data], Prepared]
 
-    def __init__(self, maker: str, choice: Data, meters: Meters = lambda *_: None) -> None:
+
+class Worker:
+    """Finds a model by a `choice`, loads it, draws with it. `maker` finds it where it is not `model_choice.prepare`."""
+
+    def __init__(self, maker: Maker | None, choice: Data, meters: Meters = lambda *_: None) -> None:
         torch.set_num_threads(1)  # each has a core to itself, and another number of threads changes the last bits
-        self._maker, self._choice, self._meters = maker, choice, meters
+        self._maker, self._choice, self._meters = maker or prepare, choice, meters
         self._prepared: Prepared | None = None
         self._artist: Artist | None = None
 
@@ -59,13 +65,11 @@ class Worker:
 
     def find(self) -> Data:
         """The model's facts and identity, without its weights; an error where it is not here."""
-        module, _, function = self._maker.partition(":")
         try:
-            self._prepared = getattr(import_module(module), function)(self._choice)
+            self._prepared = found = self._maker(self._choice)
         except NextStepError as error:
             return {ERROR: error.sentence.as_data()}
-        assert self._prepared is not None
-        return {"facts": self._prepared.facts, "identity": self._prepared.identity}
+        return {"facts": found.facts, "identity": found.identity}
 
     def load(self) -> Data:
         """Read the weights."""

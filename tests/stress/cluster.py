@@ -52,7 +52,7 @@ def job_of(pictures: int, poisoned: bool) -> BatchJob:
 def drive(address: str, pictures: int, folder: Path) -> None:
     """The run on the cluster: what is killed and started again."""
     where = Where(address, workers=NODES * EACH)
-    with Cluster(where, CHOICE, maker="tests.stress.artists:embedded") as hands:
+    with Cluster(where, CHOICE, maker=embedded) as hands:
 
         def report(state: BatchProgress) -> None:
             if state.record is not None:
@@ -195,9 +195,8 @@ def main() -> None:
         drive(options.drive, options.pictures, options.folder)
         return
     found = stress(options.pictures, options.kills, options.seed)
-    print(
-        f"{options.pictures} pictures, {options.kills} workers, a node and the driver killed; wrong: {found or 'nothing'}"
-    )
+    killed = f"{options.kills} workers, a node and the driver killed"
+    print(f"{options.pictures} pictures, {killed}; wrong: {found or 'nothing'}")
     sys.exit(1 if found else 0)
 
 

@@ -27,7 +27,6 @@ from nextstep_core.studio.quality import scores_of
 from tests.stress.artists import KILLS, embedded, stub
 
 ROOT = Path(__file__).resolve().parents[3]
-MAKER = "tests.stress.artists:stub"
 JOB = {"prompts": ["a red circle", "a blue square", "a green cross"], "settings": {"size": 16}, "seeds": [1, 2]}
 
 
@@ -100,7 +99,7 @@ def ray() -> Iterator[object]:
 
 
 def run(folder: Path, together: int = 2, workers: int = 2, report=lambda _: None, **stated: object) -> Summary:
-    with Cluster(Where(workers=workers), {}, maker=MAKER) as hands:
+    with Cluster(Where(workers=workers), {}, maker=stub) as hands:
         return BatchRun(job(**stated), hands, folder).run(together, report)
 
 
@@ -133,7 +132,7 @@ def test_what_fails_and_what_kills_its_workers_is_reported_once_and_the_rest_is_
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_pictures_are_drawn_elsewhere(ray: object, tmp_path: Path) -> None:
-    with Cluster(Where(workers=2), {}, maker=MAKER) as hands:
+    with Cluster(Where(workers=2), {}, maker=stub) as hands:
         first = {pid for _, pid in hands.processes}
         killed: list[int] = []
 
@@ -161,14 +160,14 @@ def test_a_killed_worker_is_replaced_and_its_pictures_are_drawn_elsewhere(ray: o
 )
 def test_workers_that_are_not_fit_are_told_before_anything_is_drawn(ray: object, choice: dict, said: str) -> None:
     with pytest.raises(NextStepError, match=said):
-        Cluster(Where(workers=2), choice, maker=MAKER)
+        Cluster(Where(workers=2), choice, maker=stub)
 
 
 @pytest.mark.slow
 def test_other_versions_are_told_before_anything_is_sent(ray: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_module, "versions", lambda: {"nextstep": "9.9", "torch": "9"})
     with pytest.raises(NextStepError, match="nextstep .*9.9"):
-        Cluster(Where(workers=1), {}, maker=MAKER)
+        Cluster(Where(workers=1), {}, maker=stub)
 
 
 @pytest.mark.slow
@@ -176,12 +175,12 @@ def test_without_a_gpu_workers_on_cpus_are_offered(ray: object) -> None:
     if ray.cluster_resources().get("GPU"):  # type: ignore[attr-defined]
         pytest.skip("there is a GPU")
     with pytest.raises(NextStepError, match="--workers"):
-        Cluster(Where(), {}, maker=MAKER)
+        Cluster(Where(), {}, maker=stub)
 
 
 @pytest.mark.slow
 def test_what_cannot_be_drawn_is_refused_as_it_is_alone(ray: object, tmp_path: Path) -> None:
-    with Cluster(Where(workers=1), {}, maker=MAKER) as hands, pytest.raises(NextStepError, match="It is impossible"):
+    with Cluster(Where(workers=1), {}, maker=stub) as hands, pytest.raises(NextStepError, match="It is impossible"):
         BatchRun(job(prompts=["impossible"]), hands, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -200,7 +199,7 @@ def test_a_run_that_is_stopped_goes_on_later(ray: object, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_batches_from_python(ray: object, tmp_path: Path) -> None:
-    with Distributed(workers=2, maker=MAKER) as workers:
+    with Distributed(workers=2, maker=stub) as workers:
         workers.submit_batch(["slow a", "slow b"], tmp_path, {"size": 16}, seeds=[1, 2, 3], together=1)
         early = workers.collect_results(timeout=0.1)
         assert len(early) < 6
