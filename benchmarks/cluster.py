@@ -26,6 +26,7 @@ from nextstep_core.studio.job_file import parse_job
 from nextstep_core.studio.model_choice import ModelChoice
 from nextstep_core.studio.quality import scores_of
 from tests.stress.artists import embedded, stub
+from tests.stress.cluster import resident
 
 ROUNDS = 3
 CHOICE = ModelChoice("tiny", None, device="cpu", dtype="fp32").as_data()
@@ -42,6 +43,11 @@ def seconds(hands: Hands, pictures: int, together: int, size: int, steps: int) -
         return time.perf_counter() - started
 
 
+def held(cluster: Cluster) -> str:
+    """MB of memory of each worker."""
+    return ", ".join(f"{resident(pid) or 0:.0f}" for _, pid in cluster.processes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2000)
@@ -53,7 +59,12 @@ def main() -> None:
     where = Where(workers=options.workers)
     with Cluster(where, {}, maker=stub) as hands:
         alone = seconds(Alone(stub({}), scores_of), options.jobs, 1, 16, 3)
+        seconds(hands, options.jobs // 4, 1, 16, 3)
+        before, there = resident(os.getpid()), held(hands)
         away = seconds(hands, options.jobs, 1, 16, 3)
+        print(
+            f"memory in MB: this process {before:.0f} to {resident(os.getpid()):.0f}, workers {there} to {held(hands)}"
+        )
     each = 1000 / options.jobs
     print(f"{options.jobs} jobs of a stub: {each * away:.2f} ms a job, {each * alone:.2f} ms in this process")
     with Cluster(where, CHOICE) as hands:

@@ -73,9 +73,7 @@ class NextStepCluster(Node):
                     **ends(COUNT),
                     tooltip="0: one worker on each GPU. Otherwise so many on CPUs.",
                 ),
-                io.String.Input(
-                    "size", default="512", tooltip="Such as 512 or 768x512. Empty: the preset's, else 512."
-                ),
+                io.String.Input("size", default="", tooltip="Such as 768 or 768x512. Empty: the preset's, else 512."),
                 io.String.Input("seeds", default="0", tooltip="Every prompt is drawn with each, such as 1, 2, 3."),
                 io.String.Input(
                     "folder",

@@ -46,7 +46,7 @@ def job_of(pictures: int, poisoned: bool) -> BatchJob:
     jobs: list[dict[str, object]] = [{"prompt": PROMPTS[0], "seeds": each}, {"prompt": PROMPTS[1], "seeds": rest}]
     if poisoned:
         jobs.insert(1, {"prompt": KILLS, "seeds": [1], "settings": {"steps": 5}})
-    return parse_job(json.dumps({"jobs": jobs, "settings": {"size": 48, "steps": 6}, "names": "{name}-{seed}"}), "job")
+    return parse_job(json.dumps({"jobs": jobs, "settings": {"size": 64, "steps": 20}, "names": "{name}-{seed}"}), "job")
 
 
 def drive(address: str, pictures: int, folder: Path) -> None:
@@ -103,7 +103,7 @@ def faults(alone: Path, killed: Path) -> list[str]:
 
 
 class Watched:
-    """The driver, and how much memory it and the workers hold, looked at once a second."""
+    """The driver, and how much memory it and the workers hold, looked at five times a second."""
 
     def __init__(self, address: str, pictures: int, folder: Path) -> None:
         command = [sys.executable, "-m", __spec__.name, "--drive", address]
@@ -119,7 +119,7 @@ class Watched:
             for pid in (self.process.pid, *workers()):
                 if (size := resident(pid)) is not None:
                     self.memory[pid].append(size)
-            time.sleep(1)
+            time.sleep(0.2)
         return False
 
     def growth(self) -> dict[str, list[str]]:
