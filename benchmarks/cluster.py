@@ -72,9 +72,8 @@ def main() -> None:
         for _ in range(ROUNDS):
             alone, away = (seconds(each, options.pictures, 4, 64, 20) for each in (here, hands))
             ratios.append(alone / away)
-            print(
-                f"{options.pictures} pictures: {alone:.1f} s in one process, {away:.1f} s by {options.workers} workers"
-            )
+            print(f"{options.pictures} pictures: {alone:.1f} s in one process, {away:.1f} s by the workers")
+            print(f"  memory in MB: this process {resident(os.getpid()):.0f}, workers {held(hands)}")
     print(f"{options.workers} workers draw {median(ratios):.2f} times as fast as one process")
 
 
