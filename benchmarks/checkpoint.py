@@ -109,8 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     parser.add_argument("--shape", choices=SHAPES, default="14b", help="default: that of the published checkpoints")
+    parser.add_argument("--layers", type=int, help="so many of the transformer's layers alone")
     options = parser.parse_args()
-    parameters = write_checkpoint(options.folder, SHAPES[options.shape])
+    shape = SHAPES[options.shape]
+    layers = shape["num_hidden_layers"] if options.layers is None else options.layers
+    parameters = write_checkpoint(options.folder, shape | {"num_hidden_layers": layers})
     print(f"{options.folder}: {parameters / 1e9:.2f} billion parameters")
 
 

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from nextstep_core.errors import NextStepError
 from nextstep_core.loading.build import make_ready
+from nextstep_core.loading.calibration import Drawn, conditions, relative_error
 from nextstep_core.model.nextstep import NextStepModel
-from nextstep_core.model.transformer import whole_span
+from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.quantization import RECIPES, quantize_model
+from training.evaluate import held_out_singles
+from training.scenes import SQUARE
 
 from .subjects import Subject
+from .timing import Case
 
 FORMATS = ("bf16", *RECIPES)
-LENGTH = 64
-ROWS = 2
+PROMPTS = 12
+SIDE = 64  # pixels
 TIMES = (0.0, 0.25, 0.5, 0.75, 0.96)
 
 
@@ -36,38 +40,43 @@ class FormatError:
 
 @dataclass(frozen=True)
 class Probe:
-    """Random inputs of a model: embeds (rows, length, hidden), and noisy tokens (times, rows * length, token_dim)."""
+    """What a model drew, and noisy tokens (times, rows * tokens, token_dim) on the way to more of it."""
 
-    embeds: Tensor
+    drawn: Drawn
     noisy: Tensor
 
 
+@torch.inference_mode()
 def probe_for(subject: Subject, device: torch.device) -> Probe:
-    """A prompt's first half, then image tokens of unit variance, as a trained model's are."""
-    config, generator = subject.config, torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (ROWS, LENGTH // 2), generator=generator)
-    tokens = torch.randn(ROWS, LENGTH // 2, config.token_dim, generator=generator).to(device)
-    noisy = torch.randn(len(TIMES), ROWS * LENGTH, config.token_dim, generator=generator).to(device)
-    text = subject.engine.text_embedding(ids).to(device=device, dtype=torch.float32)
-    return Probe(torch.cat([text, subject.model.image_in_projector(tokens)], dim=1), noisy)
+    """What the subject draws of held-out captions or, where it reads none, of ids: inputs as in use.
+
+    Random ids and noise in the place of tokens would do for no trained model: what it never sees, it is not made for.
+    """
+    engine = subject.engine
+    if subject.reads:
+        captions = [Caption(text, ()) for text, _, _ in held_out_singles(PROMPTS, 0, SQUARE)]
+        seeds = list(range(len(captions)))
+        job = engine.make_job(captions, engine.grid(SIDE, SIDE), subject.settings, seed=seeds)
+    else:
+        job = Case(subject, SIDE, SIDE, PROMPTS, subject.settings, 32, device, torch.float32, engine.caches).job(0)
+    *_, progress = engine.decode(job, device, torch.float32)
+    drawn = Drawn(job.rows.ids, job.rows.valid, progress.tokens.cpu(), job.grid)
+    generator, places = torch.Generator().manual_seed(0), len(drawn.ids) * job.total
+    noise = torch.randn(len(TIMES), places, subject.config.token_dim, generator=generator).to(device)
+    whole = progress.tokens.repeat(len(drawn.ids) // job.pictures, 1, 1).flatten(0, 1)
+    times = torch.tensor(TIMES, device=device)[:, None, None]
+    return Probe(drawn, (1 - times) * noise + times * whole)
 
 
-def condition(model: NextStepModel, probe: Probe, dtype: torch.dtype) -> Tensor:
-    """The out-projected hidden states `c`, (rows * length, hidden) float32."""
-    valid = torch.ones(probe.embeds.shape[:2], dtype=torch.bool, device=probe.embeds.device)
-    hidden = model(probe.embeds.to(dtype), whole_span(model.config, valid, dtype))
-    return model.image_out_projector(hidden).flatten(0, 1).float()
+def condition(model: NextStepModel, subject: Subject, probe: Probe, dtype: torch.dtype) -> Tensor:
+    """What the transformer hands to the head, (rows * tokens, hidden) float32."""
+    return conditions(model, subject.engine.text_embedding, probe.drawn, dtype).flatten(0, 1)
 
 
 def velocity(model: NextStepModel, probe: Probe, c: Tensor, dtype: torch.dtype) -> Tensor:
     """Velocities of the noisy tokens at all TIMES for the conditions `c`, float32."""
     codes = model.head.time_embed(torch.tensor(TIMES, device=c.device), dtype)[:, None]
     return model.head.velocity(probe.noisy.to(dtype), model.head.modulations(codes, c.to(dtype))).float()
-
-
-def relative(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth|."""
-    return float((value - truth).norm() / truth.norm())
 
 
 @torch.inference_mode()
@@ -78,7 +87,7 @@ def format_errors(subject: Subject, device: torch.device) -> Iterator[FormatErro
     run on `device`, with what they round. Both velocities get the float32 `c`.
     """
     probe = probe_for(subject, device)
-    c = condition(subject.model, probe, torch.float32)
+    c = condition(subject.model, subject, probe, torch.float32)
     v = velocity(subject.model, probe, c, torch.float32)
     for name in FORMATS:
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
@@ -87,7 +96,8 @@ def format_errors(subject: Subject, device: torch.device) -> Iterator[FormatErro
             if name != "bf16":
                 quantize_model(model, name, device)
                 make_ready(model, device, dtype)
-            errors = relative(condition(model, probe, dtype), c), relative(velocity(model, probe, c, dtype), v)
+            found = condition(model, subject, probe, dtype), velocity(model, probe, c, dtype)
+            errors = tuple(map(relative_error, found, (c, v)))
         except (NextStepError, RuntimeError) as error:  # of a device that cannot hold the format
             yield FormatError(subject.name, name, reason=str(error).splitlines()[0])
         else:

@@ -78,13 +78,14 @@ PUBLISHED_VAE_CONFIG = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2,
 @dataclass(frozen=True)
 class Subject:
     """A model to be timed. `description` is what its config.json says; `tensor_bytes` tells each tensor's size, and is
-    empty until `ready`, which may lay the weights out anew."""
+    empty until `ready`, which may lay the weights out anew. One that `reads` no text is given ids."""
 
     name: str
     description: dict[str, Any]
     engine: NextStepEngine
     vae: AutoencoderKL
     tensor_bytes: dict[str, int] = field(default_factory=dict)
+    reads: bool = True
 
     @property
     def config(self) -> NextStepConfig:
@@ -131,7 +132,7 @@ def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subj
     reads_nothing = NextStepTokenizer(None, None, config)  # its prompts are made of ids
     caches = StepCaches(StepGraphs(model))
     engine = NextStepEngine(config, latents, says, reads_nothing, text_embedding, model, caches)
-    return Subject(f"random {shape}", description, engine, vae)
+    return Subject(f"random {shape}", description, engine, vae, reads=False)
 
 
 def randomized(module: nn.Module, device: torch.device) -> nn.Module:

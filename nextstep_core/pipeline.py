@@ -24,17 +24,21 @@ from .images.latents import Grid, LatentSpace
 from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
+from .loading.calibration import PROMPTS, Drawn
+from .loading.lora_file import find_lora, resolve_lora
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL, Runner
 from .ranges import Range
 from .request.layout import IMAGE_SLOT, Caption, EncodedImage
 from .runtime.devices import capped, give_back
 from .runtime.interrupt import Check, checked, go_on, leaves
+from .runtime.lora import STRENGTH
 from .runtime.memory import MAX_MEMORY, check_room
 from .runtime.placement import held_bytes, place, send_away
 from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
 from .sampling.noise import Seeds, check_seeds
+from .sampling.settings import SEED
 from .sentences import Sentence
 
 IMAGES_PER_PROMPT = Range("num_images_per_prompt", PICTURES.minimum, PICTURES.maximum)
@@ -78,16 +82,18 @@ class NextStepPipeline:
         quantization: str | None = None,
         cuda_graphs: bool = True,
         max_memory: int | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
         check: Check = go_on,
     ) -> NextStepPipeline:
         """Load from a checkpoint folder, a `.safetensors` file that carries its config or lies beside it, a hub id, or
         "tiny".
 
         `vae` may be a folder, a `.pt` or `.safetensors` file or a hub id; None takes the checkpoint's own.
-        `quantization` stores the weights as "int8", "int4", "int4-g128" or "fp8" while they are loaded; "auto" takes
-        none, int8 or int4, the first that fits `max_memory` or, without that, the device (a CPU: none). `cuda_graphs`
-        captures the work of a token on a CUDA device and replays it. `check` is called all the while and stops by
-        raising. Raises NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
+        `quantization` stores the weights as "int8", "int4", "int4-g32", "int4-g128" or "fp8" while they are loaded;
+        "auto" takes none, int8 or int4, the first that fits `max_memory` or, without that, the device (a CPU: none).
+        `cuda_graphs` captures the work of a token on a CUDA device and replays it. `loras` are files and their
+        strengths, as `load_lora` takes them. `check` is called all the while and stops by raising. Raises
+        NextStepError, before any weight is read, for whatever is missing, damaged or does not fit.
 
         `max_memory` is how many bytes of the device are taken at most; None, as many as there are. Weights that do not
         fit stay with the host and are streamed, and after each picture what is kept for the next is freed. On a CPU,
@@ -100,6 +106,7 @@ class NextStepPipeline:
         path = resolve_source(path_or_hub_id)
         with told(Sentence("Loading {name}", name=path.name), device, advice=LOADING_ADVICE):
             plan = plan_model(path, None if quantization == AUTO else quantization, device)
+            found = [(find_lora(resolve_lora(file)).fitted(plan.config), STRENGTH.check(own)) for file, own in loras]
             vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
             autoencoder = load_vae(vae_path, device, dtype)
             latents = LatentSpace.from_configs(plan.config, autoencoder.config)
@@ -108,7 +115,24 @@ class NextStepPipeline:
             home = budget.home(plan.tensor_bytes(plan.recipe.name if plan.recipe else None, dtype), plan.config)
             load = partial(plan.load_model, device, dtype, check, home)
             engine = NextStepEngine.assemble(plan, latents, load, cuda_graphs)
+            for lora, strength in found:
+                engine = engine.with_lora(lora, strength, check)
         return cls(engine, autoencoder, device, dtype, limit)
+
+    def load_lora(self, path: str | Path, strength: float = 1.0, check: Check = go_on) -> None:
+        """Draw with a LoRA from here on, on top of those that are there: a `.safetensors` file, the folder that
+        peft saved one to, or "night", which comes with this for "tiny". Strengths of one file add up.
+
+        The model's weights stay as they are, in whatever format; at strength 0, and after `unload_loras`, the pictures
+        are the plain model's. NextStepError, before its matrices are read, for a file that is no LoRA or one for
+        another model.
+        """
+        lora = find_lora(resolve_lora(path)).fitted(self.engine.config)
+        self.engine = self.engine.with_lora(lora, strength, check)
+
+    def unload_loras(self) -> None:
+        """Draw with the plain model again."""
+        self.engine = self.engine.without_loras()
 
     @torch.inference_mode()
     def generate(
@@ -128,6 +152,7 @@ class NextStepPipeline:
         shift: float | None = None,
         sampler: str | None = None,
         use_norm: bool | None = None,
+        lookahead: str | None = None,
         seed: Seeds = 0,
         vae_tile: int | None = None,
         prune: Pruning | None = None,
@@ -141,6 +166,8 @@ class NextStepPipeline:
         `vae_tile` makes the VAE work in tiles of so many pixels; None lets it do so only where memory runs out. With
         `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
         would have without it. Their first tokens are handed to the transformer at once.
+        `lookahead` draws several tokens per read of the weights: "exact" within 0.1% of the tokens of "off", "fast"
+        with pictures that may differ; how many at a time is found by timing it on the device.
         `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
         before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
@@ -163,6 +190,7 @@ class NextStepPipeline:
             shift=shift,
             sampler=sampler,
             use_norm=use_norm,
+            lookahead=lookahead,
         )
         if vae_tile is not None:
             check_tile(vae_tile, self.vae.config.downscale)
@@ -186,6 +214,36 @@ class NextStepPipeline:
                 draw = partial(self._draw, callback=callback, check=check)
                 job = prune.rest(job, draw, lambda begun, part: self._finish(begun, part, vae_tile, check).images)
             return self._finish(self._draw(job, callback, check), grid, vae_tile, check)
+
+    @torch.inference_mode()
+    def calibrate(
+        self,
+        prompts: Sequence[str],
+        *,
+        height: int = 256,
+        width: int = 256,
+        seed: int = 0,
+        callback: Callable[[Progress], None] | None = None,
+        check: Check = go_on,
+    ) -> Drawn:
+        """Draw prompts with the recommended settings, each with a seed of its own from `seed` on, for what there is to
+        learn of the inputs of every layer: `nextstep_core.loading.compensated` stores weights for them.
+
+        `callback` and `check` as in `generate`. Raises NextStepError for impossible requests before any long work.
+        """
+        texts = list(prompts) if isinstance(prompts, (list, tuple)) else [cast(str, prompts)]
+        count = PROMPTS.check(len(texts))
+        for text in texts:
+            check_text(Sentence("A prompt"), text)
+        first = SEED.check(seed)
+        seeds = [(first + n) % (SEED.maximum + 1) for n in range(count)]
+        with self._kept_to_memory():
+            captions = self._captions(texts, [], None, check)
+            job = self.engine.make_job(
+                captions, self.engine.grid(height, width), self.engine.recommended(), seed=seeds, check=check
+            )
+            tokens = self._draw(job, callback, check)
+        return Drawn(job.rows.ids, job.rows.valid, tokens.float().cpu(), job.grid)
 
     def release(self) -> None:
         """Free what is kept of the device's memory for the next run; it is taken again when it is needed. With
@@ -211,10 +269,11 @@ class NextStepPipeline:
         """Bring as many weights to the device as a job leaves room for; how many pictures to draw at once, where that
         can be told. NextStepError when not even one fits."""
         each, model = self.engine.working_bytes(job.part([0]), self.dtype), self.engine.model
+        loras = self.engine.lora_bytes(self.dtype)
         room = self._budget.room(held_bytes(model, self.device))
-        if room is not None and model_bytes(model) + job.pictures * each > room:
+        if room is not None and model_bytes(model) + loras + job.pictures * each > room:
             self.release()  # what was captured lies where weights could
-        plan = self._budget.plan(model, job.pictures, each, height, width)
+        plan = self._budget.plan(model, job.pictures, each, height, width, loras)
         if plan is None:
             return None
         place(model, self.device, plan.resident)

@@ -15,6 +15,7 @@ from .host import offer_pictures, register_model_folder
 from .information import NextStepModelInfo
 from .latents import NextStepAspectRatio, NextStepEmptyLatent, NextStepVAEDecode
 from .loaders import NextStepModelLoader, NextStepVAELoader
+from .lora import NextStepLoadLora
 from .pictures import NextStepPasteBack, NextStepPreparePicture
 from .presets import NextStepPreset
 from .prompt_sets import NextStepPromptList, NextStepPromptTemplate
@@ -54,6 +55,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepQualityGate,
     NextStepBestOfN,
     NextStepCluster,
+    NextStepLoadLora,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load
 

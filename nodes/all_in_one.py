@@ -18,7 +18,7 @@ from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, canvas_inputs, cfg_img_input, setting_inputs, size_inputs
+from .widgets import DrawingNode, canvas_inputs, cfg_img_input, lookahead_input, setting_inputs, size_inputs
 
 EDIT_NEGATIVE = "Copy original image."
 
@@ -79,6 +79,7 @@ class NextStepTextToImage(DrawingNode):
                 *canvas_inputs(),
                 *setting_inputs(steps=28, shift=1.0),
                 preset_input(),
+                lookahead_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],
@@ -133,6 +134,7 @@ class NextStepImageEdit(DrawingNode):
                 *setting_inputs(steps=50, shift=3.2),
                 cfg_img_input(),
                 preset_input(),
+                lookahead_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],

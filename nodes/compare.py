@@ -12,6 +12,7 @@ from ..nextstep_core.errors import NextStepError, check_choice, check_text, show
 from ..nextstep_core.images.contact_sheet import contact_sheet
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.ranges import Range
+from ..nextstep_core.runtime.lora import STRENGTH
 from ..nextstep_core.sampling.settings import GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
 from ..nextstep_core.sentences import Sentence, named
@@ -26,9 +27,17 @@ COLUMNS = Range("columns", 1, MOST_PICTURES)
 MOST_LETTERS = 200  # of a label; so many do not fit under a picture, and are seen as an oversight
 ChoiceSocket = io.Custom("COMBO")  # the host's own names its choices as its type in some versions
 # What a value is, from the setting that changes from column to column to the one that changes least.
-KINDS: dict[str, type] = {"cfg": float, "steps": int, "shift": float, "sampler": str, "quantization": str}
+KINDS: dict[str, type] = {
+    "cfg": float,
+    "steps": int,
+    "shift": float,
+    "sampler": str,
+    "quantization": str,
+    "strength": float,
+}
+LOADED = ("quantization", STRENGTH.name)  # are no settings of the sampler
 WORDS = {int: Sentence("whole numbers"), float: Sentence("numbers"), str: Sentence("names")}
-DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quantization": AUTO}
+DEFAULTS = {"cfg": "5, 7.5", "steps": "28", "shift": "1", "sampler": AUTO, "quantization": AUTO, "strength": "1"}
 
 
 def values_of(name: str, text: str) -> list[Any]:
@@ -62,9 +71,8 @@ def combinations(texts: dict[str, str]) -> list[dict[str, Any]]:
     for settings in found:
         check_choice("quantization", settings["quantization"], STORED)
         check_choice("sampler", settings["sampler"], (AUTO, *SAMPLERS))
-        with_widgets(
-            GenerationSettings(sampler="flow-ode"), **{k: v for k, v in settings.items() if k != "quantization"}
-        )
+        STRENGTH.check(settings["strength"])
+        with_widgets(GenerationSettings(sampler="flow-ode"), **{k: v for k, v in settings.items() if k not in LOADED})
     return found
 
 
@@ -98,6 +106,12 @@ class NextStepCompare(Node):
                     tooltip="Weight formats, such as: int8, int4. Every one is loaded, and all of them are "
                     "kept in memory.",
                 ),
+                io.String.Input(
+                    "strength",
+                    default=DEFAULTS["strength"],
+                    optional=True,
+                    tooltip="Strengths of a LoRA, such as: 0, 0.5, 1.",
+                ),
             ],
             outputs=[
                 io.Float.Output("each_cfg", display_name="cfg", is_output_list=True, tooltip="For the sampler."),
@@ -114,6 +128,9 @@ class NextStepCompare(Node):
                 ),
                 io.String.Output("labels", display_name="labels", is_output_list=True, tooltip="What differs."),
                 io.Int.Output("columns", display_name="columns", tooltip="Pictures in a row of the grid."),
+                io.Float.Output(
+                    "each_strength", display_name="strength", is_output_list=True, tooltip="For NextStep Load LoRA."
+                ),
             ],
         )
 
@@ -125,11 +142,12 @@ class NextStepCompare(Node):
 
     @classmethod
     def execute(cls, **texts: str) -> io.NodeOutput:
-        found = combinations(texts)
+        found = combinations(DEFAULTS | texts)
         differ = [name for name in KINDS if len({settings[name] for settings in found}) > 1]
         labels = [", ".join(f"{name} {in_short(settings[name])}" for name in differ) for settings in found]
         columns = len({settings[differ[0]] for settings in found}) if differ else 1
-        return io.NodeOutput(*([settings[name] for settings in found] for name in KINDS), labels, columns)
+        *each, strengths = ([settings[name] for settings in found] for name in KINDS)
+        return io.NodeOutput(*each, labels, columns, strengths)
 
 
 class NextStepLabelledGrid(Node):

@@ -34,6 +34,7 @@ from ..nextstep_core.errors import NextStepError, OutOfMemory, check_choice, che
 from ..nextstep_core.loading.build import fill, make_ready
 from ..nextstep_core.loading.checkpoint import DTYPES
 from ..nextstep_core.loading.files import can_be_shown, read_all
+from ..nextstep_core.loading.lora_file import SUFFIXES
 from ..nextstep_core.model.config import VAEConfig
 from ..nextstep_core.model.vae import channel_norm
 from ..nextstep_core.runtime import memory as runtime_memory
@@ -46,7 +47,7 @@ from ..nextstep_core.sentences import Sentence
 
 Interrupted = mm.InterruptProcessingException
 
-MODEL_FOLDER = "nextstep"
+MODEL_FOLDER, LORA_FOLDER = "nextstep", "loras"
 SETTINGS = Path("default", "comfy.settings.json")  # below the folder of users
 LONGEST_SETTINGS = 1 << 24  # bytes
 DTYPE_CHOICES = ("auto", *DTYPES)
@@ -115,6 +116,17 @@ def single_file_roots() -> list[Path]:
 def vae_roots() -> list[Path]:
     """The folders in which VAE files are looked for."""
     return [Path(root) for root in folder_paths.get_folder_paths("vae")]
+
+
+def lora_names() -> list[str]:
+    """The host's LoRA files of the kinds that are read here, as its own loader lists them."""
+    return [n for n in folder_paths.get_filename_list(LORA_FOLDER) if n.endswith(SUFFIXES) and can_be_shown(n)]
+
+
+def lora_file(name: str) -> Path | None:
+    """Where a file of this list lies; None for any other name."""
+    path = folder_paths.get_full_path(LORA_FOLDER, name) if name in lora_names() else None
+    return None if path is None else Path(path)
 
 
 def last_saved_latent(filename_prefix: str) -> Path | None:
@@ -375,7 +387,7 @@ def free_memory(patcher: Any) -> int:
 
 
 def plan_memory(
-    patcher: Any, pictures: int, each: int, streamed: int, forget: Callable[[], None] = lambda: None
+    patcher: Any, pictures: int, each: int, streamed: int, forget: Callable[[], None] = lambda: None, beside: int = 0
 ) -> MemoryPlan:
     """The plan for drawing `pictures` with a model on its device; see `runtime.memory.plan_memory`.
 
@@ -383,8 +395,8 @@ def plan_memory(
     """
     device, weights = patcher.load_device, patcher.model_size()
     if mm.is_device_cpu(device):
-        return plan_host_memory(weights, int(mm.get_free_memory(device)), pictures, each)
-    if weights + pictures * each > _room(patcher):
+        return plan_host_memory(weights, int(mm.get_free_memory(device)) - beside, pictures, each)
+    if weights + beside + pictures * each > _room(patcher):
         forget()
     return runtime_memory.plan_memory(
         weights,
@@ -394,6 +406,7 @@ def plan_memory(
         streamed,
         spare=int(mm.minimum_inference_memory() - mm.extra_reserved_memory()),  # the host leaves as much in any case
         stay=mm.vram_state != mm.VRAMState.NO_VRAM,
+        beside=beside,
     )
 
 

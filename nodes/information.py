@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..nextstep_core.loading.published import purpose_of
 from ..nextstep_core.request.layout import Caption
+from ..nextstep_core.request.parameters import lora_facts
 from ..nextstep_core.runtime.memory import format_bytes
 from ..nextstep_core.sentences import Sentence
 from . import host
@@ -41,7 +42,8 @@ def described(model: HostModel, width: int, height: int) -> str:
     each, tokens = engine.working_bytes(job, model.dtype), grid[0] * grid[1]
     family = "1.1" if engine.published.is_1_1 else "1"
     weights, free = model.patcher.model_size(), host.free_memory(model.patcher)
-    fits = "all of it fits" if weights + each <= free else "weights are streamed, which is slower"
+    beside = each + engine.lora_bytes(model.dtype)
+    fits = "all of it fits" if weights + beside <= free else "weights are streamed, which is slower"
     if model.seconds_per_token is None:
         pace = "time: draw a picture once, then it is told here"
     else:
@@ -50,7 +52,8 @@ def described(model: HostModel, width: int, height: int) -> str:
         [
             f"{facts['model']}: NextStep-{family}, {PURPOSES[purpose_of(facts['model'])]}",
             f"weights: {format_bytes(weights)} as {facts['weights']}, hash {facts['hash']}",
-            f"a picture of {width}x{height}: {tokens:,} tokens, {format_bytes(each)} beside the weights",
+            f"a picture of {width}x{height}: {tokens:,} tokens, {format_bytes(beside)} beside the weights",
+            *(f"{name}: {value}" for name, value in lora_facts(engine.loras).items()),
             f"memory: {format_bytes(free)} free for it on {model.patcher.load_device}; {fits}",
             pace,
         ]

@@ -28,7 +28,7 @@ from .information import unsuited
 from .language import in_users_language
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, cfg_img_input, known_to, setting_inputs, with_widgets
+from .widgets import DrawingNode, cfg_img_input, known_to, lookahead_input, setting_inputs, with_widgets
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ def steps_of(model: HostModel, job: Job) -> Iterator[tuple[Progress, Shown]]:
     """Draw a job on the host's device, as much at once as its memory allows: after every token, where it stands."""
     each = model.engine.working_bytes(job.part([0]), model.dtype)
     streamed = streamed_bytes(model.engine.model)
-    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release)
+    loras = model.engine.lora_bytes(model.dtype)
+    plan = host.plan_memory(model.patcher, job.pictures, each, streamed, model.engine.release, loras)
     shape = (job.pictures, *model.engine.latents.shape(job.grid))
     decoding = host.vae_bytes(model.vae, shape)
     log.info("NextStep: %s; the VAE about %s afterwards; %d at a time", plan, format_bytes(decoding), plan.at_once)
@@ -193,7 +194,9 @@ def undrawn_mask(job: Job, progress: Progress) -> Tensor:
 def rate_text(progress: Progress) -> str:
     """Rate and remaining time for the node."""
     minutes, seconds = divmod(round(progress.seconds_left), 60)
-    return f"{progress.tokens_per_second:.1f} tokens/s, {minutes}:{seconds:02d} left"
+    at_once = progress.step.tokens_per_read
+    ahead = f", {at_once:.1f} at a time" if at_once > 1 else ""
+    return f"{progress.tokens_per_second:.1f} tokens/s{ahead}, {minutes}:{seconds:02d} left"
 
 
 def finished_text(job: Job, seconds: float) -> Sentence:
@@ -218,8 +221,10 @@ class Preview:
 
     def __init__(self, model: HostModel, job: Job) -> None:
         self.model, self.job, self.shown_at, self.shown = model, job, 0.0, (0, 0)
-        if model.rgb_map is None and model.vae is not None:
-            model.rgb_map = fit_latent_to_rgb(model.vae.encode)
+        plain = model.plain or model
+        if plain.rgb_map is None and model.vae is not None:
+            plain.rgb_map = fit_latent_to_rgb(model.vae.encode)
+        model.rgb_map = plain.rgb_map
 
     def update(self, progress: Progress) -> Shown:
         """(the pictures side by side, or None where nothing new is due; size in pixels as width and height)."""
@@ -274,6 +279,7 @@ class NextStepSampler(DrawingNode):
                     tooltip="What Interrupt returns: nothing, or the finished part. Run again with the same seed and "
                     "settings to complete the same picture, or sample the kept latent.",
                 ),
+                lookahead_input(),
             ],
             outputs=[
                 io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node."),

@@ -11,7 +11,7 @@ from ..nextstep_core import __version__
 from ..nextstep_core.errors import NextStepError, check_choice, check_text
 from ..nextstep_core.images.rgb import to_rgb
 from ..nextstep_core.images.saving import FORMATS, QUALITY, save_picture
-from ..nextstep_core.request.parameters import PRODUCT, parameters_text
+from ..nextstep_core.request.parameters import PRODUCT, lora_facts, parameters_text
 from ..nextstep_core.sampling.settings import GenerationSettings
 from . import host
 from .language import Node
@@ -35,6 +35,7 @@ def info_of(
         "Model": model.facts["model"],
         "Model hash": model.facts["hash"],
         "Weights": model.facts["weights"],
+        **lora_facts(model.engine.loras),
         "Unfinished": unfinished,
         "Version": f"{PRODUCT} {__version__}",
     }

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..nextstep_core.decoding.progress import Progress
 from ..nextstep_core.errors import NextStepError, check_text
 from ..nextstep_core.request.layout import IMAGE_SLOT, Caption
+from ..nextstep_core.request.parameters import lora_facts
 from ..nextstep_core.runtime.interrupt import Check
 from ..nextstep_core.studio.batch import TOGETHER, BatchProgress, BatchRun
-from ..nextstep_core.studio.drawing import Settled, read_picture, settle, with_version
+from ..nextstep_core.studio.drawing import Settled, identity_of, read_picture, settle, with_version
 from ..nextstep_core.studio.hands import Alone
 from ..nextstep_core.studio.job_file import Wishes, job_of_prompts, parse_job, read_job
 from ..nextstep_core.studio.jobs import BatchJob, Order
@@ -49,8 +50,9 @@ class HostArtist:
     def __init__(self, model: HostModel, vae: Any) -> None:
         self.model, self.vae = model, vae
         names = {"Model": "model", "Model hash": "hash", "Weights": "weights"}
-        self.facts = with_version({name: model.facts[key] for name, key in names.items()})
-        self.identity = f"{model.facts['hash']} {model.facts['weights']} {model.dtype}"
+        loras = model.engine.loras
+        self.facts = with_version({name: model.facts[key] for name, key in names.items()} | lora_facts(loras))
+        self.identity = identity_of(model.facts["hash"], model.facts["weights"], model.dtype, loras)
         self.shown: Shown = (None, (0, 0))
 
     def settle(self, order: Order) -> Settled:

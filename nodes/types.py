@@ -33,6 +33,7 @@ class HostModel:
     The patcher owns where the weights are; dtype is the one to compute in. `vae` is the one that goes with the
     checkpoint as a native VAE, or None where there is none; `rgb_map` is fitted to it before a run that shows previews.
     `facts` are what pictures tell of the model they were drawn by; `seconds_per_token` is of the last run, if any.
+    With LoRAs, `plain` is the model without, whose weights it shares: while one is in use, no other is loaded.
     """
 
     engine: NextStepEngine
@@ -42,6 +43,7 @@ class HostModel:
     facts: dict[str, str]
     rgb_map: Tensor | None = None
     seconds_per_token: float | None = None
+    plain: HostModel | None = None
 
     def is_dynamic(self) -> bool:
         """Asked by the host's cache of a loader's outputs."""

@@ -13,7 +13,7 @@ from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES
 from ..nextstep_core.sampling.guidance import SCHEDULES
-from ..nextstep_core.sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS, GenerationSettings
+from ..nextstep_core.sampling.settings import CFG, CFG_IMG, LOOKAHEAD, OFF, SEED, SHIFT, STEPS, GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
 from .language import Node
 
@@ -51,12 +51,20 @@ class DrawingNode(Node):
         cfg_schedule: str | None = None,
         sampler: str | None = None,
         cfg_img: float | None = None,
+        lookahead: str | None = None,
     ) -> bool | str:
         """NextStepError for what is wrong. None is a widget that is linked and so not known yet, or one the node
         lacks."""
         base = GenerationSettings(sampler="flow-ode")  # the one that can take any number of steps
         with_widgets(
-            base, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, cfg_schedule=cfg_schedule, sampler=sampler
+            base,
+            steps=steps,
+            cfg=cfg,
+            cfg_img=cfg_img,
+            shift=shift,
+            cfg_schedule=cfg_schedule,
+            sampler=sampler,
+            lookahead=lookahead,
         )
         return True
 
@@ -139,6 +147,19 @@ def cfg_img_input() -> io.Input:
         round=0.01,
         optional=True,
         tooltip="Editing only: how closely the input picture is followed. 1 turns it off; published: 1.5 to 2.0.",
+    )
+
+
+def lookahead_input() -> io.Input:
+    """The widget for drawing several squares at a time."""
+    return io.Combo.Input(
+        "lookahead",
+        options=list(LOOKAHEAD),
+        default=OFF,
+        optional=True,
+        tooltip="Draw several squares each time the weights are read. exact: the picture stays the same but for "
+        "rounding. fast: fewer reads, and the picture may differ. How many at a time is found by timing your device; "
+        "on a CPU it gains little.",
     )
 
 

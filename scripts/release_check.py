@@ -22,6 +22,7 @@ NEEDED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "READM
 NEEDED_FOLDERS = (
     "nodes/",
     "nextstep_core/assets/tiny/",
+    "nextstep_core/assets/night/",
     "web/docs/",
     "locales/",
     "example_workflows/",

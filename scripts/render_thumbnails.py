@@ -106,13 +106,13 @@ def inpaint(studio: Studio) -> Image.Image:
 
 
 def outpaint(studio: Studio) -> Image.Image:
-    scene = "a large orange circle on a purple background"
-    whole = studio.draw("Text to Image", scene, width=64, height=128, seed=2)
-    half = whole.crop((0, 0, 64, 64))
-    after = studio.draw("Outpaint", scene, picture=half, bottom=64, seed=2, **AS_IT_IS)
-    padded = Image.new("RGB", (64, 128))
+    scene = "a yellow star above a purple circle on a white background"
+    whole = studio.draw("Text to Image", scene, width=64, height=64, seed=5)
+    half = whole.crop((0, 0, 64, 32))
+    after = studio.draw("Outpaint", scene, picture=half, bottom=32, seed=6, **AS_IT_IS)
+    padded = Image.new("RGB", (64, 64))
     padded.paste(half)
-    return before_and_after(with_hatching(padded, masked(padded, (0, 64, 64, 128))[1]), after)
+    return before_and_after(with_hatching(padded, masked(padded, (0, 32, 64, 64))[1]), after)
 
 
 def ratios(studio: Studio) -> Image.Image:
@@ -141,6 +141,12 @@ def compare(studio: Studio) -> Image.Image:
     )
     side = min(SIDE, SIDE * drawn.height // drawn.width)
     return sheet((drawn, (0, (SIDE - side) // 2, SIDE, (SIDE + side) // 2)))
+
+
+def lora(studio: Studio) -> Image.Image:
+    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=1)
+    height = SIDE * drawn.height // drawn.width
+    return sheet((drawn, (0, (SIDE - height) // 2, SIDE, (SIDE + height) // 2)))
 
 
 def resume(studio: Studio) -> Image.Image:
@@ -181,12 +187,13 @@ THUMBNAILS = {
             *("a red circle on a yellow background", "a white star on a blue background"),
             width=64,
             height=64,
-            seed=5,
+            seed=4,
         )  # fmt: skip
     ),
     "Low VRAM": low_vram,
     "Compare": compare,
     "Resume": resume,
+    "LoRA": lora,
     "Brand": lambda s: many(
         s,
         "Brand",

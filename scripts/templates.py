@@ -52,7 +52,8 @@ OUTPUT_NAMES = {
     "NextStepSampler": ["latent"],
     "NextStepPreparePicture": ["image", "mask", "original", "width", "height", "report", "latent"],
     "NextStepPasteBack": ["image"],
-    "NextStepCompare": ["cfg", "steps", "shift", "sampler", "quantization", "labels", "columns"],
+    "NextStepCompare": ["cfg", "steps", "shift", "sampler", "quantization", "labels", "columns", "strength"],
+    "NextStepLoadLora": ["model"],
     "NextStepLabelledGrid": ["image"],
     "NextStepResume": ["latent"],
 }
@@ -120,6 +121,7 @@ Column = list[Node | Group]
 PARTS = (
     "model", "note", "positive", "negative", "size", "sampler", "decode", "save", "load", "edit", "prepare", "paste",
     "pad", "ratio", "second", "batch", "grid", "compare", "resume", "kept", "scale", "languages", "studio",
+    "lora",
 )  # fmt: skip
 
 
@@ -428,6 +430,13 @@ there and finishes the same picture, also after a restart.
 
 The seed stays fixed for it. Another name in **NextStep Resume** and **Save Latent** starts another picture.
 """,
+    "LoRA": """
+Nothing to download: **night** is a LoRA that comes with the pack. It makes the embedded model draw scenes at night.
+Press **Run** for three pictures of one seed, at the strengths 0 (the plain model), 0.5 and 1.
+
+Your own: put a `.safetensors` file that was trained on NextStep-1 into `models/loras`, press R, and choose it, with its
+model in the loader. For several, put one **NextStep Load LoRA** behind the other.
+""",
 }
 
 
@@ -674,8 +683,8 @@ def low_vram() -> Template:
 
 
 def compare() -> Template:
-    values = ["5, 7.5, 10", "12, 28", "1", "auto", "auto"]
-    table = Node("compare", "NextStepCompare", (320, 300), values, title="Values to compare")
+    values = ["5, 7.5, 10", "12, 28", "1", "auto", "auto", "1"]
+    table = Node("compare", "NextStepCompare", (320, 340), values, title="Values to compare")
     settings = {name: ("compare", n) for n, name in enumerate(("cfg", "steps", "shift", "sampler"))}
     sheet = {"image": ("decode", 0), "labels": ("compare", 5), "columns": ("compare", 6)}
     grid = Node("grid", "NextStepLabelledGrid", (340, 98), [2], sheet)
@@ -704,6 +713,26 @@ def resume() -> Template:
             [group("Result", decode(), save("resumed", height=270), kept)],
         ],
         text_app(*SIZED),
+    )
+
+
+def lora() -> Template:
+    values = ["3", "20", "1", "auto", "auto", "0, 0.5, 1"]
+    table = Node("compare", "NextStepCompare", (320, 340), values, title="Strengths to compare")
+    changed = Node("lora", "NextStepLoadLora", (WIDE, 106), ["night (embedded)", 1.0],
+                   {"model": ("model", 0), "strength": ("compare", 7)})  # fmt: skip
+    sheet = {"image": ("decode", 0), "labels": ("compare", 5)}
+    grid = Node("grid", "NextStepLabelledGrid", (340, 98), [3], sheet)
+    settings = {"model": ("lora", 0)}
+    return Template(
+        "NextStep LoRA",
+        [
+            [*notes("LoRA", 200), group("Model", loader(EMBEDDED), changed), group("Picture", size(64, 64))],
+            [group("Prompt", positive("a red circle on a blue background"), negative("")), group("Settings", table)],
+            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "fixed"), fed=settings))],
+            [group("Result", decode(), grid, save("lora", "grid", 270))],
+        ],
+        [("positive", "prompt"), ("lora", "lora_name"), ("compare", "strength"), ("sampler", "seed")],
     )
 
 
@@ -737,7 +766,7 @@ def education() -> Template:
 
 TEMPLATES = (
     first_run, text_to_image, image_edit, inpaint, outpaint, aspect_ratios, batch_grid, low_vram, compare, resume,
-    brand, marketing, education,
+    brand, marketing, education, lora,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
 ALL = sorted(FOLDER.glob("*.json"))
 FIRST_RUN = FOLDER / "NextStep First Run.json"
 TEXT_TO_IMAGE = FOLDER / "NextStep Text to Image.json"
+WITH_EMBEDDED = (FIRST_RUN, FOLDER / "NextStep LoRA.json")  # what their loader names
 EMBEDDED = "tiny (embedded)"  # in the loader's dropdown
 ON_EMBEDDED = {"model_name": EMBEDDED}
 

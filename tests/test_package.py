@@ -58,7 +58,9 @@ def test_the_wheel_holds_the_engine_and_its_model_and_draws(wheel: Path, tmp_pat
         "nextstep_core",
         f"nextstep-{nextstep_core.__version__}.dist-info",
     }
+    assert "nextstep_core/studio/data/calibration.txt" in names
     assert "nextstep_core/py.typed" in names and "nextstep_core/assets/tiny/vae/checkpoint.pt" in names
+    assert "nextstep_core/assets/night/adapter_model.safetensors" in names
     code = (
         "import nextstep_core, torch; from nextstep_core import NextStepPipeline as P; print(nextstep_core.__file__);"
         "out = P.from_pretrained('tiny', dtype=torch.float32).generate('a red circle on a white background',"

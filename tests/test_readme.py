@@ -41,6 +41,7 @@ def test_troubleshooting_quotes_the_code() -> None:
         "CHANGELOG.md",
         "docs/samplers.md",
         "docs/single-files.md",
+        "docs/gguf.md",
         "docs/publishing.md",
     ],
 )

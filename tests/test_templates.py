@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts import templates
-from scripts.workflows import ALL, FIRST_RUN, read_workflow
+from scripts.workflows import ALL, WITH_EMBEDDED, read_workflow
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = 30  # what a node has above its position
@@ -131,7 +131,7 @@ def test_it_names_a_published_checkpoint_and_no_address(path: Path) -> None:
     note, languages = (node for node in workflow["nodes"] if node["type"] == "MarkdownNote")
     name, _, quantization, *_ = loader["widgets_values"]
     assert quantization == "auto"
-    if path == FIRST_RUN:
+    if path in WITH_EMBEDDED:
         assert name == "tiny (embedded)"
     else:
         assert name in FETCHED

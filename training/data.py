@@ -30,9 +30,11 @@ from .scenes import (
     CANVASES,
     COLORS,
     EDIT_KINDS,
+    LARGE,
     NAMED_APART,
     SIZE_BORDER,
     SQUARE,
+    WIDE,
     Edit,
     Scene,
     caption,
@@ -41,6 +43,7 @@ from .scenes import (
     place_single_freely,
     render,
     sample_pair,
+    sample_three,
     triples,
     vary_pair,
     vary_single,
@@ -48,11 +51,11 @@ from .scenes import (
 from .tokenizer import BEGIN_OF_IMAGE, END_OF_IMAGE, IMAGE_AREA, IMAGE_PLACEHOLDER, PAD
 from .vae_training import newest_vae, to_pixels
 
-# Families of variations in a shard, on the grid and anywhere.
-FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16)}  # "wide" for each of the other canvases
+# Families of variations in a shard, on the grid and anywhere; "wide" for each of the four canvases.
+FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16), "large": (24, 16), "three": (60, 20)}
 # Captions name no place: most pictures drawn from text alone are of the few places of the grid, which keeps the shapes
 # clean. What edits keep they learn from the others.
-DRAWN_ON_GRID = 0.75
+DRAWN_ON_GRID = 0.95
 TOKEN_PIXELS = 16
 ENCODE_BATCH = 32
 
@@ -96,15 +99,23 @@ class Shard:
         """The shard of this number: always the same."""
         rng, families = random.Random(f"shard {number}"), defaultdict(list)
         shown = triples(held_out=False)
-        for task, canvases in (("single", [SQUARE]), ("wide", CANVASES[1:])):
-            for canvas in canvases:
-                on_grid, free = FAMILIES[task]
-                singles = [place_single(rng, rng.choice(shown), canvas=canvas) for _ in range(on_grid)]
-                singles += [place_single_freely(rng, rng.choice(shown), canvas) for _ in range(free)]
-                families[task] += [vary_single(rng, scene.objects[0], canvas) for scene in singles]
+
+        def add_singles(task: str, canvas: tuple[int, int]) -> None:
+            on_grid, free = FAMILIES[task]
+            singles = [place_single(rng, rng.choice(shown), canvas=canvas) for _ in range(on_grid)]
+            singles += [place_single_freely(rng, rng.choice(shown), canvas) for _ in range(free)]
+            families[task] += [vary_single(rng, scene.objects[0], canvas) for scene in singles]
+
+        add_singles("single", SQUARE)
+        for canvas in WIDE:
+            add_singles("wide", canvas)
         on_grid, free = FAMILIES["pair"]
         pairs = [sample_pair(rng) for _ in range(on_grid)] + [sample_pair(rng, canvas=SQUARE) for _ in range(free)]
         families["pair"] = [vary_pair(rng, scene) for scene in pairs]
+        add_singles("large", LARGE)
+        on_grid, free = FAMILIES["three"]
+        families["three"] = [[sample_three(rng)] for _ in range(on_grid)]
+        families["three"] += [[sample_three(rng, free=True)] for _ in range(free)]
         scenes = {canvas: [Scene(background, (), *canvas) for background in COLORS] for canvas in CANVASES}
         for family in (family for group in families.values() for family in group):
             for scene in family:
@@ -200,9 +211,9 @@ class Examples:
         self.pad = tokenizer.token_to_id(PAD)
 
     def batch(self, rng: random.Random, task: str, count: int) -> Batch:
-        """count examples of one task, "single", "pair" or "wide" and their edits; all of one canvas."""
+        """count examples of one task, a name of `FAMILIES` or, but for "three", its edits; all of one canvas."""
         name = task.removesuffix("edit").strip() or "single"
-        name = key(*rng.choice(CANVASES[1:])) if name == "wide" else name
+        name = key(*rng.choice(WIDE)) if name == "wide" else name
         if task.endswith("edit"):
             edits = [rng.choice(self.pool.edits[name][rng.choice(EDIT_KINDS)]) for _ in range(count)]
             return self._collate([Example(self._kept(rng, e.instruction), e.source, e.target) for e in edits])

@@ -79,6 +79,10 @@ def sample_drawn_edit(rng: random.Random, kind: str) -> DrawnEdit:
         "background": (f"make the background {other}", replace(source, background=other)),
         "replace": (f"replace the {shape} with {with_article(new_shape)}", replace(source, shape=new_shape)),
         "remove": (f"remove the {shape}", replace(source, shape=None)),
+        "exchange": (
+            f"replace the {shape} with {with_article(f'{other} {new_shape}')}",
+            replace(source, color=other, shape=new_shape),
+        ),
     }
     return DrawnEdit(kind, words[kind][0], source, words[kind][1])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.pipeline import NextStepPipeline
-from nextstep_core.request.layout import Caption
+from nextstep_core.request.layout import IMAGE_SLOT, Caption
 from nextstep_core.request.masks import kept_tokens
 from nextstep_core.runtime.quantization import RECIPES
 from tests.scene_reader import read_scene, shows
@@ -31,11 +31,13 @@ from training.scenes import (
     CANVASES,
     COLORS,
     EDIT_KINDS,
+    LARGE,
     SHAPES,
     SQUARE,
     Edit,
     Scene,
     caption,
+    edit_between,
     place_freely,
     place_single,
     place_single_freely,
@@ -46,7 +48,6 @@ from training.scenes import (
     triples,
 )
 
-LARGE = (128, 128)
 BATCH = 10  # pictures a call: those of one call share their noise, so several seeds make a fair sample
 LEAST_PSNR = 22.0  # dB, of what an edit leaves alone
 SHOWN = 10  # pictures of each row of the contact sheet
@@ -198,8 +199,11 @@ def draw_edits(
     return draw(pipeline, [f"<image>{text}" for text in instructions], SQUARE, seed, images=pictures, **settings)
 
 
-def measure_inpainting(pipeline: NextStepPipeline, count: int, seed: int = 0, **settings) -> Score:
-    """The tokens that a single object touches are masked, and another object on the same background is asked for.
+def measure_inpainting(
+    pipeline: NextStepPipeline, count: int, seed: int = 0, instructed: bool = False, **settings
+) -> Score:
+    """The tokens that a single object touches are masked, and another object on the same background is asked for: by a
+    caption, which the model reads without seeing the mask, or `instructed`, as an edit of the picture.
 
     "kept" is that no token outside the mask changed, bit for bit; "all" that the asked object is there alone besides.
     """
@@ -211,10 +215,12 @@ def measure_inpainting(pipeline: NextStepPipeline, count: int, seed: int = 0, **
         source, keep = render(before), kept_tokens(mask_of(before), (4, 4))
         encoded = pipeline.encode_image(Image.fromarray(source))
         asked = replace(before, objects=(replace(before.objects[0], color=color, shape=shape),))
+        edit = edit_between(before, asked)
+        text = f"{IMAGE_SLOT}{edit.instruction}" if instructed and edit is not None else caption(asked)
         job = engine.make_job(
-            [Caption(caption(asked))],
+            [Caption(text, (encoded,) if instructed else ())],
             encoded.grid,
-            engine.recommended().override(**settings),
+            engine.recommended(instructed).override(**settings),
             seed=seed * 1000 + number,
             known=KnownTokens(encoded.tokens[None], keep),
         )
@@ -284,7 +290,7 @@ def measures(pipeline: NextStepPipeline, count: int, seed: int, **settings) -> I
     yield "edits anywhere, of two", measure_edits(pipeline, half, seed, pair=True, free=True, **settings)
     yield "edits of drawings", measure_drawn_edits(pipeline, half, seed, **settings)
     yield "inpainting", measure_inpainting(pipeline, half, seed, **settings)
-    yield "single objects, 128x128", measure_singles(pipeline, max(1, half // 4), seed, LARGE, **settings)
+    yield "inpainting, as an edit", measure_inpainting(pipeline, half, seed, instructed=True, **settings)
     yield "three objects, 128x128", measure_three(pipeline, max(1, half // 4), seed, **settings)
 
 

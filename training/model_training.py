@@ -41,9 +41,11 @@ LANGUAGE_WEIGHT = 0.01
 CAPTION_DROP = 0.1
 TOKEN_NOISE = 0.25  # the most noise on tokens that are fed back, against the drift of sampled ones
 SOURCE_NOISE = 0.05  # the most noise on an input image's tokens, for pictures that were drawn and not rendered
-BATCH = {"single": 64, "pair": 64, "wide": 48, "edit": 48, "wide edit": 24, "pair edit": 48}
+BATCH = {"single": 64, "pair": 64, "wide": 48, "large": 24, "three": 24}
+BATCH |= {"edit": 48, "wide edit": 24, "pair edit": 48, "large edit": 12}
 FIRST_WEIGHTS = {"single": 0.7, "pair": 0.1, "wide": 0.1, "edit": 0.1}
-LATER_WEIGHTS = {"single": 0.18, "pair": 0.12, "wide": 0.1, "edit": 0.32, "wide edit": 0.08, "pair edit": 0.2}
+LATER_WEIGHTS = {"single": 0.14, "pair": 0.1, "wide": 0.06, "large": 0.1, "three": 0.08}
+LATER_WEIGHTS |= {"edit": 0.26, "wide edit": 0.04, "pair edit": 0.2, "large edit": 0.02}
 FIRST_SHARE = 0.15  # of the time, with the first weights
 SAVE_SECONDS = 120
 NEW_SHARDS_EVERY = 100  # steps
@@ -135,7 +137,7 @@ def running_accuracy(folder: Path, seed: int) -> str:
     pipeline = NextStepPipeline.from_pretrained(folder, device=pick_device(), dtype=torch.float32)
     singles = measure_singles(pipeline, count=40, seed=seed)
     edits = measure_edits(pipeline, count=16, seed=seed)
-    wide = measure_singles(pipeline, count=10, seed=seed, canvas=CANVASES[1 + seed % 4])
+    wide = measure_singles(pipeline, count=10, seed=seed, canvas=CANVASES[1 + seed % (len(CANVASES) - 1)])
     pairs = measure_pairs(pipeline, count=20, seed=seed)
     pair_edits = measure_edits(pipeline, count=12, seed=seed, pair=True)
     others = {"edits": edits, "wide": wide, "pairs": pairs, "pair edits": pair_edits}

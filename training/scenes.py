@@ -36,9 +36,11 @@ PLAIN_RELATION = 1.3  # how much the larger distance of two objects exceeds the 
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SQUARE = (64, 64)
-CANVASES = (SQUARE, (96, 64), (64, 96), (128, 64), (64, 128))  # (width, height)
+WIDE = ((96, 64), (64, 96), (128, 64), (64, 128))  # (width, height), as all canvases
+LARGE = (128, 128)
+CANVASES = (SQUARE, *WIDE, LARGE)
 GRID = 8  # centers on the grid lie on multiples of this, within one step of their nominal place
-EDIT_KINDS = ("recolor", "background", "replace", "remove")
+EDIT_KINDS = ("recolor", "background", "replace", "remove", "exchange")
 HELD_OUT_PERCENT = 15
 SUPERSAMPLING = 8
 
@@ -274,6 +276,26 @@ def place_freely(
             return Scene(background, tuple(objects), *canvas)
 
 
+def place_three(rng: random.Random, things: Sequence[tuple[str, str]], background: str) -> Scene:
+    """Three small objects in three quarters of a 128x128 scene, named as one reads."""
+    sides = LARGE[0] // 4, 3 * LARGE[0] // 4
+    quarters = (divmod(quarter, 2) for quarter in sorted(rng.sample(range(4), 3)))
+    places = [(_near(rng, sides[column]), _near(rng, sides[row])) for row, column in quarters]
+    small = RADII["small"]
+    objects = (SceneObject(shape, color, small, *place) for (color, shape), place in zip(things, places, strict=True))
+    return Scene(background, tuple(objects), *LARGE)
+
+
+def sample_three(rng: random.Random, held_out: bool = False, free: bool = False) -> Scene:
+    """Three objects of different colors on 128x128, on the grid or anywhere; held out as a pair is."""
+    while True:
+        background, *colors = rng.sample(list(COLORS), 4)
+        things = [(color, rng.choice(SHAPES)) for color in colors]
+        scene = place_freely(rng, things, background, LARGE, held_out) if free else place_three(rng, things, background)
+        if scene_is_held_out(scene) == held_out:
+            return scene
+
+
 def _apart(a: SceneObject, b: SceneObject) -> bool:
     dx, dy = abs(a.x - b.x), abs(a.y - b.y)
     return math.hypot(dx, dy) >= a.radius + b.radius + GAP and max(dx, dy) >= PLAIN_RELATION * min(dx, dy)
@@ -296,7 +318,7 @@ def sample_pair(rng: random.Random, held_out: bool = False, canvas: tuple[int, i
 
 
 def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None) -> Edit:
-    """Edit the object at index, or the background; word is the new color or shape, and is not used to remove."""
+    """Edit the object at index, or the background; word is the new color, shape or both, not used to remove."""
     thing = scene.objects[index]
 
     def with_object(*changed: SceneObject) -> Scene:
@@ -309,6 +331,10 @@ def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None)
     if kind == "replace":
         instruction = f"replace the {thing.shape} with {with_article(word)}"
         return Edit(kind, instruction, scene, with_object(replace(thing, shape=word)))
+    if kind == "exchange":
+        color, shape = word.split()
+        instruction = f"replace the {thing.shape} with {with_article(word)}"
+        return Edit(kind, instruction, scene, with_object(replace(thing, color=color, shape=shape)))
     if kind == "remove":
         return Edit(kind, f"remove the {thing.shape}", scene, with_object())
     raise ValueError(f"unknown edit {kind!r}; one of {', '.join(EDIT_KINDS)}")
@@ -317,10 +343,14 @@ def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None)
 def edit_scene(rng: random.Random, scene: Scene, kind: str) -> Edit:
     """An edit of this kind that changes something and leaves no two objects of one color."""
     word = None
+    colors = [c for c in COLORS if c != scene.background and all(c != o.color for o in scene.objects)]
+    shapes = [s for s in SHAPES if all(s != o.shape for o in scene.objects)]
     if kind in ("recolor", "background"):
-        word = rng.choice([c for c in COLORS if c != scene.background and all(c != o.color for o in scene.objects)])
+        word = rng.choice(colors)
     elif kind == "replace":
-        word = rng.choice([s for s in SHAPES if all(s != o.shape for o in scene.objects)])
+        word = rng.choice(shapes)
+    elif kind == "exchange":
+        word = f"{rng.choice(colors)} {rng.choice(shapes)}"
     return apply_edit(scene, kind, rng.randrange(len(scene.objects)), word)
 
 
@@ -407,4 +437,6 @@ def edit_between(source: Scene, target: Scene) -> Edit | None:
             after = target.objects[index]
             candidates.append(apply_edit(source, "recolor", index, after.color))
             candidates.append(apply_edit(source, "replace", index, after.shape))
+            if after.color != source.objects[index].color and after.shape != source.objects[index].shape:
+                candidates.append(apply_edit(source, "exchange", index, f"{after.color} {after.shape}"))
     return next((edit for edit in candidates if edit.target == target != source), None)

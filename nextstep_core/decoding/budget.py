@@ -119,22 +119,24 @@ class Budget:
             return Fit(recipe, weights, needed, None)
         return Fit(recipe, weights, needed, 0 if planned is None else weights - planned.resident)
 
-    def plan(self, model: NextStepModel, pictures: int, each: int, height: int, width: int) -> MemoryPlan | None:
-        """The plan for pictures of this size, each with `each` bytes of working memory; None where nobody can tell.
-        NextStepError when not even one fits."""
+    def plan(
+        self, model: NextStepModel, pictures: int, each: int, height: int, width: int, beside: int = 0
+    ) -> MemoryPlan | None:
+        """The plan for pictures of this size, each with `each` bytes of working memory, and `beside` bytes for all
+        together; None where nobody can tell. NextStepError when not even one fits."""
         vae, held = self.vae_bytes(height, width, pictures), held_bytes(model, self.device)
-        return self._plan(model_bytes(model), streamed_bytes(model), pictures, each, vae, held)
+        return self._plan(model_bytes(model), streamed_bytes(model), pictures, each, vae, held, beside)
 
     def _plan(
-        self, weights: int, streamed: int, pictures: int, each: int, vae: int = 0, held: int = 0
+        self, weights: int, streamed: int, pictures: int, each: int, vae: int = 0, held: int = 0, beside: int = 0
     ) -> MemoryPlan | None:
         room = self.room(held)
         if room is None:
             return None
         if self.device.type == "cpu":
-            return plan_within(room, weights, pictures, each)
+            return plan_within(room - beside, weights, pictures, each)
         whose = DEVICE_HAS if self.limit is None else Sentence("max_memory leaves")
-        return plan_memory(weights, room, pictures, each, streamed, spare=vae, whose=whose)
+        return plan_memory(weights, room, pictures, each, streamed, spare=vae, whose=whose, beside=beside)
 
 
 def model_bytes(model: NextStepModel) -> int:

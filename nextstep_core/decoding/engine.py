@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from traceback import clear_frames
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..errors import NextStepError, is_out_of_memory
 from ..images.latents import Grid, LatentSpace
 from ..loading.build import ModelPlan
+from ..loading.lora_file import FittedLora
 from ..loading.published import Published, published
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
@@ -33,13 +35,15 @@ from ..request.layout import (
 from ..request.tokenizer import NextStepTokenizer, context_of
 from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
+from ..runtime.lora import STRENGTH, Adapter, Stack
 from ..runtime.memory import check_room, plan_host_memory, spare_bytes
 from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream, Seeds
-from ..sampling.settings import GenerationSettings
+from ..sampling.settings import OFF, GenerationSettings
 from ..sentences import Sentence
 from .job import PICTURES, Job, KnownTokens
+from .lookahead import MOST, look_ahead
 from .loop import decode
 from .memory import Piece, RunSize, working_bytes
 from .progress import Progress, TokenStep
@@ -50,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NextStepEngine:
-    """A loaded checkpoint without its VAE."""
+    """A loaded checkpoint without its VAE. Engines that differ in their `loras` alone share all else."""
 
     config: NextStepConfig
     latents: LatentSpace
@@ -59,6 +63,8 @@ class NextStepEngine:
     text_embedding: TextEmbedding
     model: NextStepModel
     caches: StepCaches = field(default_factory=StepCaches)
+    loras: Stack = Stack()
+    adapters: WeakValueDictionary[str, Adapter] = field(default_factory=WeakValueDictionary, compare=False)
 
     @classmethod
     def assemble(
@@ -77,6 +83,22 @@ class NextStepEngine:
         text_embedding, model = plan.load_text_embedding(), load_model()
         caches = StepCaches(StepGraphs(model) if cuda_graphs else None)
         return cls(plan.config, latents, says, tokenizer, text_embedding, model, caches)
+
+    def with_lora(self, lora: FittedLora, strength: float, check: Check = go_on) -> NextStepEngine:
+        """The same model with a LoRA on top of those that are there; strengths of one file add up.
+
+        A file that is in use already is not read again.
+        """
+        STRENGTH.check(strength)
+        key = lora.fingerprint
+        adapter = self.adapters.get(key)
+        if adapter is None:
+            adapter = self.adapters[key] = lora.read(check)
+        return replace(self, loras=self.loras.plus(adapter, strength))
+
+    def without_loras(self) -> NextStepEngine:
+        """The same model, plain."""
+        return replace(self, loras=Stack())
 
     def recommended(self, editing: bool = False) -> GenerationSettings:
         """The checkpoint's own settings, for making or for editing an image."""
@@ -173,8 +195,14 @@ class NextStepEngine:
 
     def working_bytes(self, job: Job, dtype: torch.dtype) -> int:
         """Memory that `job` needs beside the weights: KV cache, prefill activations and the head's modulations."""
-        size = RunSize(job.batch, job.length, min(CHUNK, job.longest_stretch), job.settings.steps)
+        window = 0 if job.settings.lookahead == OFF else MOST
+        fed = max(min(CHUNK, job.longest_stretch), window)
+        size = RunSize(job.batch, job.length + window, fed, job.settings.steps, max(1, window))
         return working_bytes(self.config, size, dtype)
+
+    def lora_bytes(self, dtype: torch.dtype) -> int:
+        """Memory of the device that a run takes for the LoRAs, which are never streamed."""
+        return self.loras.bytes_in(dtype)
 
     def embed(self, rows: PromptRows, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Prompt embeddings (B, L, hidden) with the tokens of input images at their placeholders."""
@@ -223,7 +251,8 @@ class NextStepEngine:
         device said."""
         with checked(self.model.layers, check) as hook:
             try:
-                with weights_on(self.model, tokens.device):
+                applied = self.caches.adapters.applied(self.model, self.loras, tokens.device, tokens.dtype)
+                with weights_on(self.model, tokens.device), applied:
                     while start < job.pictures:
                         stop = min(start + piece.pictures, job.pictures)
                         tokens[start:] = 0  # also what a part left that ran out of memory
@@ -262,11 +291,13 @@ class NextStepEngine:
             return wanted
         what = Sentence("{count} pictures", count=job.pictures)
         check_room(job.pictures * job.total * self.config.token_dim * dtype.itemsize, what)
-        return plan_host_memory(0, spare_bytes(), wanted, self.working_bytes(job.part([0]), dtype)).at_once
+        free, each = spare_bytes() - self.lora_bytes(dtype), self.working_bytes(job.part([0]), dtype)
+        return plan_host_memory(0, free, wanted, each).at_once
 
     def _decode_part(self, job: Job, tokens: Tensor, chunk: int) -> Iterator[TokenStep]:
         embeds = self.embed(job.rows, tokens.device, tokens.dtype)
-        return decode(self.model, job, embeds, tokens, self.caches, chunk)
+        loop = decode if job.settings.lookahead == OFF else look_ahead
+        return loop(self.model, job, embeds, tokens, self.caches, chunk)
 
     def release(self) -> None:
         """Free the device memory that is kept for the next run; it is taken again when it is needed."""

@@ -53,12 +53,19 @@ class Run:
 
     @classmethod
     def start(
-        cls, model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int
+        cls,
+        model: NextStepModel,
+        job: Job,
+        embeds: Tensor,
+        tokens: Tensor,
+        caches: StepCaches,
+        chunk: int,
+        beyond: int = 0,
     ) -> Run:
-        """Take or make the steps, and read the prompt; arguments as in `decode`."""
+        """Take or make the steps, and read the prompt; arguments as in `decode` and `StepShape.of_job`."""
         started, total = time.monotonic(), job.total
-        sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype))
-        key = "" if caches.prefilled is None else job.prompt_key(tokens.dtype)
+        sequence, sample = caches.steps(model, StepShape.of_job(job, tokens.device, tokens.dtype, beyond))
+        key = "" if caches.prefilled is None else caches.prompt_key(job, tokens.dtype)
         return cls(
             sequence,
             sample,
@@ -78,10 +85,11 @@ class Run:
         """What the token at `place` is sampled from, given the hidden states before it."""
         return hidden if self.codes is None else hidden + self.codes[place]
 
-    def step(self, done: int, sampled: int) -> TokenStep:
-        """The state after `done` places, of which so many were sampled."""
+    def step(self, done: int, sampled: int, reads: int | None = None) -> TokenStep:
+        """The state after `done` places, of which so many were sampled in so many reads (None: one each)."""
         left = self.keep.count(False) - sampled
-        return TokenStep(done, len(self.keep), sampled, left, time.monotonic() - self.started)
+        seconds = time.monotonic() - self.started
+        return TokenStep(done, len(self.keep), sampled, left, seconds, sampled if reads is None else reads)
 
     def check_finite(self) -> None:
         """NextStepError, saying where it began, when a token is NaN or infinite.

@@ -25,12 +25,13 @@ FEWEST = 64  # positions in one call; fewer would save next to nothing
 @dataclass(frozen=True)
 class RunSize:
     """What a run's memory depends on: rows of the transformer's batch, the positions of their prompt and in all, how
-    many are fed in one call, and the flow steps."""
+    many are fed in one call, the flow steps, and how many tokens of a picture are drawn in one call."""
 
     rows: int
     length: int
     fed_at_once: int
     steps: int
+    drawn_at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def working_bytes(config: NextStepConfig, size: RunSize, dtype: torch.dtype) -> 
     scores = size.rows * config.num_attention_heads * size.fed_at_once * size.length
     # The modulations: three vectors a block and two for the last layer, for every step and one more (a grid of n steps
     # may have n + 1 times).
-    head = size.rows * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
+    head = size.rows * size.drawn_at_once * (size.steps + 1) * (3 * config.fm_head_layers + 2) * config.fm_head_dim
     cache = KVCache.bytes_needed(config, size.rows, size.length, dtype)
     return cache + (activations + scores + head) * dtype.itemsize
 
@@ -76,20 +77,22 @@ def fitting_recipe(
     """The recipe for a device with `room` bytes in all: as they are (None), int8 or int4, the first that leaves room
     for a 512x512 picture and its VAE; int4 where none does, since it needs the least streaming.
 
-    Weights lie in `storage`, the KV cache and the activations in `compute`. A card without bfloat16 units keeps the
-    weights in it all the same and computes in float32. `vae` is what the VAE takes.
+    What a GGUF file holds is as it is in the recipe that is nearest to it. Weights lie in `storage`, the KV cache and
+    the activations in `compute`. A card without bfloat16 units keeps the weights in it all the same and computes in
+    float32. `vae` is what the VAE takes.
     """
     beside = working_bytes(plan.config, PICTURE_512, compute) + vae
-    fitting = (name for name in AUTOMATIC if plan.weight_bytes(name, storage) + beside <= room)
-    return next(fitting, AUTOMATIC[-1])
+    choices = AUTOMATIC if plan.recipe is None or plan.stored else (plan.recipe.name, AUTOMATIC[-1])
+    fitting = (name for name in choices if plan.weight_bytes(name, storage) + beside <= room)
+    return next(fitting, choices[-1])
 
 
 def with_fitting_recipe(
     plan: ModelPlan, storage: torch.dtype, compute: torch.dtype, room: int | None, vae: int = VAE_BYTES
 ) -> ModelPlan:
-    """The plan with weights in the format that fits `room`; as it is without a room to fit, as on a CPU, and where a
-    file has its format."""
-    if room is None or plan.recipe is not None:
+    """The plan with weights in the format that fits `room`; as it is without a room to fit, as on a CPU, and where
+    they are stored in a format already."""
+    if room is None or plan.stored:
         return plan
     name = fitting_recipe(plan, storage, compute, room, vae)
     log.info("NextStep: quantization auto takes %s for a card of %s", name or "none", format_bytes(room))

@@ -12,7 +12,7 @@ class TokenStep:
     """State after a token: how many places of `total` are done.
 
     Of the done ones `sampled` were sampled (the others were known), `left` are still to be; `seconds` have passed
-    since the run began.
+    since the run began. `reads` is how often the weights were read for the sampled ones.
     """
 
     done: int
@@ -20,6 +20,12 @@ class TokenStep:
     sampled: int
     left: int
     seconds: float
+    reads: int = 0
+
+    @property
+    def tokens_per_read(self) -> float:
+        """Sampled tokens for each read of the weights."""
+        return self.sampled / self.reads if self.reads else 1.0
 
     @property
     def tokens_per_second(self) -> float:

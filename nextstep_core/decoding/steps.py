@@ -18,6 +18,7 @@ from ..model.nextstep import NextStepModel
 from ..model.positions import rotary_table
 from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
+from ..runtime.lora import Attachments
 from ..sampling.guidance import guide
 from ..sampling.solvers import ETA, SAMPLERS, normalize_token
 from .job import Job
@@ -52,12 +53,13 @@ class StepShape:
     dtype: torch.dtype
 
     @classmethod
-    def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype) -> StepShape:
-        """The shape of a job's steps on a device; guidance scales are inputs of every token and no part of it."""
+    def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype, beyond: int = 0) -> StepShape:
+        """The shape of a job's steps on a device, with room for so many positions `beyond` its end; guidance scales are
+        inputs of every token and no part of it."""
         return cls(
             rows=job.batch,
             branches=job.rows.branches,
-            positions=bucketed(job.length),
+            positions=bucketed(job.length + beyond),
             sampler=job.settings.sampler,
             steps=job.settings.steps,
             shift=job.settings.shift,
@@ -92,6 +94,33 @@ class TransformerStep:
         return projected.repeat(len(self.valid) // len(tokens), 1, 1)
 
 
+class OfSizes(dict[int, Step]):
+    """Steps by the size that they are captured for, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], Step]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, size: int) -> Step:
+        self[size] = self._make()
+        return self[size]
+
+
+class WindowStep:
+    """Several image tokens of every picture through the transformer, each picture's at places of its own."""
+
+    def __init__(self, step: TransformerStep) -> None:
+        self.step, self.reads = step, step.reads
+
+    def __call__(self, tokens: Tensor, positions: Tensor, visible: int) -> Tensor:
+        """All hidden states (rows, T, hidden) of tokens (M, T, token_dim) at positions (M, T)."""
+        embeds = self.step.project(tokens)
+        positions = positions.repeat(len(embeds) // len(positions), 1)
+        span = span_at(positions, self.step.rotary, self.step.valid, visible)
+        hidden: Tensor = self.step.model(embeds, span, self.step.cache)
+        return hidden
+
+
 class TokenSequence:
     """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache.
 
@@ -102,8 +131,10 @@ class TokenSequence:
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.prompt_length = 0
         self.positions = torch.arange(shape.positions, device=shape.device)
-        self._plain = TransformerStep(model, shape)
-        self._step = wrap(self._plain)
+        self._plain = plain = TransformerStep(model, shape)
+        self._step = wrap(plain)
+        # a captured step has one shape, so each length of a window is a step of its own
+        self._windows = OfSizes(lambda: wrap(WindowStep(plain)))
 
     def prefill(
         self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
@@ -134,6 +165,12 @@ class TokenSequence:
             return self._step(tokens, self.positions[start : start + 1], visible=bucketed(start + 1))
         return self._run(self._plain.project(tokens), start)
 
+    def feed_window(self, tokens: Tensor, places: Tensor, last: int) -> Tensor:
+        """Run image tokens (M, T, token_dim) at places (M, T), of which `last` is the greatest; all hidden states
+        (rows, T, hidden). What is fed at the same places later takes their place."""
+        visible = bucketed(self.prompt_length + last + 1)
+        return self._windows[tokens.shape[1]](tokens, places + self.prompt_length, visible=visible)
+
     def _run(self, embeds: Tensor, start: int) -> Tensor:
         end = start + embeds.shape[1]
         return self._plain.run(embeds, self.positions[start:end], bucketed(end))
@@ -147,8 +184,16 @@ class FlowIntegration:
         self.reads = (model.head, model.image_out_projector)
         self.sampler = SAMPLERS[shape.sampler]
         self.times = self.sampler.grid(shape.steps, shape.shift)
-        times = torch.tensor(self.times, device=shape.device)
-        self.time_codes = self.head.time_embed(times, shape.dtype)[:, None]  # (N, 1, dim), to go with all rows
+        self.time_codes = self._embedded_times()
+
+    def _embedded_times(self) -> Tensor:
+        times = torch.tensor(self.times, device=self.shape.device)
+        codes: Tensor = self.head.time_embed(times, self.shape.dtype)
+        return codes[:, None]  # (N, 1, dim), to go with all rows
+
+    def refresh(self) -> None:
+        """Compute anew, in its place, what is kept from run to run: what is added to the layers may have changed."""
+        self.time_codes.copy_(self._embedded_times())
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
@@ -170,23 +215,34 @@ class TokenSampler:
 
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
-        self._step = wrap(FlowIntegration(model, shape))
+        self._plain = integration = FlowIntegration(model, shape)
+        self._step = wrap(integration)
+        self._windows = OfSizes(lambda: wrap(integration))
+
+    def refresh(self) -> None:
+        """See `FlowIntegration`."""
+        self._plain.refresh()
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
-        scales cfg and cfg_img as a tensor (2,)."""
-        return self._step(hidden, noise, guidance)
+        scales cfg and cfg_img as a tensor (2,), or (2, M, 1) where every token has scales of its own."""
+        step = self._step if guidance.ndim == 1 else self._windows[len(hidden)]
+        return step(hidden, noise, guidance)
 
 
 @dataclass(frozen=True)
 class StepCaches:
-    """What a model keeps from run to run: prompts that were read, and captured steps with their memory.
+    """What a model keeps from run to run: prompts that were read, captured steps with their memory, and what windows of
+    each size cost (`lookahead`).
 
-    graphs None runs every step as it is; prefilled None reads every prompt anew.
+    graphs None runs every step as it is; prefilled None reads every prompt anew. `adapters` are those of the run that
+    is under way.
     """
 
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
+    adapters: Attachments = field(default_factory=Attachments)
+    costs: dict[StepShape, dict[int, float]] = field(default_factory=dict)
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""
@@ -196,10 +252,19 @@ class StepCaches:
 
         if self.graphs is None or not self.graphs.supports(shape.device):
             return make(unwrapped)
-        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(shape, shape.device, make)
+        # What is captured reads the adapters' matrices; as a part of the key they live as long as it does.
+        key = shape, self.adapters.in_use
+        pair: tuple[TokenSequence, TokenSampler] = self.graphs.steps(key, shape.device, make)
+        if self.adapters.in_use is not None:
+            pair[1].refresh()
         return pair
+
+    def prompt_key(self, job: Job, dtype: torch.dtype) -> str:
+        """Tells apart what the transformer makes of prompts."""
+        return job.prompt_key(dtype) + self.adapters.key
 
     def release(self) -> None:
         """Free the device memory that is kept for the next run."""
         if self.graphs is not None:
             self.graphs.clear()
+        self.adapters.clear()

@@ -49,6 +49,7 @@ from .checkpoint import (
 from .documents import CONFIG, Documents, find_documents
 from .files import is_file
 from .fusion import fuse_locations, parts_of, published_shapes
+from .gguf_int4 import with_own_scales
 from .stored import bring_in
 
 GRID_CODES = "gen_pos_embed"
@@ -107,24 +108,26 @@ class ModelPlan:
         between the pieces of a tensor.
         """
         quantized = {} if self.recipe is None else dict(quantized_linears(self.empty_model()))
-        stored = {f"{name}.{part}" for name in quantized for part in ("weight", "weight_scale")}
-        to_quantize = {} if self.stored else {f"{name}.weight": layer.format for name, layer in quantized.items()}
-        present = [name for name in self.model_names if name in self.files.locations]
+        files = self.files if self.stored else with_own_scales(self.files, quantized)
+        formats = {f"{name}.weight": layer.format for name, layer in quantized.items()}
+        to_quantize = {name: format for name, format in formats.items() if f"{name}_scale" not in files.locations}
+        stored = {part for name in formats.keys() - to_quantize for part in (name, f"{name}_scale")}
+        parts = dict.fromkeys(part for name in self.model_names for part in (name, f"{name}_scale"))
+        present = [part for part in parts if part in files.locations]
         # What is only read goes where it stays; a trip over another device would cost time and fresh host memory.
         where = dict.fromkeys(to_quantize, work_on or device)
-        read = read_tensors(self.files, present, device, dtype, stored if self.stored else (), where, check)
+        read = read_tensors(files, present, device, dtype, stored, where, check)
         for done, (name, tensor) in enumerate(read):
             if on_tensor is not None:
                 on_tensor(done, len(present))
+            laid_out = self.layout if isinstance(formats.get(name), Int4) and not self.stored else None
             if name not in to_quantize:
-                yield name, tensor
+                yield name, tensor if laid_out is None else laid_out.pack(tensor)
                 continue
             weight, scale = quantize_in_pieces(to_quantize[name], tensor, check)
             check_finite(name, scale, self.files.path_of(name))  # what a row has of NaN, its scale has
             del tensor  # one in flight: while the pieces are taken up, it is not needed any more
-            if self.layout is not None and isinstance(to_quantize[name], Int4):
-                weight = self.layout.pack(weight)
-            yield name, weight.to(device)
+            yield name, (weight if laid_out is None else laid_out.pack(weight)).to(device)
             yield f"{name}_scale", scale.to(device)
         if GRID_CODES in self.model_names and GRID_CODES not in present:
             yield GRID_CODES, grid_codes(self.config.hidden_size, grid_side(self.config))[None].to(device)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
@@ -18,8 +17,8 @@ from ..errors import NextStepError
 from ..model.config import MODEL_TYPES
 from .build import VAE_WEIGHT_NAMES
 from .checkpoint import SINGLE_NAME
-from .documents import CONFIG, INDEX_NAME, find_documents, is_marked
-from .files import can_be_shown, is_file, is_folder
+from .documents import CALIBRATION, CONFIG, INDEX_NAME, find_documents, is_marked
+from .files import can_be_shown, is_file, is_folder, stat_of
 from .gguf_file import SUFFIX as GGUF
 from .kept import FOLDER
 from .store import vae_beside
@@ -75,12 +74,13 @@ def _config_folders(roots: Sequence[Path]) -> list[tuple[Path, Path]]:
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
-    """Regular files of these kinds in a folder, in order."""
+    """Regular files of these kinds in a folder, in order, that can hold weights."""
     try:
         names = sorted(filter(can_be_shown, os.listdir(folder)))
     except OSError:
         return []
-    return [folder / name for name in names if name.endswith(suffixes) and is_file(folder / name)]
+    names = [name for name in names if name.endswith(suffixes) and not name.endswith(CALIBRATION)]
+    return [folder / name for name in names if is_file(folder / name)]
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -205,14 +205,5 @@ def fingerprint(path: Path) -> str:
         files = sorted(path.iterdir()) if is_folder(path) else [path, path.parent / CONFIG]
     except OSError:
         files = []
-    found = json.dumps([str(path), [found for file in files if (found := _stat(file)) is not None]])
+    found = json.dumps([str(path), [found for file in files if (found := stat_of(file)) is not None]])
     return hashlib.sha256(found.encode(errors="surrogatepass")).hexdigest()
-
-
-def _stat(file: Path) -> tuple[str, int, int] | None:
-    """(name, size, when it was changed) of a regular file, None for anything else."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return (file.name, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

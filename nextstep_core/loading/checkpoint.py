@@ -105,7 +105,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise damaged(path, error) from None
 
 
-Tensors: TypeAlias = Callable[[str], Tensor]  # from a name in a file to its tensor
+Lying: TypeAlias = "Tensor | gguf_file.Blocks"  # a tensor, or rows that become one when they are asked for
+Tensors: TypeAlias = Callable[[str], Lying]  # from a name in a file to what it holds
 
 
 Held: TypeAlias = tuple[Shape, "torch.dtype | None"]
@@ -144,10 +145,6 @@ def _open_torch_file(path: Path) -> Iterator[Tensors]:
     yield torch_file.read_torch_file(path).__getitem__
 
 
-def _gguf_held(path: Path) -> dict[str, Held]:
-    return {name: (shape, torch.float32) for name, shape in gguf_file.shapes(path).items()}
-
-
 @contextmanager
 def _open_gguf(path: Path) -> Iterator[Tensors]:
     yield gguf_file.open_tensors(path)
@@ -158,7 +155,7 @@ READERS: dict[str, Reader] = {
     ".safetensors": _SAFETENSORS,
     ".sft": _SAFETENSORS,
     torch_file.SUFFIX: Reader(_torch_held, _open_torch_file),
-    gguf_file.SUFFIX: Reader(_gguf_held, _open_gguf, gguf_file.nearest_recipe, gguf_file.our_name),
+    gguf_file.SUFFIX: Reader(gguf_file.held, _open_gguf, gguf_file.nearest_recipe, gguf_file.our_name),
 }
 
 
@@ -353,9 +350,9 @@ def _assemble(
 ) -> tuple[Tensor, bool]:
     """(a tensor from its sources, whether it is what the file holds and not a copy)."""
     part = opened.read(sources[0])
-    to = dtype if dtype is not None and part.is_floating_point() else part.dtype
+    to = dtype if dtype is not None and part.dtype.is_floating_point else part.dtype
     stays = (part.device, part.dtype) == (torch.device(device), to)
-    if len(sources) == 1 and (stays or not part.ndim):
+    if len(sources) == 1 and isinstance(part, Tensor) and (stays or not part.ndim):
         return part.to(device, to), stays and not isinstance(sources[0], Derived)
     whole, axis = torch.empty(shape, device=device, dtype=to), rows_axis(shape)
     first = part.shape[axis]
@@ -377,7 +374,8 @@ def rows_axis(shape: Shape) -> int:
 def read_small(source: Source) -> Tensor:
     """A tensor that says how others are to be read; the caller has looked at its size."""
     with _OpenFiles() as opened:
-        return opened.read(source).clone()
+        held = opened.read(source)
+        return (held if isinstance(held, Tensor) else held[:]).clone()
 
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> None:
@@ -400,7 +398,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or all(bool(p.isfinite().all()) for p in tensor.flatten().split(SMALL))
 
 
-def _copy(source: Tensor, target: Tensor, check: Check) -> None:
+def _copy(source: Lying, target: Tensor, check: Check) -> None:
     """Copy `source` to `target`, a piece at a time."""
     rows = max(1, PIECE * len(source) // max(1, source.nbytes))
     for start in range(0, len(source), rows):
@@ -415,7 +413,7 @@ class _OpenFiles:
         self._stacks: dict[Path, ExitStack] = {}
         self._tensors: dict[Path, Tensors] = {}
 
-    def read(self, source: Source) -> Tensor:
+    def read(self, source: Source) -> Lying:
         if isinstance(source, Derived):
             return source.make(*map(self.read, source.places))
         path, name = source

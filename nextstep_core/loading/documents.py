@@ -23,6 +23,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX_NAME = "model.safetensors.index.json"
+CALIBRATION = "calibration.safetensors"  # no weights: what they drew, to store them for
 CARRIED = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG)
 
 # Bytes that a document may have. Published ones: 2 KB of config, 60 KB of index, 8 KB of tokenizer_config and 11 MB of

@@ -30,6 +30,15 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)
 
 
+def stat_of(file: Path) -> tuple[str, int, int] | None:
+    """(name, size, when it was changed) of a regular file, None for anything else."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return (file.name, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
 def check_regular(path: Path) -> None:
     """NextStepError for what is there but no regular file. OSError where nothing is there."""
     if not stat.S_ISREG(os.stat(path).st_mode):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import NextStepError, damaged
+from ..errors import NextStepError, damaged, shown
 from .documents import MAX_TENSORS, MAX_VALUES
 from .files import check_regular
 
@@ -20,7 +20,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its kind
 STRING, LIST = 8, 9
 MAX_ENTRIES, MAX_TEXT, MAX_AXES = 10_000, 1 << 20, 4
-ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
+ARCHITECTURE, ALIGNMENT, PARTS = "general.architecture", "general.alignment", "split.count"
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,22 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors by their names in the file, and the architecture, where the file tells it."""
+    """Tensors by their names in the file, the architecture, where it is told, and of how many files this is one."""
 
     tensors: dict[str, Entry]
     architecture: str | None
+    parts: int = 1
 
 
 def read_header(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Header:
     """The header of a file; NextStepError when it is damaged, OSError when there is none.
 
-    `blocks` are (numbers, bytes) of a block of each format.
+    `blocks` are (numbers, bytes) of a block of each known format.
     """
     check_regular(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(data).header(blocks)
+            return _Parser(path, data).header(blocks)
     except (ValueError, struct.error) as error:
         if isinstance(error, NextStepError):
             raise
@@ -59,8 +60,8 @@ def read_header(path: Path, blocks: Mapping[int, tuple[int, int]]) -> Header:
 class _Parser:
     """Goes through the bytes of a file once; ValueError or struct.error for what cannot be."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path, self._data, self._at = path, data, 0
 
     def header(self, blocks: Mapping[int, tuple[int, int]]) -> Header:
         if self._data[:4] != MAGIC:
@@ -79,12 +80,15 @@ class _Parser:
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
             raise ValueError("an invalid alignment")
         data_start = -(-self._at // alignment) * alignment
-        placed = {name: self._place(shape, kind, data_start + offset, blocks) for name, shape, kind, offset in found}
-        if len(placed) < len(found):
-            raise ValueError("two tensors with the same name")
+        placed: dict[str, Entry] = {}
+        for name, shape, kind, offset in found:
+            if name in placed:
+                raise ValueError(f"two tensors called {shown(name)}")
+            placed[name] = self._place(name, shape, kind, data_start + offset, blocks)
         if sum(entry.stop - entry.start for entry in placed.values()) > len(self._data):
             raise ValueError("overlapping tensors")
-        return Header(placed, architecture if isinstance(architecture, str) else None)
+        parts = told.get(PARTS, 1)
+        return Header(placed, architecture if isinstance(architecture, str) else None, int(parts))
 
     def _entry(self, told: dict[str, int | str]) -> None:
         """One entry of the metadata; what we ask for goes to `told`."""
@@ -93,6 +97,8 @@ class _Parser:
             told[key] = self._text()
         elif key == ALIGNMENT and kind == 4:
             told[key] = self._number("<I")
+        elif key == PARTS and kind == 2:
+            told[key] = self._number("<H")
         elif kind == LIST:
             kind, count = self._number("<I"), self._number("<Q")
             _bound("values in a list", count, MAX_VALUES)
@@ -109,15 +115,17 @@ class _Parser:
         shape = tuple(self._number("<Q") for _ in range(axes))
         return name, shape[::-1], self._number("<I"), self._number("<Q")
 
-    def _place(self, shape: tuple[int, ...], kind: int, start: int, blocks: Mapping[int, tuple[int, int]]) -> Entry:
+    def _place(
+        self, name: str, shape: tuple[int, ...], kind: int, start: int, blocks: Mapping[int, tuple[int, int]]
+    ) -> Entry:
         if kind not in blocks:
-            raise ValueError(f"a tensor of the unknown format {kind}")
+            raise unreadable(self._path, str(kind))
         numbers, size = blocks[kind]
         if not shape or shape[-1] % numbers:
-            raise ValueError(f"a tensor of the shape {shape}, which is not whole blocks")
+            raise ValueError(f"{shown(name)} has the shape {list(shape)}, which is not whole blocks of {numbers}")
         stop = start + math.prod(shape) // numbers * size
         if stop > len(self._data):
-            raise ValueError("a tensor that ends past the end of the file")
+            raise ValueError(f"{shown(name)} ends past the end of the file")
         return Entry(shape, kind, start, stop)
 
     def _number(self, form: str) -> int:
@@ -143,6 +151,16 @@ class _Parser:
             self._at += SIZES[kind] * count
         else:
             raise ValueError(f"metadata of the unknown kind {kind}")
+
+
+def unreadable(path: Path, kind: str) -> NextStepError:
+    """The error for a file whose blocks nobody here can read; `kind` is the format's name or number."""
+    return NextStepError(
+        "{path} holds tensors in the format {kind}, which the package gguf cannot turn into floats. "
+        "Convert the checkpoint to another format.",
+        path=path,
+        kind=kind,
+    )
 
 
 def _bound(what: str, count: int, most: int) -> None:

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ..errors import NextStepError
 from ..runtime.interrupt import Check, go_on
+from ..runtime.quantization.search import METHOD
 from ..sentences import Sentence
 from .build import ModelPlan, find_vae
 from .checkpoint import DTYPES, read_tensors
-from .documents import CARRIED, CONFIG, file_metadata, is_marked
+from .documents import CALIBRATION, CARRIED, CONFIG, file_metadata, is_marked
 from .files import can_be_shown
 from .locks import held
 from .single_file import PART, StreamedFile, empty_like, marks_of
@@ -63,7 +64,9 @@ def is_shelf(path: Path) -> bool:
 
 def lacks_weights(checkpoint: Path) -> bool:
     """Whether a checkpoint's folder holds no weights any more, so that only what was kept of them can be loaded."""
-    return is_shelf(checkpoint) or (checkpoint.is_dir() and not any(checkpoint.glob(f"*{SUFFIX}")))
+    if is_shelf(checkpoint) or not checkpoint.is_dir():
+        return is_shelf(checkpoint)
+    return all(path.name.endswith(CALIBRATION) for path in checkpoint.glob(f"*{SUFFIX}"))
 
 
 def by_recipe(folders: Iterable[Path]) -> dict[str, Path]:
@@ -92,11 +95,13 @@ def file_name(plan: ModelPlan, dtype: torch.dtype) -> str:
 
 
 def fingerprint(plan: ModelPlan) -> str:
-    """Changes when one of the files changes that a plan is made from; reads none of them."""
+    """Changes when one of the files changes that a plan is made from, or how int4 is fitted to them; reads none."""
     files = plan.files.paths
     files |= {path for name in CARRIED if (path := plan.documents.folder / name).is_file()}
     stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    # What was kept of other formats than int4 stays good.
+    made = [METHOD] if plan.recipe is not None and plan.recipe.has_layouts else []
+    return hashlib.sha256(json.dumps([*stats, *made]).encode()).hexdigest()
 
 
 def source_files(plan: ModelPlan) -> list[Path]:

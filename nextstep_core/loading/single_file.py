@@ -37,11 +37,13 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
     torch.int8: "I8",
     torch.uint8: "U8",
 }
 
 Report = Callable[[int, int], None]
+Reading = Callable[[torch.dtype, "Report | None", Check], Iterable[tuple[str, Tensor]]]
 PART = ".part"  # ends the name of a file that is being written
 BLOCK = 1 << 24  # bytes that are written without looking up
 
@@ -113,17 +115,19 @@ def save_model(
     work_on: torch.device | str = "cpu",
     report: Report | None = None,
     check: Check = go_on,
+    reading: Reading | None = None,
 ) -> int:
     """Write the planned checkpoint, in the plan's format, to one file at `path`; its size in bytes.
 
-    What is not quantized is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop;
-    `check` may too, and is called between the pieces of a tensor. NextStepError when the file cannot be written, or
-    another run is writing it.
+    `reading` takes the place of the plan's own, where its matrices are to be fitted to something. What is not quantized
+    is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop; `check` may too, and is
+    called between the pieces of a tensor. NextStepError when the file cannot be written, or another run is writing it.
     """
     if plan.stored:
         raise NextStepError("{where} is already a single file of this kind. Copy it instead.", where=plan.files.where)
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
-    tensors = chain(embedding, plan.read_model("cpu", dtype, report, work_on, check))
+    read = plan.read_model("cpu", dtype, report, work_on, check) if reading is None else reading(dtype, report, check)
+    tensors = chain(embedding, read)
     return write_file(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
 
 

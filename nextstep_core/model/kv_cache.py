@@ -37,11 +37,17 @@ class KVCache:
         return per_position * batch * bucketed(length) * dtype.itemsize
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Store (B, Hkv, T, D) at `positions` (T,); return the first `visible` keys and values as views."""
+        """Store (B, Hkv, T, D) at `positions`, (T,) or each row's own (B, T); return the first `visible` keys and
+        values as views."""
         slot = self.data[layer]  # (2, B, Hkv, length, D): keys, then values
         # Positions come as a tensor, not as a slice: a captured step writes to wherever the tensor says by then.
         # Not index_copy_, which Apple GPUs lack in PyTorch 2.7 and before.
-        slot[0][:, :, positions] = keys
-        slot[1][:, :, positions] = values
+        if positions.ndim == 1:
+            slot[0][:, :, positions] = keys
+            slot[1][:, :, positions] = values
+        else:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            slot[0][rows, :, positions] = keys.transpose(1, 2)
+            slot[1][rows, :, positions] = values.transpose(1, 2)
         # Views: attention reads them where they lie. Positions of the bucket that are not filled yet are masked.
         return slot[0, :, :, :visible], slot[1, :, :, :visible]

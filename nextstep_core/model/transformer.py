@@ -24,7 +24,8 @@ class Span:
     """Where the positions of one call stand and what they see.
 
     positions (T,) are their indices in the sequence, `rotary` (2, T, head_dim) their rows of a `rotary_table`, and mask
-    (B, 1, T, visible) is 0 where a query may look among the first `visible` keys and -inf elsewhere.
+    (B, 1, T, visible) is 0 where a query may look among the first `visible` keys and -inf elsewhere. Where the rows of
+    a batch stand at places of their own, positions are (B, T) and `rotary` is (2, B, 1, T, head_dim).
     """
 
     positions: Tensor
@@ -34,18 +35,19 @@ class Span:
 
 
 def span_at(positions: Tensor, table: Tensor, key_valid: Tensor, visible: int) -> Span:
-    """The span of positions (T,) in a sequence whose left padding key_valid (B, >= visible) marks False.
+    """The span of positions, (T,) or (B, T), in a sequence whose left padding key_valid (B, >= visible) marks False.
 
     A padded query sees itself, so that its softmax is defined; nothing ever reads its result.
     """
     keys = torch.arange(visible, device=positions.device)  # (visible,)
-    queries = positions[:, None]  # (T, 1)
+    queries = positions[..., None]  # (T, 1) or (B, T, 1)
     seen = (keys <= queries) & key_valid[:, None, :visible] | (keys == queries)  # (B, T, visible)
     # Floats that are added to the scores, and never booleans. On Apple GPUs, PyTorch 2.8 to 2.12 sends few queries with
     # a boolean mask to a kernel that gets strides and the mask's row wrong from the second batch row on: the
     # unconditional branch would come out wrong, without an error. Elsewhere every layer would make these floats anew.
     mask = torch.zeros(seen.shape, dtype=table.dtype, device=seen.device).masked_fill_(seen.logical_not(), -torch.inf)
-    return Span(positions, table.index_select(1, positions), mask[:, None], visible)
+    rotary = table.index_select(1, positions) if positions.ndim == 1 else table[:, positions].unsqueeze(2)
+    return Span(positions, rotary, mask[:, None], visible)
 
 
 def whole_span(config: NextStepConfig, valid: Tensor, dtype: torch.dtype) -> Span:

@@ -46,13 +46,16 @@ def plan_memory(
     spare: int = 0,
     stay: bool = True,
     whose: Sentence = DEVICE_HAS,
+    beside: int = 0,
 ) -> MemoryPlan:
     """How many of `pictures` to draw together, each needing `each` bytes beside the weights, and what stays where.
 
     All sizes are in bytes: `weights` of the model, `room` that the device has for it, `streamed`, the room that weights
-    pass through when not all of them stay on the device, and `spare`, what has to be left beside those that stay.
-    Without `stay` all are streamed. NextStepError when not even one picture fits; `whose` says there whose room it is.
+    pass through when not all of them stay on the device, `spare`, what has to be left beside those that stay, and
+    `beside`, what a run takes however many pictures it draws. Without `stay` all are streamed. NextStepError when not
+    even one picture fits; `whose` says there whose room it is.
     """
+    room -= beside
     if each + min(streamed, weights) > room:
         raise NextStepError(
             "One picture needs {each} of working memory and {streamed} for streaming weights; {whose} "
@@ -62,13 +65,13 @@ def plan_memory(
             whose=whose,
             room=format_bytes(max(0, room)),
         )
-    beside = weights if stay else streamed
-    at_once = max(1, min(pictures, (room - beside) // max(1, each)))
+    held = weights if stay else streamed
+    at_once = max(1, min(pictures, (room - held) // max(1, each)))
     working = at_once * each
     if stay and weights + max(working, spare) <= room:
-        return MemoryPlan(weights, weights, working, at_once)
+        return MemoryPlan(weights, weights, working + beside, at_once)
     working += streamed
-    return MemoryPlan(weights, max(0, room - max(working, spare)) if stay else 0, working, at_once)
+    return MemoryPlan(weights, max(0, room - max(working, spare)) if stay else 0, working + beside, at_once)
 
 
 def spare_bytes(swapping: bool = False) -> int:

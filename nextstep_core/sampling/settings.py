@@ -16,6 +16,8 @@ CFG = Range("cfg", 1.0, 100.0, Sentence("where 1 turns this guidance off"))
 CFG_IMG = Range("cfg_img", 1.0, 100.0, CFG.note)
 SHIFT = Range("shift", 0.01, 100.0)
 SEED = Range("seed", 0, 2**64 - 1)
+OFF = "off"
+LOOKAHEAD = (OFF, "exact", "fast")  # how many tokens are drawn per read of the weights, and how exactly
 NUMBERS: dict[str, Range[Any]] = {str(number.name): number for number in (STEPS, CFG, CFG_IMG, SHIFT)}
 
 
@@ -30,6 +32,7 @@ class GenerationSettings:
     shift: float = 1.0
     sampler: str = "score-sde-1.0"
     use_norm: bool = True
+    lookahead: str = OFF
 
     def override(self, **values: Any) -> GenerationSettings:
         """These settings with every value that is not None replaced; NextStepError when the result makes no sense."""
@@ -45,6 +48,7 @@ class GenerationSettings:
             number.check(getattr(self, name))
         check_choice("cfg_schedule", self.cfg_schedule, SCHEDULES)
         check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("lookahead", self.lookahead, LOOKAHEAD)
         if not isinstance(self.use_norm, bool):
             raise NextStepError("use_norm is {value}; use True or False.", value=shown(self.use_norm))
         least = SAMPLERS[self.sampler].min_steps

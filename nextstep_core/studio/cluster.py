@@ -129,6 +129,7 @@ class Cluster:
         self.where, self._maker, self._choice = where.check(), maker, dict(choice)
         self.facts: dict[str, str] = {}
         self.identity = ""
+        self._identities: dict[str, str] = {}  # of the model as it was found, and as it was loaded
         self._members: list[Member] = []
         self._idle: list[Member] = []
         self._running: dict[Any, tuple[Member, Task]] = {}
@@ -305,17 +306,17 @@ class Cluster:
             raise NextStepError(
                 "{host} cannot take part: {reason}", host=member.host, reason=Sentence.from_data(answer[ERROR])
             )
-        elif task.what == "find":
-            self.identity = self.identity or answer["identity"]
-            if answer["identity"] != self.identity:
+        else:
+            self._identities.setdefault(task.what, answer["identity"])
+            if answer["identity"] != self._identities[task.what]:
                 raise NextStepError(
                     "{host} has other weights than the other workers, or stores them in another way. Name model, "
                     "quantization and dtype so that they are the same everywhere.",
                     host=member.host,
                 )
             member.fit = True
-        else:
-            self.facts, self._false_starts = answer["facts"], 0
+        if task.what == "load":
+            self.facts, self.identity, self._false_starts = answer["facts"], answer["identity"], 0
         if (following := NEXT[task.what]) is None:
             self._idle.append(member)
         else:

@@ -22,6 +22,7 @@ from ..request.layout import IMAGE_SLOT
 from ..request.parameters import PRODUCT, parameters_text
 from ..request.sizes import nearest_ratio, ratio_size
 from ..runtime.interrupt import Check
+from ..runtime.lora import Stack
 from ..sampling.settings import GenerationSettings
 from .jobs import BASE, Order
 
@@ -68,6 +69,11 @@ class Artist(Protocol):
 
     def draw(self, orders: Sequence[Settled], report: Callable[[Progress], None], check: Check) -> Tensor:
         """Pictures (M, H, W, 3) in [0, 1] of orders that can be drawn in one batch, each as it would come out alone."""
+
+
+def identity_of(weights_hash: str, stored: str, dtype: torch.dtype, loras: Stack) -> str:
+    """What an `Artist` is told apart by."""
+    return " ".join(filter(None, (weights_hash, stored, str(dtype), loras.key)))
 
 
 def with_version(facts: dict[str, str]) -> dict[str, str]:
@@ -142,6 +148,7 @@ class PipelineArtist:
                 shift=settings.shift,
                 sampler=settings.sampler,
                 use_norm=settings.use_norm,
+                lookahead=settings.lookahead,
                 seed=[one.order.seed for one in orders],
                 callback=report,
                 check=check,

@@ -12,7 +12,7 @@ from ..images.saving import FORMATS, QUALITY
 from ..ranges import Range
 from ..request.sizes import RATIO_NAMES
 from ..sampling.guidance import SCHEDULES
-from ..sampling.settings import CFG, CFG_IMG, SEED, SHIFT, STEPS
+from ..sampling.settings import CFG, CFG_IMG, LOOKAHEAD, SEED, SHIFT, STEPS
 from ..sampling.solvers import SAMPLERS
 from ..sentences import Words
 from .lines import at
@@ -121,6 +121,7 @@ SETTINGS: dict[str, Key] = {
     "shift": number_key(SHIFT),
     "sampler": _choice("sampler", list(SAMPLERS)),
     "use_norm": _flag("use_norm"),
+    "lookahead": _choice("lookahead", list(LOOKAHEAD)),
     "negative_prompt": _text("negative_prompt"),
     "quality": _text("quality"),
 }

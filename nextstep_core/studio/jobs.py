@@ -27,6 +27,7 @@ class Asked:
     shift: float | None = None
     sampler: str | None = None
     use_norm: bool | None = None
+    lookahead: str | None = None
     negative_prompt: str = ""
 
     def over(self, published: GenerationSettings) -> GenerationSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..decoding.budget import Budget, Fit
 from ..decoding.estimate import Estimate, estimate
+from ..decoding.memory import AUTOMATIC
 from ..errors import NextStepError, is_out_of_memory
 from ..loading import catalog, kept, offers
 from ..loading.build import ModelPlan, find_vae, plan_model
@@ -28,7 +29,7 @@ PUBLISHED_VAE = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_chan
 SIZE = (512, 512)
 CPU = torch.device("cpu")
 # In the order in which "auto" takes them, and then the others: each loses more than the one before.
-TRIED = (None, *(name for name in RECIPES if name != "int4-g128"))
+TRIED = (None, *(name for name in RECIPES if not name.startswith("int4-g")))
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,14 @@ def default_dtype(device: torch.device, parameters: int) -> torch.dtype:
 
 
 def fits(plan: ModelPlan, vae: VAEConfig, device: torch.device, dtype: torch.dtype, size: tuple[int, int]) -> list[Fit]:
-    """What each format takes of what `device` has free now; that of the file alone where it has one."""
+    """What each format takes of what `device` has free now; that of the file alone where it has one, and of a GGUF file
+    the one nearest to it and the smallest, as `auto` chooses between them."""
     room = room_bytes(device)
     budget = Budget.beside(device, total_bytes(device) if room is None else room, dtype, vae)
     width, height = size
-    recipes = TRIED if plan.recipe is None else (plan.recipe.name,)
+    recipes: Iterable[str | None] = TRIED
+    if plan.recipe is not None:
+        recipes = dict.fromkeys((plan.recipe.name, *(() if plan.stored else AUTOMATIC[-1:])))
     usable = (name for name in recipes if not (name == "fp8" and device.type == "mps"))
     return [budget.fit(plan, name, height, width) for name in usable]
 

@@ -17,9 +17,12 @@ from ..loading.build import plan_model
 from ..loading.checkpoint import DTYPES
 from ..loading.download import PUBLISHED_CHECKPOINTS
 from ..loading.kept import weights_hash
+from ..loading.lora_file import SUFFIXES, resolve_lora
 from ..loading.store import resolve_source
 from ..pipeline import NextStepPipeline
+from ..request.parameters import lora_facts
 from ..runtime.devices import best_device
+from ..runtime.lora import STRENGTH
 from ..runtime.quantization import RECIPES
 from .drawing import PipelineArtist
 from .machine import default_dtype
@@ -38,6 +41,7 @@ class ModelChoice:
     max_memory: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    loras: tuple[str, ...] = ()
 
     def prepare(self, named: str | None = None) -> PreparedModel:
         """The model that is asked for, else the one that is `named`, else the first that is found; no weights are
@@ -45,6 +49,7 @@ class ModelChoice:
         check_choice("--quantization", self.quantization, (PLAIN, AUTO, *RECIPES))
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         limit = None if self.max_memory is None else bytes_of(self.max_memory)
+        loras = tuple(lora_of(text, self.folder) for text in self.loras)
         path, device = find_model(self.name or named, self.folder), pick_device(self.device)
         plan = plan_model(path, None, device)
         dtype = DTYPES[self.dtype] if self.dtype != "auto" else default_dtype(device, plan.parameters)
@@ -52,7 +57,7 @@ class ModelChoice:
         stored = plan.recipe.name if plan.recipe else recipe or str(dtype).removeprefix("torch.")
         digest = weights_hash(plan)
         facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored}
-        return PreparedModel(path, device, dtype, recipe, limit, facts, f"{digest} {stored} {dtype}")
+        return PreparedModel(path, device, dtype, recipe, limit, loras, facts, f"{digest} {stored} {dtype}")
 
     def load(self, named: str | None = None) -> PipelineArtist:
         """The same model with its weights."""
@@ -64,27 +69,38 @@ class ModelChoice:
         if name is not None and Path(name).exists():
             name = str(Path(name).resolve())
         folder = None if self.folder is None else str(self.folder.resolve())
-        return asdict(self) | {"name": name, "folder": folder}
+        loras = [lora_of(text, self.folder) for text in self.loras]
+        named_loras = tuple(f"{file.resolve()}:{strength}" for file, strength in loras)
+        return asdict(self) | {"name": name, "folder": folder, "loras": named_loras}
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that was found, and how it will be loaded; `facts` and `identity` as an artist has them."""
+    """A model that was found, and how it will be loaded; `facts` and `identity` as an artist has them, but for
+    LoRAs."""
 
     path: Path
     device: torch.device
     dtype: torch.dtype
     recipe: str | None
     max_memory: int | None
+    loras: tuple[tuple[Path, float], ...]
     facts: dict[str, str]
     identity: str
 
     def load(self) -> PipelineArtist:
         """Read its weights."""
         pipeline = NextStepPipeline.from_pretrained(
-            self.path, device=self.device, dtype=self.dtype, quantization=self.recipe, max_memory=self.max_memory
+            self.path,
+            device=self.device,
+            dtype=self.dtype,
+            quantization=self.recipe,
+            max_memory=self.max_memory,
+            loras=self.loras,
         )
-        return PipelineArtist(pipeline, self.facts, self.identity)
+        applied = pipeline.engine.loras
+        identity = " ".join(filter(None, (self.identity, applied.key)))
+        return PipelineArtist(pipeline, self.facts | lora_facts(applied), identity)
 
 
 def model_folders(folder: Path | None) -> list[Path]:
@@ -113,6 +129,26 @@ def find_model(name: str | None, folder: Path | None) -> Path:
     if name in PUBLISHED_CHECKPOINTS:
         raise NextStepError("{name} is not there yet. Fetch it: nextstep download {name}", name=name)
     return resolve_source(name)
+
+
+def lora_of(text: str, folder: Path | None) -> tuple[Path, float]:
+    """A LoRA as the option names it, and its strength: a path, a name in the folder `loras` beside the models, with or
+    without its ending, or one that comes with this."""
+    name, sign, number = text.rpartition(":")
+    try:
+        strength = STRENGTH.check(float(number)) if sign else 1.0
+    except NextStepError:
+        raise
+    except ValueError:  # a colon of the path's own
+        name, sign, strength = "", "", 1.0
+    name = name if sign else text
+    roots = [root.parent / "loras" for root in model_folders(None)]
+    roots += [] if folder is None else [folder / "loras", folder.parent / "loras"]
+    for root in roots:
+        for file in (root / name, root / f"{name}{SUFFIXES[0]}"):
+            if name and not Path(name).exists() and file.exists():
+                return file, strength
+    return resolve_lora(name), strength
 
 
 def pick_device(name: str) -> torch.device:

@@ -78,7 +78,7 @@ class Worker:
             self._artist = self._prepared.load()
         except NextStepError as error:
             return {ERROR: error.sentence.as_data()}
-        return {"facts": self._artist.facts}
+        return {"facts": self._artist.facts, "identity": self._artist.identity}
 
     def settle(self, orders: Sequence[Data]) -> Data:
         """What orders come to."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 from ui_workflow import BYPASS, MUTE, node_in, set_widget, small_workflow, with_primitives
 
 from scripts.comfy_server import PACK_NAME, ROOT, ComfyServer
-from scripts.workflows import ALL, FIRST_RUN, read_workflow, short_job, to_prompt
+from scripts.workflows import ALL, FIRST_RUN, WITH_EMBEDDED, read_workflow, short_job, to_prompt
 
 GRAPH = """() => app.graph._nodes.map(node => ({
     id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, error: Boolean(node.has_errors),
@@ -205,7 +205,7 @@ def test_a_template_runs_as_it_is(page, host: ComfyServer, path: Path) -> None:
             values = [value for name, value in node["values"].items() if not name.startswith("$$")]
             assert values == saved[str(node["id"])], node
     many = short_job(path)
-    page.evaluate(SET_WIDGETS, (many or {"steps": 2}) if path != FIRST_RUN else {})
+    page.evaluate(SET_WIDGETS, (many or {"steps": 2}) if path not in WITH_EMBEDDED else {})
     seen, picture = run_here(page, host)
     assert seen["ended"] == "success"
     assert min(Image.open(picture).size) >= (128 if many else 384)

@@ -11,4 +11,17 @@ What it needs to import or to load beforehand, so that no single case pays for i
 
 from __future__ import annotations
 
-KINDS = ("configs", "weights", "pictures", "folders", "settings", "prompts", "jobs", "limits", "scores", "clusters")
+KINDS = (
+    "configs",
+    "weights",
+    "calibration",
+    "loras",
+    "pictures",
+    "folders",
+    "settings",
+    "prompts",
+    "jobs",
+    "limits",
+    "scores",
+    "clusters",
+)

@@ -13,6 +13,7 @@ from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.pruning import Pruning
 from nextstep_core.loading.store import EMBEDDED
 from nextstep_core.sampling.guidance import SCHEDULES
+from nextstep_core.sampling.settings import LOOKAHEAD
 from nextstep_core.sampling.solvers import SAMPLERS
 
 from .case import Attempt, Case
@@ -33,6 +34,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "sampler": tuple(SAMPLERS),
     "cfg_schedule": tuple(SCHEDULES),
     "use_norm": (True, False),
+    "lookahead": tuple(LOOKAHEAD),
     "seed": (0, 1, 2**31, 2**64 - 1),
     "width": (16, 32, 48, 80, 128),
     "height": (16, 32, 48, 80, 128),
@@ -48,6 +50,7 @@ NEARLY: dict[str, tuple[Any, ...]] = {
     "sampler": ("auto", "Flow-ODE", "euler"),
     "cfg_schedule": ("cosine", "Linear"),
     "use_norm": ("on", 1),
+    "lookahead": ("on", True, "Exact"),
     "seed": (-1, 2**64, 1.0, [1], [1, 2], (3, 4, 5), range(2), [1, 2.0], [[1]]),
     "width": (15, 17, 40, 4112, 10**9, 32.0),
     "height": (8, 24, 4097, 2**40),

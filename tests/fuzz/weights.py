@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import tempfile
@@ -20,6 +21,7 @@ from torch import Tensor
 from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.comfy_file import save_for_comfyui
 from nextstep_core.loading.documents import CARRIED, CONFIG, MARK, VERSION
+from nextstep_core.loading.gguf_file import LLAMA_CPP
 from nextstep_core.loading.single_file import save_model, save_vae
 from tests.hostile_files import HEADERS, PICKLES, rewrite
 
@@ -30,11 +32,20 @@ from .json_mutation import mutated
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 BYTES = (0, 1, 0x7F, 0x80, 0xFF)
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn)
+NUMBERS = (0, 1, 2, 31, 32, 95, 96, 97, 2**16, 2**31, 2**32, 2**40, 2**63, 2**64 - 1)
 VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e30, 1e-45, 0.0)
 
 KINDS = ("whole", "int8", "int4", "comfyui-int8-convrot", "comfyui-fp8", "packed")
 WHOLE = tuple(f"{kind}.safetensors" for kind in KINDS)  # files that hold a checkpoint alone
 PACKED = good.CHECKPOINT.parents[1] / "packed.safetensors"
+
+# Formats that the package writes, and whether under llama.cpp's names: of them one is kept as int4 as it is.
+GGUF = {
+    "q8.gguf": (("Q8_0",), False),
+    "q4.gguf": (("Q4_0", "Q4_1"), True),
+    "mixed.gguf": (("Q5_0", "BF16", "Q5_1", "F32", "Q4_0", "F16", "MXFP4"), True),
+}
+THEIRS = {ours: theirs for theirs, ours in LLAMA_CPP.items()}
 
 Change = Callable[[bytes, Random], "tuple[str, bytes]"]
 
@@ -54,7 +65,8 @@ def files() -> dict[str, bytes]:
         _write_packed(folder / "packed.safetensors")
         save_vae(good.CHECKPOINT / "vae", folder / "vae.safetensors", torch.float32)
         if find_spec("gguf") is not None:
-            _write_gguf(folder / "q8.gguf")
+            for name, (kinds, llama_cpp) in GGUF.items():
+                _write_gguf(folder / name, kinds, llama_cpp)
         made = {path.name: path.read_bytes() for path in folder.iterdir()}
     finally:
         shutil.rmtree(folder)
@@ -75,20 +87,33 @@ def _write_packed(path: Path) -> None:
     path.write_bytes(_marked(save(tensors, {MARK: VERSION} | documents)))
 
 
-def _write_gguf(path: Path) -> None:
+def _write_gguf(path: Path, kinds: tuple[str, ...], llama_cpp: bool) -> None:
+    """The transformer with its matrices in these formats, in turn, under their original names or llama.cpp's."""
     import gguf
 
-    writer, kind = gguf.GGUFWriter(path, "qwen2"), gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
-    for name, tensor in (load_file(good.CHECKPOINT / SHARDS[0]) | load_file(good.CHECKPOINT / SHARDS[1])).items():
-        if name.startswith("layers.") and tensor.ndim == 2:
-            writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
-        elif name.startswith("layers."):
-            writer.add_tensor(name, tensor.numpy())
+    tensors = load_file(good.CHECKPOINT / SHARDS[0]) | load_file(good.CHECKPOINT / SHARDS[1])
+    of_layers = [name for name in tensors if name.startswith("layers.")]
+    for number, name in enumerate(("embed_tokens.weight", *of_layers) if llama_cpp else of_layers):
+        tensor, kind = tensors[name].float().numpy(), gguf.GGMLQuantizationType[kinds[number % len(kinds)]]
+        called = _in_llama_cpp(name) if llama_cpp else name
+        if tensor.ndim == 2:
+            writer.add_tensor(called, gguf.quantize(tensor, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(called, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _in_llama_cpp(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("layers."):
+        _, layer, stem = stem.split(".", 2)
+        return f"blk.{layer}.{THEIRS[stem]}.{kind}"
+    return f"{THEIRS[stem]}.{kind}"
 
 
 def warm_up() -> None:
@@ -269,9 +294,45 @@ def _pickle(data: bytes, rng: Random) -> tuple[str, bytes]:
         return f"pickle, {what}", path.read_bytes()
 
 
+def _gguf_entry(data: bytes, rng: Random) -> tuple[str, bytes]:
+    """A GGUF whose header says something else of a tensor: another name, shape, format or place."""
+    changed = bytearray(data)
+    names = re.findall(rb"[a-z0-9_.]+\.(?:weight|bias)(?=[\x01\x02]\0\0\0)", data)
+    name = rng.choice(names) if names else data[:1]
+    at = data.index(name) + len(name)
+    axes = data[at]
+    fields = {"axes": (at, "<I"), "kind": (at + 4 + 8 * axes, "<I"), "offset": (at + 8 + 8 * axes, "<Q")}
+    fields |= {f"axis {n}": (at + 4 + 8 * n, "<Q") for n in range(axes)} | {"length": (at - len(name) - 8, "<Q")}
+    what = rng.choice(sorted((*fields, "name", "kind")))
+    if what == "name":
+        place = at - 1 - rng.randrange(len(name))
+        changed[place] = rng.choice(b"a0._\0\n\xff")
+        return f"another name for {name[:40]!r}", bytes(changed)
+    place, form = fields[what]
+    value = rng.choice((*range(42), 96, 32, 31, 2**31, 2**32 - 1)) if what == "kind" else rng.choice(NUMBERS)
+    struct.pack_into(form, changed, place, value & (2 ** (8 * struct.calcsize(form)) - 1))
+    return f"{what} of {name[:40]!r} is {value}", bytes(changed)
+
+
+def _gguf_metadata(data: bytes, rng: Random) -> tuple[str, bytes]:
+    """A GGUF with one more entry of metadata that is looked at."""
+    key, kind, value = rng.choice(
+        (
+            (b"split.count", 2, struct.pack("<H", rng.choice((0, 1, 2, 65535)))),
+            (b"general.alignment", 4, struct.pack("<I", rng.choice((0, 1, 3, 8, 32, 64, 2**31)))),
+            (b"general.architecture", 8, struct.pack("<Q", 4) + rng.choice((b"flux", b"\xff\xff\0\n", b"qwen"))),
+            (b"x", rng.randrange(20), rng.randbytes(16)),
+        )
+    )
+    version, tensors, entries = struct.unpack_from("<IQQ", data, 4)
+    head = data[:4] + struct.pack("<IQQ", version, tensors, entries + 1)
+    entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+    return f"{key.decode()} is {value[:8]!r}", head + entry + data[len(head) :]
+
+
 ANY: list[Change] = [_cut, _flip, _set, _move, _another_kind]
 OF_KIND: dict[str, list[Change]] = {
     ".safetensors": [_header, _header, _tensor, _tensor, _documents],
     ".pt": [_pickle, _pickle, _pickled_tensor, _pickled_tensor],
-    ".gguf": [_flip, _set, _move],
+    ".gguf": [_gguf_entry, _gguf_entry, _gguf_entry, _gguf_metadata],
 }

@@ -104,10 +104,19 @@ def framed() -> dict:
     return graph
 
 
+def with_lora() -> dict:
+    """A changed model."""
+    graph = text_to_image()
+    graph["lora"] = node("NextStepLoadLora", model=["model", 0], lora_name="night (embedded)", strength=0.5)
+    graph["model"]["inputs"]["model_name"] = "tiny (embedded)"
+    graph["sampler"]["inputs"]["model"] = ["lora", 0]
+    return graph
+
+
 GRAPHS = {
     "text": text_to_image, "edit": edit, "box": lambda: in_one(False), "edit box": lambda: in_one(True),
     "ratio": with_ratio, "batch": batch, "prepared": prepared, "compared": compared, "resumed": resumed,
-    "download": downloaded, "frames": framed,
+    "download": downloaded, "frames": framed, "lora": with_lora,
 }  # fmt: skip
 NUMBERS: list[Any] = [None, "4", {}, [], 0, -1, NAN, INF, 1e30, 1e-30, 2**64, 10**5000, torch.tensor(3), False]
 TEXTS: list[Any] = [None, 5, {}, [], b"x", "half \ud800", "x" * 100_000, " " * 11_000_000]
@@ -185,8 +194,8 @@ TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
     ],
     "compared": [
         ("compare", "cfg", WORDS), ("compare", "steps", WORDS), ("compare", "sampler", WORDS),
-        ("compare", "quantization", WORDS), ("grid", "columns", NUMBERS), ("grid", "image", PICTURES),
-        ("grid", "labels", [*TEXTS[:6]]),
+        ("compare", "quantization", WORDS), ("compare", "strength", WORDS),
+        ("grid", "columns", NUMBERS), ("grid", "image", PICTURES), ("grid", "labels", [*TEXTS[:6]]),
     ],
     "resumed": [("resume", "latent", LATENTS[:12]), ("resume", "filename_prefix", [*WORDS[:6], WORDS[8]])],
     "download": [("download", "checkpoint", NAMES_OF_REPOSITORIES), ("download", "revision", NAMES_OF_REPOSITORIES)],
@@ -195,6 +204,10 @@ TRIED: dict[str, list[tuple[str, str, list[Any]]]] = {
         ("frames", "samples", [*LATENTS[:17], *LATENTS[18:], {"samples": LATENT, "nextstep_partial": "x"}]),
         ("frames", "vae", [*MODELS, *VAES[:2], *VAES[3:]]), ("frames", "frames", NUMBERS),
         ("frames", "hold", [*NUMBERS[:4], *NUMBERS[5:]]), ("frames", "longest_side", NUMBERS),
+    ],
+    "lora": [
+        ("lora", "model", MODELS), ("lora", "lora_name", CHOICES),
+        ("lora", "strength", [*NUMBERS[:4], *NUMBERS[6:9], *NUMBERS[10:], 100.5]),
     ],
 }  # fmt: skip
 PLACES = [(name, *place) for name, places in TRIED.items() for place in places]

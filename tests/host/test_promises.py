@@ -18,7 +18,7 @@ from scripts.comfy_server import ROOT
 RELEASED = json.loads((Path(__file__).parent / "released_nodes.json").read_text())
 
 
-FILES_ON_DISK = {"model_name", "vae_name"}  # dropdowns whose choices differ from machine to machine
+FILES_ON_DISK = {"model_name", "vae_name", "lora_name"}  # dropdowns whose choices differ from machine to machine
 
 
 def describe(schema) -> dict[str, list[dict]]:

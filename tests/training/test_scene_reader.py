@@ -203,6 +203,8 @@ def test_edits_among_pictures_by_hand():
         ("remove the star", red, empty),
         ("remove the star", blue, empty),
         ("remove the circle", circle, empty),
+        ("replace the star with a red circle", blue, circle),
+        ("replace the circle with a blue star", circle, blue),
     }
 
 

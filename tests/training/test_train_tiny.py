@@ -23,7 +23,8 @@ from training.progress import load_if_there, save_atomically
 from training.scenes import (
     CANVASES,
     EDIT_KINDS,
-    SQUARE,
+    LARGE,
+    WIDE,
     caption,
     is_held_out,
     place_is_held_out,
@@ -107,7 +108,7 @@ def test_a_kill_while_saving_leaves_the_old_state(tmp_path: Path, monkeypatch):
 @pytest.fixture
 def few_families(monkeypatch):
     """Shards small enough to encode in a test."""
-    monkeypatch.setattr(data, "FAMILIES", {"single": (1, 2), "pair": (1, 1), "wide": (1, 1)})
+    monkeypatch.setattr(data, "FAMILIES", dict.fromkeys(data.FAMILIES, (1, 2)))
 
 
 def encode_mean_color(scenes, *_) -> torch.Tensor:
@@ -126,10 +127,11 @@ def test_a_batch_holds_the_tokens_of_what_it_says(tmp_path: Path, tokenizers, fe
     collated = []
     collate = examples._collate
     monkeypatch.setattr(examples, "_collate", lambda those: collated.append(those) or collate(those))
-    for task in ("single", "pair", "wide", "edit", "pair edit", "wide edit"):
+    for task in (*data.FAMILIES, "edit", "pair edit", "wide edit", "large edit"):
         batch = examples.batch(random.Random(task), task, 8)
         assert len({(e.target.width, e.target.height) for e in collated[-1]}) == 1
-        assert all((e.target.width, e.target.height) == SQUARE for e in collated[-1]) != task.startswith("wide")
+        size = collated[-1][0].target.width, collated[-1][0].target.height
+        assert (size == LARGE) == task.startswith(("large", "three")) and (size in WIDE) == task.startswith("wide")
         wanted = encode_mean_color([e.target for e in collated[-1]]).float()
         assert torch.equal(batch.target, wanted)
         assert (batch.source is not None) == task.endswith("edit")
@@ -149,7 +151,7 @@ def test_drawings_from_text_are_of_the_grid_as_often_as_is_asked(
     examples, drawn = Examples(pool, tokenizers[0], drop=0.0), []
     collate = examples._collate
     monkeypatch.setattr(examples, "_collate", lambda those: drawn.extend(those) or collate(those))
-    for task in ("single", "pair", "wide"):
+    for task in data.FAMILIES:
         examples.batch(random.Random(task), task, 16)
     assert {all(o.on_grid for o in example.target.objects) for example in drawn} == {bool(share)}
 

@@ -1,7 +1,8 @@
 """Weight-only quantization: an option that replaces linear layers and can be deleted without touching the model.
 
-`formats` says how a matrix is stored, `kernels` how it is multiplied on which device, `layers` which matrices of the
-model are stored in which format.
+`formats` says how a matrix is stored, `search` and `compensation` which numbers of int4 are best, without looking at
+inputs and for them, `products` how it is multiplied on which device, `layers` which matrices of the model are stored in
+which format.
 """
 
 from .layers import (

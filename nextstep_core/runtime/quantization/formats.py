@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..interrupt import Check, go_on
+from .search import search
 
 Device: TypeAlias = torch.device | str | None  # None is PyTorch's default
 
@@ -87,12 +88,15 @@ class Int4:
 
     def quantize(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         groups = matrix.float().view(len(matrix), -1, self.group)
-        low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(TINY).to(self.scale_dtype)
-        zero = (low + 8 * scale.float()).to(self.scale_dtype)
+        scale, zero = search(groups, self.scale_dtype)
         values = ((groups - zero.float()) / scale.float()).round_().add_(8).clamp_(0, 15).to(torch.uint8)
-        values = values.view(len(matrix), -1)
-        return values[:, ::2] << 4 | values[:, 1::2], torch.cat([scale, zero], dim=2).transpose(0, 1).contiguous()
+        return self.stored(values.view(len(matrix), -1), scale[..., 0], zero[..., 0])
+
+    def stored(self, values: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and scale as they are stored, of the integers 0..15 (rows, columns) uint8, and of the scales and zeros
+        (rows, columns / group)."""
+        pairs = torch.stack([scale, zero], dim=2).to(self.scale_dtype)
+        return values[:, ::2] << 4 | values[:, 1::2], pairs.transpose(0, 1).contiguous()
 
     def dequantize(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         factor, zero = scale.to(dtype).transpose(0, 1)[..., None].unbind(2)
@@ -165,4 +169,5 @@ def quantize_in_pieces(format: Format, matrix: Tensor, check: Check = go_on) -> 
 INT8 = PerRow("int8", torch.int8, 127.0)
 FP8 = PerRow("fp8", torch.float8_e4m3fn, 448.0)
 INT4 = Int4("int4", 64)
+INT4_32 = Int4("int4-g32", 32)
 INT4_128 = Int4("int4-g128", 128)

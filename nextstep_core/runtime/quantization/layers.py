@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
 from ..interrupt import Check, go_on
-from .formats import FP8, INT4, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
+from .formats import FP8, INT4, INT4_32, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
 from .layouts import RowBlocks
 from .products import Kernel, choose
 
@@ -75,6 +75,7 @@ RECIPES = {
         Recipe("int4", INT4, INT8),
         Recipe("int4-g128", INT4_128, INT8),
         Recipe("fp8", FP8, FP8),
+        Recipe("int4-g32", INT4_32, INT8),
     )
 }
 

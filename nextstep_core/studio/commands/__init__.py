@@ -1,8 +1,9 @@
 """The command line: options to calls of the studio, and what comes of them to the terminal or to JSON."""
 
 from .app import app
+from .calibrate import calibrate
 from .draw import batch, edit, generate
 from .files import convert, download
 from .machine import bench, doctor, status, test
 
-__all__ = ["app", "batch", "bench", "convert", "doctor", "download", "edit", "generate", "status", "test"]
+__all__ = ["app", "batch", "bench", "calibrate", "convert", "doctor", "download", "edit", "generate", "status", "test"]

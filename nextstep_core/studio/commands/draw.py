@@ -28,7 +28,7 @@ from ..quality import scores_of
 from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
-from .model import Device, Dtype, MaxMemory, ModelFolder, ModelName, Quantization
+from .model import Device, Dtype, Loras, MaxMemory, ModelFolder, ModelName, Quantization
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
@@ -51,6 +51,7 @@ def stated(**values: Any) -> dict[str, Any]:
     "generate",
     'nextstep generate "a frosty mug on a wooden table" --preset standard --seed 1 --seed 2',
     'nextstep generate "a red circle on a blue background" 64 20 --model tiny',
+    'nextstep generate "a red circle on a blue background" 64 --model tiny --lora night:0.8',
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in plain sentences.")],
@@ -70,6 +71,7 @@ def generate(
     format: Format = None,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -85,7 +87,7 @@ def generate(
         negative_prompt=negative_prompt,
     )
     orders = job_of_prompts([Prompt(prompt)], COMMAND, Wishes(wishes, tuple(seed or (0,)))).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
     _draw(orders, choice, output, format, Output(as_json))
 
 
@@ -114,6 +116,7 @@ def edit(
     format: Format = None,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -126,7 +129,7 @@ def edit(
     orders = job_of_prompts(
         [Prompt(instruction)], COMMAND, Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
     ).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
     _draw(orders, choice, output, format, Output(as_json))
 
 
@@ -217,6 +220,7 @@ def batch(
     ] = False,
     quantization: Quantization = PLAIN,
     max_memory: MaxMemory = None,
+    lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -240,7 +244,7 @@ def batch(
         return
     if output is None:
         raise NextStepError("No folder for the pictures. Name one with --output.")
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype)
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
     with out.bar("Loading the model" if where is None else "Starting workers") as show, ExitStack() as open_until:
         if where is None:
             hands: Hands = Alone(choice.load(plan.model), scores_of)

@@ -12,6 +12,7 @@ from ...errors import NextStepError, check_choice
 from ...loading.build import plan_model
 from ...loading.checkpoint import DTYPES
 from ...loading.comfy_file import FORMATS, save_for_comfyui
+from ...loading.compensated import Compensated
 from ...loading.download import PUBLISHED_CHECKPOINTS, plan_download
 from ...loading.download import download as fetch
 from ...loading.meter import Meter
@@ -22,6 +23,7 @@ from ...runtime.shortage import told
 from ...sentences import Sentence
 from ..model_choice import PLAIN, find_model, model_folders, pick_device
 from .app import Json, Output, command
+from .calibrate import FITTED, calibration_for, not_calibrated
 from .model import Device, ModelFolder
 
 
@@ -55,6 +57,7 @@ def download(
     "convert",
     "nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8",
     "nextstep convert NextStep-1.1 nextstep-1.1-int8.safetensors --quantization int8-convrot --comfyui",
+    "nextstep convert NextStep-1.1 nextstep-1.1-int4.safetensors --quantization int4 --calibration mine.safetensors",
     "nextstep convert NextStep-1.1 nextstep-vae.safetensors --vae",
 )
 def convert(
@@ -71,6 +74,14 @@ def convert(
             help=f"In ComfyUI's own layout, which other nodes read too; --quantization: {', '.join(FORMATS)}.",
         ),
     ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            help=f"A file of [bold]nextstep calibrate[/bold], for {' and '.join(FITTED)}. Without it: the one "
+            f"beside the checkpoint, if there is one; {PLAIN} leaves it out.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -80,7 +91,10 @@ def convert(
     check_choice("--dtype", dtype, DTYPES)
     if to.suffix != ".safetensors":
         raise NextStepError("The file to write is {file}; give it a name that ends in .safetensors.", file=to)
+    if calibration is not None and (vae or comfyui):
+        raise not_calibrated()
     source, at = find_model(model, models), pick_device(device)
+    found, fitted = None, None
     with (
         torch.inference_mode(),
         told(Sentence("Converting"), at, advice=Sentence("Close other programs.")),
@@ -98,5 +112,13 @@ def convert(
             size = save_for_comfyui(plan, to, quantization, DTYPES[dtype], at, show_tensors)
         else:
             plan = plan_model(source, None if quantization == PLAIN else quantization, at)
-            size = save_model(plan, to, DTYPES[dtype], at, show_tensors)
-    out.result({"file": str(to), "bytes": size}, f"{to}: {size / 1e9:.2f} GB")
+            found = calibration_for(plan, source, calibration)
+            fitted = found and Compensated(plan, found[1], at)
+            reading = fitted.read if fitted is not None else None
+            size = save_model(plan, to, DTYPES[dtype], at, show_tensors, reading=reading)
+    values: dict[str, object] = {"file": str(to), "bytes": size}
+    lines = [f"{to}: {size / 1e9:.2f} GB"]
+    if found is not None and fitted is not None and fitted.error is not None:
+        values |= {"calibration": str(found[0]), "error": fitted.error}
+        lines.append(f"Fitted to {found[0]}: the error of the conditions is {fitted.error:.1%}")
+    out.result(values, *lines)

@@ -31,5 +31,11 @@ Quantization = Annotated[
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="Device memory to take at most, such as 20GB. The rest is streamed.")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[:STRENGTH]", help="A LoRA and its strength, 1 if none is given; several add up."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, cuda:1, mps or cpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"auto or {', '.join(DTYPES)}.")]

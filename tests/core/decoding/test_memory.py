@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
-from nextstep_core.decoding.memory import PICTURE_512, VAE_BYTES, RunSize, fitting_recipe, working_bytes
+from nextstep_core.decoding.memory import (
+    PICTURE_512,
+    VAE_BYTES,
+    RunSize,
+    fitting_recipe,
+    with_fitting_recipe,
+    working_bytes,
+)
 from nextstep_core.loading.build import ModelPlan, plan_model
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.config import NextStepConfig
+from nextstep_core.runtime.quantization import RECIPES
 
 GB = 10**9
 CONFIG = NextStepConfig.from_dict(PUBLISHED_CONFIG | SHAPES["14b"])
@@ -35,8 +43,8 @@ def test_working_memory_by_hand() -> None:
 
 
 def test_weights_of_the_published_shape(plan: ModelPlan) -> None:
-    sizes = [plan.weight_bytes(name, torch.bfloat16) / GB for name in (None, "int8", "fp8", "int4")]
-    assert sizes == pytest.approx([26.8, 13.5, 13.5, 7.6], abs=0.1)
+    sizes = [plan.weight_bytes(name, torch.bfloat16) / GB for name in (None, "int8", "fp8", "int4", "int4-g32")]
+    assert sizes == pytest.approx([26.8, 13.5, 13.5, 7.6, 8.4], abs=0.1)
     assert plan.weight_bytes(None, torch.float32) == 2 * plan.weight_bytes(None, torch.bfloat16)
 
 
@@ -45,6 +53,22 @@ def test_weights_of_the_published_shape(plan: ModelPlan) -> None:
 )
 def test_the_first_format_that_leaves_room(plan: ModelPlan, card: float, recipe: str | None) -> None:
     assert fitting_recipe(plan, torch.bfloat16, torch.bfloat16, int(card * GB)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("nearest", "card", "recipe"),
+    [("int8", 80, "int8"), ("int8", 17, "int8"), ("int8", 14, "int4"), ("int4-g32", 12, "int4-g32")]
+    + [("int4-g32", 10.5, "int4"), ("int4", 80, "int4")],
+)
+def test_weights_of_a_gguf_file_are_stored_as_near_to_it_as_there_is_room(
+    plan: ModelPlan, nearest: str, card: float, recipe: str
+) -> None:
+    """Nothing is won by more bits than it has."""
+    of_file = replace(plan, recipe=RECIPES[nearest])
+    chosen = with_fitting_recipe(of_file, torch.bfloat16, torch.bfloat16, int(card * GB))
+    assert chosen.recipe is RECIPES[recipe]
+    stored = replace(of_file, stored=True)
+    assert with_fitting_recipe(stored, torch.bfloat16, torch.bfloat16, 1) is stored
 
 
 def test_weights_count_as_stored_and_activations_as_computed(plan: ModelPlan) -> None:

@@ -222,3 +222,11 @@ def test_files_that_know_no_layouts_are_read_as_before_and_others_are_refused_by
     single_file.save_model(plan, tmp_path / "y.safetensors", DTYPE)
     with pytest.raises(NextStepError, match="cpu-7"):
         plan_model(tmp_path / "y.safetensors")
+
+
+def test_what_was_fitted_in_another_way_is_made_anew(checkpoint: Path, shelf: Path, monkeypatch) -> None:
+    """Kept files of int4 tell how scales were chosen; those of int8 need not."""
+    found = {recipe: kept_file(planned(checkpoint, recipe), shelf) for recipe in ("int8", "int4")}
+    monkeypatch.setattr(kept, "METHOD", "as it was before")
+    again = {recipe: kept.find(planned(checkpoint, recipe), DTYPE, [shelf]) for recipe in found}
+    assert again == {"int8": found["int8"], "int4": None}

@@ -110,3 +110,19 @@ def test_an_invalid_capture_leaves_a_device_that_works() -> None:
     fine = load(torch.float32)
     fine.generate("a red circle", **SMALL)
     assert not fine.engine.caches.graphs.broken
+
+
+def test_a_lora_in_captured_steps_takes_other_strengths(caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    fast = load(torch.float32)
+    plain = NextStepPipeline(replace(fast.engine, caches=StepCaches()), fast.vae, fast.device, torch.float32)
+    captured, loras = [], [(0.5, "captured"), (0.25, "again"), (1.0, "again"), (0.0, "without")]
+    for strength, _ in loras:
+        for pipe in (fast, plain):
+            pipe.unload_loras()
+            pipe.load_lora("night", strength)
+        difference = fast.generate("a red circle", **SMALL).tokens - plain.generate("a red circle", **SMALL).tokens
+        assert difference.abs().max() <= ROUNDING[torch.float32], strength
+        captured.append(fast.engine.caches.graphs._steps)
+    assert captured[0] is captured[1] is captured[2] is not captured[3]
+    assert not fast.engine.caches.graphs.broken and not caplog.records

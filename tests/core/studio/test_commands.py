@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from nextstep_core.loading.calibration import PROMPTS
+from nextstep_core.loading.store import ASSETS
 from nextstep_core.studio.commands import app
+from nextstep_core.studio.commands.calibrate import GENERAL
+from nextstep_core.studio.prompts import read_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = ROOT / "tests" / "data" / "golden"
+SHAPES = ("circle", "square", "triangle", "star")
 GUIDE = {
     "prompts": ["a red circle", "a blue square"],
     "settings": {"size": 512, "steps": 20, "guidance": 3.0, "quality": "high"},
@@ -66,6 +73,39 @@ def test_edit(tmp_path: Path) -> None:
         "edit", str(tmp_path / "cup.png"), "Make it blue.", "--size", "32", "--steps", "2", "-m", "tiny", "-o", out
     )
     assert told["pictures"][0]["file"] == out and Path(out).exists()
+
+
+def test_loras_by_name_by_path_and_in_the_folder_beside_the_models(tmp_path: Path) -> None:
+    night = ASSETS / "night" / "adapter_model.safetensors"
+    (tmp_path / "models" / "nextstep").mkdir(parents=True)
+    (tmp_path / "models" / "loras").mkdir()
+    (tmp_path / "models" / "loras" / "own: it.safetensors").write_bytes(night.read_bytes())
+    arguments = ("generate", "a red circle", "64", "4", "--model", "tiny", "-o", str(tmp_path / "x.png"))
+    told = result_of(*arguments, "--lora", "night:0.5", "--lora", str(night.parent))
+    assert told["LoRAs"] == "<lora:night:1.5>", "one file"
+    beside = ("--models", str(tmp_path / "models" / "nextstep"))
+    for name in ("own: it", "own: it:1", "own: it.safetensors:1"):
+        assert result_of(*arguments, *beside, "--lora", name)["LoRAs"] == "<lora:own_ it:1>"
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.text["parameters"].startswith("a red circle <lora:own_ it:1>\n")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [("gone", "no LoRA 'gone'"), ("night:x", "no LoRA"), ("night:1e9", "strength is"), ("", "no LoRA")],
+)
+def test_loras_that_are_none(tmp_path: Path, lora: str, said: str) -> None:
+    out = str(tmp_path / "x.png")
+    assert said in run("generate", "a red circle", "64", "4", "--model", "tiny", "-o", out, "--lora", lora, code=1)
+
+
+def test_a_batch_with_another_lora_is_drawn_again(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    arguments = ("batch", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "-m", "tiny", "--size", "32")
+    drawn = [
+        result_of(*arguments, "--steps", "2", *lora)["drawn"] for lora in ((), ("--lora", "night"), ("--lora", "night"))
+    ]
+    assert drawn == [1, 1, 0]
 
 
 def test_the_guides_batch_is_read_unchanged_and_drawn_small(tmp_path: Path) -> None:
@@ -123,9 +163,46 @@ def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
     result_of("convert", "tiny", str(tmp_path / "vae.safetensors"), "--vae")
 
 
+def test_the_prompts_that_calibrate_comes_with() -> None:
+    texts = [prompt.text for prompt in read_prompts(GENERAL)]
+    assert len(set(texts)) == len(texts) == PROMPTS.check(48)
+
+
+@pytest.mark.slow
+def test_calibrate_and_convert_with_it(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ASSETS / "tiny", tmp_path / "tiny"))
+    (tmp_path / "p.txt").write_text("".join(f"a red {shape} on a blue background\n" for shape in SHAPES))
+    drawing = ("calibrate", str(model), "--prompts", str(tmp_path / "p.txt"), "--size", "32")
+    told = result_of(*drawing, "--count", "4", "--measure", "int4")
+    assert told["file"] == str(model / "calibration.safetensors") and told["prompts"] == 4
+    assert 0 < told["error"]["with"] < 0.5 and 0 < told["error"]["without"] < 0.5
+    file = str(tmp_path / "int4.safetensors")
+    fitted = result_of("convert", str(model), file, "--quantization", "int4")
+    assert fitted["calibration"] == told["file"] and fitted["error"] == pytest.approx(told["error"]["with"], rel=0.01)
+    plain = result_of("convert", str(model), file, "--quantization", "int4", "--calibration", "none")
+    assert "calibration" not in plain and plain["bytes"] == fitted["bytes"]
+    assert "calibration" not in result_of("convert", str(model), file, "--quantization", "int8")
+    other = ("convert", str(GOLDEN / "tiny-a"), file, "--quantization", "int4", "--calibration", told["file"])
+    assert "other weights" in run(*other, code=1)
+    assert "already quantized" in run("calibrate", file, "--size", "32", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["calibrate", "tiny", "--count", "1"], "is 1"),
+        (["calibrate", "tiny", "--count", "0"], "is 0"),
+        (["calibrate", "tiny", "--count", "9999"], "is 9999"),
+        (["calibrate", "tiny", "--prompts", "nothere.txt"], "does not exist"),
+        (["calibrate", "tiny", "--prompts", "x.bin"], ".txt"),
+        (["calibrate", "tiny", "--size", "16:9"], "--size is 16:9"),
+        (["calibrate", "tiny", "--measure", "int8"], "int4"),
+        (["calibrate", "tiny", "-o", "x.bin"], ".safetensors"),
+        (["calibrate", "tiny", "--device", "tpu"], "--device is tpu"),
+        (["calibrate", "nothere"], "nothere"),
+        (["convert", "tiny", "x.safetensors", "--quantization", "int4", "--calibration", "nothere"], "does not exist"),
+        (["convert", "tiny", "x.safetensors", "--quantization", "int8", "--calibration", "y"], "--calibration is for"),
+        (["convert", "tiny", "x.safetensors", "--vae", "--calibration", "y"], "--calibration is for"),
         (["generate", "a", "50", "--model", "tiny"], "multiple of 16"),
         (["generate", "a", "64", "0", "--model", "tiny"], "steps is 0"),
         (["generate", "a", "--preset", "best", "--model", "tiny"], "draft"),

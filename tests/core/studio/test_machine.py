@@ -96,12 +96,15 @@ def test_what_fits_on_a_card_by_the_published_sizes(monkeypatch, memory: float, 
 
 
 def test_what_is_stored_already_is_the_only_choice(monkeypatch: pytest.MonkeyPatch, a_second_a_token) -> None:
-    stored = plan_model(ASSETS / "tiny", "int8")
+    of_a_gguf = plan_model(ASSETS / "tiny", "int8")
+    stored = replace(of_a_gguf, stored=True)
     monkeypatch.setattr(machine, "plan_model", lambda *_: stored)
     model = described("tiny (embedded)", ASSETS / "tiny", [], CPU, (64, 32), times=True)
     assert [format.quantization for format in model.formats] == ["int8"] and model.chosen == "int8"
     (asked,) = a_second_a_token
     assert asked[3:5] == (32, 64) and asked[5] == CPU and asked[7:] == ("int8", 0), "height, width, recipe, streamed"
+    of_file = fits(of_a_gguf, PUBLISHED_VAE_CONFIG, CPU, torch.float32, (64, 64))
+    assert [fit.recipe for fit in of_file] == ["int8", "int4"], "auto takes the smaller where there is no room"
 
 
 def test_a_device_without_room_for_timing_tells_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

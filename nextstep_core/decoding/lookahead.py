@@ -1,0 +1,195 @@
+"""Several image tokens per read of the weights: the chain of tokens solved as a fixed-point problem, window by window.
+
+With the noise of every place fixed beforehand, a token is a deterministic function of those before it. So a window of
+places is guessed, goes through the transformer at once, and every token of it is drawn with its own noise: Jacobi
+iteration with common random numbers (Song et al. 2021; for discrete tokens Teng et al. 2024, arXiv 2410.01699). Those
+whose inputs were right are done, the others are the next guess. The first of a window is always right, so there are
+never more reads than tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.nextstep import NextStepModel
+from .job import Job
+from .loop import Run, to_device
+from .progress import TokenStep
+from .steps import StepCaches, StepShape
+
+# How far a guess may be from the token that is drawn in its place, relative to that token's length, to count as right.
+TOLERANCES = {"exact": 1e-4, "fast": 0.05}
+SIZES = (1, 2, 4, 8, 16, 32)  # of windows, in places: few, since each is captured once
+MOST = SIZES[-1]
+WORTH = 0.9  # of the cost of a place, what it must fall to for a window of twice the size to be tried at all
+QUICK = 0.1  # seconds; what takes longer is not timed a second time
+FORGET = 0.9  # of what was learned, what is kept after each window
+
+
+@dataclass
+class WindowChoice:
+    """Chooses the size of each window: of those in `costs`, which tells what a read with so many places takes, the one
+    that is expected to bring the most tokens in the time. `right` of `examined` guesses were right of late."""
+
+    costs: Mapping[int, float]
+    right: float = 4.0
+    examined: float = 5.0
+
+    def size(self) -> int:
+        """How many places the next window has."""
+        share = self.right / self.examined
+        return max(self.costs, key=lambda size: sum(share**n for n in range(size)) / self.costs[size])
+
+    def learn(self, right: int, examined: int) -> None:
+        """Take into account how many guesses of a window were looked at, up to the first wrong one."""
+        self.right = FORGET * self.right + right
+        self.examined = FORGET * self.examined + examined
+
+
+def look_ahead(
+    model: NextStepModel, job: Job, embeds: Tensor, tokens: Tensor, caches: StepCaches, chunk: int
+) -> Iterator[TokenStep]:
+    """As `loop.decode`, several tokens at a time, within the tolerance of the job's settings.
+
+    Pictures advance on their own; each step tells of the one that is furthest behind.
+    """
+    run = Run.start(model, job, embeds, tokens, caches, chunk, beyond=MOST)
+    windows = Windows(run, job.grid[1])
+    yield from windows.begin()
+    shape = StepShape.of_job(job, tokens.device, tokens.dtype, MOST)
+    if windows.first < windows.total and shape not in caches.costs:
+        caches.costs[shape] = measured(windows.read)
+    yield from ahead(windows, WindowChoice(caches.costs.get(shape, {1: 1.0})), TOLERANCES[job.settings.lookahead])
+
+
+def ahead(windows: Windows, choice: WindowChoice, tolerance: float) -> Iterator[TokenStep]:
+    """Solve window after window to the end. NextStepError then, when a token is NaN."""
+    run = windows.run
+    while windows.first < windows.total:
+        choice.learn(*windows.advance(choice.size(), tolerance))
+        yield windows.step()
+    run.check_finite()
+
+
+def measured(read: Callable[[int], Tensor]) -> dict[int, float]:
+    """What a read with windows of each size takes, in seconds; only of sizes that may pay on this device."""
+    costs: dict[int, float] = {}
+    for size in SIZES:
+        costs[size] = _seconds(read, size)
+        if costs[size] < QUICK:  # the first call may have captured the work, or compiled it
+            costs[size] = _seconds(read, size)
+        if size > 1 and costs[size] > WORTH * 2 * costs[size // 2]:
+            break
+    return costs
+
+
+def _seconds(read: Callable[[int], Tensor], size: int) -> float:
+    started = time.perf_counter()
+    read(size).flatten()[0].item()  # waits for the device
+    return time.perf_counter() - started
+
+
+class Windows:
+    """The windows of all pictures of a run: where each begins, what stands in it, and the noise of its places."""
+
+    def __init__(self, run: Run, columns: int) -> None:
+        """`columns` is how many tokens wide the pictures are."""
+        self.run, self.columns, self.total = run, columns, len(run.keep)
+        pictures, total, dim = run.tokens.shape
+        device = run.tokens.device
+        self.guess = torch.zeros(pictures, total + 2 * MOST, dim, device=device, dtype=run.tokens.dtype)
+        self.known = torch.zeros(total + 2 * MOST, dtype=torch.bool, device=device)
+        self.known[: self.total] = torch.tensor(run.keep, device=device)
+        self.rows = torch.arange(pictures, device=device)[:, None]
+        self.done = [0] * pictures
+        self.guessed = [0] * pictures  # places that hold a token or a guess
+        self.noises: dict[int, Tensor] = {}
+        self.next_noise = 0
+        self.reads = 0
+
+    @property
+    def first(self) -> int:
+        """Places that are done in every picture."""
+        return min(self.done)
+
+    def step(self) -> TokenStep:
+        """Where the run stands."""
+        return self.run.step(self.first, self.run.keep[: self.first].count(False), self.reads)
+
+    def begin(self) -> Iterator[TokenStep]:
+        """Feed what is known from the start; where nothing is, sample the very first token from the prompt alone."""
+        run = self.run
+        known = run.keep.index(False) if False in run.keep else self.total
+        if known == 0:
+            run.tokens[:, 0] = run.sample(run.condition(run.hidden, 0), self._noise(0), run.guidance[0])
+            known, self.reads = 1, 1
+        for start in range(0, known - 1, run.chunk):
+            run.sequence.feed(run.tokens[:, start : min(start + run.chunk, known - 1)], start)
+        self.guess[:, : run.tokens.shape[1]] = run.tokens
+        self.done = [known] * len(self.done)
+        self.guessed = list(self.done)
+        yield self.step()
+
+    def read(self, size: int) -> Tensor:
+        """One read of the weights: tokens (M, size, token_dim) of every picture's window, drawn from the guesses."""
+        run, pictures = self.run, len(self.done)
+        places = self._places(size)
+        hidden = run.sequence.feed_window(self.guess[self.rows, places - 1], places - 1, max(self.done) + size - 2)
+        inside = places.clamp(max=self.total - 1)
+        if run.codes is not None:
+            hidden = hidden + run.codes[inside].repeat(len(hidden) // pictures, 1, 1)
+        noise = torch.stack([self._noise_of(m, size) for m in range(pictures)], dim=1).flatten(1, 2)
+        guidance = run.guidance[inside].flatten(0, 1).T[..., None]  # (2, M * size, 1)
+        drawn = run.sample(hidden.flatten(0, 1), noise, guidance).view(pictures, size, -1)
+        return torch.where(self.known[places][..., None], self.guess[self.rows, places], drawn)
+
+    def advance(self, size: int, tolerance: float) -> tuple[int, int]:
+        """Draw a window of every picture, keep what is right and guess the rest anew: of how many guesses that were
+        looked at how many were right."""
+        self._guess_new(size)
+        places = self._places(size)
+        guess, drawn = self.guess[self.rows, places], self.read(size)
+        self.guess[self.rows, places] = drawn
+        self.reads += 1
+        change = (drawn - guess).float().norm(dim=-1) / drawn.float().norm(dim=-1).clamp_min(1e-6)
+        # A token is right when everything before it in the window was guessed right.
+        leading = (change <= tolerance)[:, : size - 1].long().cumprod(dim=1).sum(dim=1).tolist()
+        for m, right in enumerate(leading):
+            start, stop = self.done[m], min(self.done[m] + right + 1, self.total)
+            self.run.tokens[m, start:stop] = drawn[m, : stop - start]
+            self.guessed[m] = max(self.guessed[m], start + size)
+            self.done[m] = stop
+        for place in [place for place in self.noises if place < self.first]:
+            del self.noises[place]
+        return sum(leading), sum(min(right + 1, size - 1) for right in leading)
+
+    def _places(self, size: int) -> Tensor:
+        """(M, size): where each picture's window lies."""
+        begin = torch.tensor(self.done, device=self.guess.device)
+        return begin[:, None] + torch.arange(size, device=begin.device)
+
+    def _guess_new(self, size: int) -> None:
+        """First guesses of the places that a window comes to: the token above or, in the first row, the one before."""
+        for m, start in enumerate(self.done):
+            for place in range(max(self.guessed[m], start), start + size):
+                if not (place < self.total and self.run.keep[place]):
+                    self.guess[m, place] = self.guess[m, place - (self.columns if place >= self.columns else 1)]
+            self.guessed[m] = max(self.guessed[m], start + size)
+
+    def _noise_of(self, picture: int, size: int) -> Tensor:
+        """(count, size, token_dim) of a picture's window; beyond the end the last place's."""
+        places = (min(self.done[picture] + n, self.total - 1) for n in range(size))
+        return torch.stack([self._noise(place)[:, picture] for place in places], dim=1)
+
+    def _noise(self, place: int) -> Tensor:
+        """Every noise of one place, (count, M, token_dim); the stream is drawn in the order of the places."""
+        while self.next_noise <= place:
+            noise = self.run.noise.for_token(self.run.sample.noise_count)
+            self.noises[self.next_noise] = to_device(noise, self.run.tokens.device)
+            self.next_noise += 1
+        return self.noises[place]
