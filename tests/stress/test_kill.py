@@ -28,14 +28,3 @@ def test_nothing_is_torn_by_a_kill() -> None:
 def test_a_batch_run_that_is_killed_again_and_again_has_every_picture_once() -> None:
     met, found = kill_and_compare(pictures=12, kills=3)
     assert not found and met
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are found by their processes")
-def test_a_run_on_a_cluster_whose_workers_node_and_driver_are_killed_has_every_picture_once() -> None:
-    """In a process of its own, because the cluster is started and ended in it."""
-    pytest.importorskip("ray", reason="Ray is not installed")
-    command = [sys.executable, "-m", "tests.stress.cluster", "--pictures", "60", "--kills", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=590)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "wrong: nothing" in done.stdout
