@@ -22,6 +22,7 @@ from nextstep_core.runtime.interrupt import Check
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.studio.batch import BatchRun
 from nextstep_core.studio.drawing import Settled
+from nextstep_core.studio.hands import Alone
 from nextstep_core.studio.job_file import parse_job
 from nextstep_core.studio.jobs import Order
 from nextstep_core.studio.report import write_report, write_sheet
@@ -58,9 +59,9 @@ def main() -> None:
 
         job = parse_job(text, "job.json")
         timed("reading the job", lambda: parse_job(text, "job.json"))
-        timed("starting and drawing", lambda: BatchRun(job, Stub(), folder).run())
-        timed("starting when all is done", lambda: BatchRun(job, Stub(), folder).run())
-        records = BatchRun(job, Stub(), folder).records
+        timed("starting and drawing", lambda: BatchRun(job, Alone(Stub()), folder).run())
+        timed("starting when all is done", lambda: BatchRun(job, Alone(Stub()), folder).run())
+        records = BatchRun(job, Alone(Stub()), folder).records
         timed("report", lambda: write_report(folder, job.title, records))
         timed("contact sheet", lambda: write_sheet(folder, records))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from comfy_api.latest import ComfyExtension, io
 
 from .all_in_one import NextStepImageEdit, NextStepTextToImage
+from .cluster import NextStepCluster
 from .compare import NextStepCompare, NextStepLabelledGrid
 from .download import NextStepDownload
 from .frames import NextStepDrawingFrames
@@ -53,6 +54,7 @@ NODES: list[type[io.ComfyNode]] = [
     NextStepQualityScore,
     NextStepQualityGate,
     NextStepBestOfN,
+    NextStepCluster,
     NextStepLoadLora,
 ]
 PICTURES = Path(__file__).resolve().parent.parent / "example_pictures"  # that the templates load

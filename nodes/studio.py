@@ -20,6 +20,7 @@ from ..nextstep_core.request.parameters import lora_facts
 from ..nextstep_core.runtime.interrupt import Check
 from ..nextstep_core.studio.batch import TOGETHER, BatchProgress, BatchRun
 from ..nextstep_core.studio.drawing import Settled, identity_of, read_picture, settle, with_version
+from ..nextstep_core.studio.hands import Alone
 from ..nextstep_core.studio.job_file import Wishes, job_of_prompts, parse_job, read_job
 from ..nextstep_core.studio.jobs import BatchJob, Order
 from ..nextstep_core.studio.manifest import Manifest
@@ -170,7 +171,7 @@ class NextStepBatchStudio(Node):
         place, together = host.output_folder(folder), TOGETHER.check(together)
         plan = job_of(job, text, wishes_of(lists, size, seeds, preset))
         artist = HostArtist(model, vae)
-        run = BatchRun(plan, artist, place, scores_of)
+        run = BatchRun(plan, Alone(artist, scores_of), place)
         reporter = host.ProgressReporter(BAR)
 
         def report(state: BatchProgress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -35,21 +36,34 @@ def save_picture(
     `quality` is of JPEG and WebP, whose 100 is lossless. NextStepError for a format that is none of ours, a quality out
     of range, and what the disk refuses.
     """
-    check_choice("format", format, FORMATS)
-    quality, notes = QUALITY.check(quality), notes or {}
-    image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
     try:
-        if format == "png":
-            image.save(path, format, pnginfo=_chunks(parameters, notes), compress_level=COMPRESSION)
-        elif format == "webp":
-            lossless = quality == QUALITY.maximum
-            image.save(path, format, exif=_exif(parameters, notes), quality=quality, lossless=lossless)
-        else:
-            whole, short = _exif(parameters, notes), _exif(parameters, {})
-            exif = whole if len(whole) <= LONGEST_EXIF else short if len(short) <= LONGEST_EXIF else b""
-            image.save(path, format, exif=exif, quality=quality, subsampling=0)
+        _write(path, picture, format, quality, parameters, notes or {})
     except OSError as error:
         raise not_written(path, error) from None
+
+
+def encoded_picture(picture: Tensor, format: str, quality: int = 90, parameters: str = "") -> bytes:
+    """The bytes of the file that `save_picture` would write."""
+    file = BytesIO()
+    _write(file, picture, format, quality, parameters, {})
+    return file.getvalue()
+
+
+def _write(
+    target: Path | BytesIO, picture: Tensor, format: str, quality: int, parameters: str, notes: Mapping[str, str]
+) -> None:
+    check_choice("format", format, FORMATS)
+    quality = QUALITY.check(quality)
+    image = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+    if format == "png":
+        image.save(target, format, pnginfo=_chunks(parameters, notes), compress_level=COMPRESSION)
+    elif format == "webp":
+        lossless = quality == QUALITY.maximum
+        image.save(target, format, exif=_exif(parameters, notes), quality=quality, lossless=lossless)
+    else:
+        whole, short = _exif(parameters, notes), _exif(parameters, {})
+        exif = whole if len(whole) <= LONGEST_EXIF else short if len(short) <= LONGEST_EXIF else b""
+        image.save(target, format, exif=exif, quality=quality, subsampling=0)
 
 
 def _chunks(parameters: str, notes: Mapping[str, str]) -> PngImagePlugin.PngInfo:

@@ -9,41 +9,27 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ..decoding.progress import Progress
-from ..errors import NextStepError, not_written
-from ..images.saving import FORMATS, save_picture
+from ..errors import not_written
+from ..images.saving import FORMATS
 from ..loading.locks import held
 from ..ranges import Range
 from ..runtime.interrupt import Check, go_on
 from ..sentences import Sentence
-from .drawing import Artist, Settled, parameters_of
-from .jobs import BatchJob, Order
+from .drawing import Settled
+from .hands import FileKind, Finished, Hands
+from .jobs import BatchJob
 from .manifest import PART, Manifest, Record, read_sidecar, sidecar_of, write_whole
 from .names import file_name
+from .planning import Entry, plan
 
 TOGETHER = Range("together", 1, 256)
 LOCK = ".running"
-Scorer = Callable[[Tensor], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A picture of the run: its order as it is drawn, its key and its file, relative to the folder."""
-
-    settled: Settled
-    key: str
-    file: str
-
-    @property
-    def order(self) -> Order:
-        return self.settled.order
 
 
 @dataclass(frozen=True)
@@ -64,12 +50,30 @@ class BatchProgress:
         """Of all pictures, what is done."""
         drawing = self.drawing
         within = 0.0 if drawing is None else drawing.done / drawing.total * len(drawing.tokens)
-        return (self.done + self.failed + within) / self.total
+        return min(1.0, (self.done + self.failed + within) / self.total)  # pictures may be drawn again beside others
 
     @property
     def seconds_left(self) -> float | None:
         """Time that the rest will take at the rate so far; None before the first picture."""
         return (self.total - self.done - self.failed) * self.seconds / self.drawn if self.drawn else None
+
+    @property
+    def a_minute(self) -> float | None:
+        """Pictures, at the rate so far; None before the first."""
+        return 60 * self.drawn / self.seconds if self.drawn and self.seconds else None
+
+    @property
+    def in_words(self) -> str:
+        """One line: how many are done, how many failed, the rate, the time left."""
+        words = [f"{self.done + self.failed} of {self.total} pictures"]
+        if self.failed:
+            words.append(f"{self.failed} failed")
+        if self.a_minute is not None:
+            words.append(f"{self.a_minute:.1f} a minute")
+        if self.seconds_left is not None:
+            minutes, seconds = divmod(round(self.seconds_left), 60)
+            words.append(f"{minutes}:{seconds:02d} left")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ class Summary:
 class BatchRun:
     """A job on its way into a folder, which must not be used by two runs at once."""
 
-    def __init__(self, job: BatchJob, artist: Artist, folder: Path, score: Scorer | None = None) -> None:
+    def __init__(self, job: BatchJob, hands: Hands, folder: Path) -> None:
         """Check everything against the checkpoint and give every picture its file. Nothing is drawn yet."""
-        self.job, self.artist, self.folder, self.score = job, artist, folder, score
-        settled = [artist.settle(order) for order in job.orders]
+        self.job, self.hands, self.folder = job, hands, folder
+        settled = hands.settle(job.orders)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,8 +133,14 @@ class BatchRun:
                 report(state)
 
             tell()
-            for group in groups(missing, together):
-                for record in self._draw(group, tell, check):
+            batches = plan(self.folder, self.entries, missing, together)
+            kind = FileKind(self.job.format, self.job.quality)
+            with closing(self.hands.draw(batches, kind, tell, check)) as pictures:
+                for entry, finished in pictures:
+                    record = self._record(entry, finished)
+                    if not record.error:
+                        self._save(entry, finished.data, record)
+                    self.manifest.add(record)
                     failed, drawn = failed + bool(record.error), drawn + (not record.error)
                     tell(record=record)
             return Summary(self.records, drawn, kept, failed, time.monotonic() - started)
@@ -141,7 +151,7 @@ class BatchRun:
         owners = {record.file: key for key, record in self.manifest.records.items() if not record.error}
         twice: Counter[str] = Counter()
         for n, one in enumerate(settled, 1):
-            key = one.key(self.artist.identity)
+            key = one.key(self.hands.identity)
             twice[key] += 1
             if twice[key] > 1:
                 key = f"{key}-{twice[key]}"
@@ -175,29 +185,7 @@ class BatchRun:
         self.manifest.add(record)
         return True
 
-    def _draw(self, group: Sequence[Entry], tell: Callable[[Progress], None], check: Check) -> Iterator[Record]:
-        """Draw a group and save it; where that fails, each of its pictures alone."""
-        started = time.monotonic()
-        try:
-            pictures = self.artist.draw([entry.settled for entry in group], tell, check)
-        except NextStepError as error:
-            if len(group) > 1:
-                for entry in group:
-                    yield from self._draw([entry], tell, check)
-                return
-            record = replace(self._record(group[0], 0.0), error=str(error))
-            self.manifest.add(record)
-            yield record
-            return
-        seconds = (time.monotonic() - started) / len(group)
-        for entry, picture in zip(group, pictures, strict=True):
-            record = self._record(entry, seconds)
-            if self.score is not None:
-                record = replace(record, scores=dict(self.score(picture)))
-            self._save(entry, picture, record)
-            yield record
-
-    def _record(self, entry: Entry, seconds: float) -> Record:
+    def _record(self, entry: Entry, finished: Finished) -> Record:
         one, order = entry.settled, entry.order
         return Record(
             entry.key,
@@ -210,17 +198,19 @@ class BatchRun:
             one.width,
             one.height,
             asdict(one.settings),
-            self.artist.facts,
-            round(seconds, 3),
+            self.hands.facts,
+            round(finished.seconds, 3),
+            finished.scores,
+            finished.error,
         )
 
-    def _save(self, entry: Entry, picture: Tensor, record: Record) -> None:
+    def _save(self, entry: Entry, data: bytes, record: Record) -> None:
         """The sidecar first, the picture last, each under its name only when it is complete."""
         path = self.folder / entry.file
         part = path.with_name(path.name + PART)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(part, picture, self.job.format, self.job.quality, parameters_of(entry.settled, record.facts))
+            part.write_bytes(data)
             write_whole(sidecar_of(path), record.to_json(indent=2))
             os.replace(part, path)
         except OSError as error:
@@ -228,17 +218,6 @@ class BatchRun:
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-        self.manifest.add(record)
-
-
-def groups(entries: Iterable[Entry], most: int) -> Iterator[list[Entry]]:
-    """Entries that can be drawn in one batch, at most so many; groups in the order of their first entries."""
-    waiting: dict[tuple[object, ...], list[Entry]] = {}
-    for entry in entries:
-        waiting.setdefault(entry.settled.together, []).append(entry)
-    for alike in waiting.values():
-        for start in range(0, len(alike), most):
-            yield alike[start : start + most]
 
 
 def _fields(one: Settled, index: str) -> dict[str, object]:

@@ -23,4 +23,5 @@ KINDS = (
     "jobs",
     "limits",
     "scores",
+    "clusters",
 )

@@ -19,6 +19,7 @@ from nextstep_core.runtime.interrupt import Check
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.studio.batch import BatchRun
 from nextstep_core.studio.drawing import Settled
+from nextstep_core.studio.hands import Alone
 from nextstep_core.studio.job_file import read_job
 from nextstep_core.studio.jobs import Order
 from nextstep_core.studio.report import write_report, write_sheet
@@ -97,7 +98,7 @@ def case(rng: Random) -> Case:
         if len(job.orders) > MOST:
             return
         out = home / "out"
-        run = BatchRun(job, Stub(), out)
+        run = BatchRun(job, Alone(Stub()), out)
         run.run()
         write_report(out, job.title, run.records)
         write_sheet(out, run.records)

@@ -108,12 +108,13 @@ def test_pictures_in_the_host_equal_those_of_a_pipeline(graph: ComfyGraph) -> No
     kit = SimpleNamespace(
         read=graph.pack("nextstep_core.studio.job_file").parse_job,
         run=graph.pack("nextstep_core.studio.batch").BatchRun,
+        alone=graph.pack("nextstep_core.studio.hands").Alone,
         artist=graph.pack("nextstep_core.studio.drawing").PipelineArtist,
         pipeline=graph.pack("nextstep_core.pipeline").NextStepPipeline,
     )
     other = graph.base / "commands"
     artist = kit.artist(kit.pipeline.from_pretrained("tiny", dtype=torch.float32), {}, "")
-    kit.run(kit.read(json.dumps(JOB), "j"), artist, other).run()
+    kit.run(kit.read(json.dumps(JOB), "j"), kit.alone(artist), other).run()
     for file in files:
         with Image.open(file) as ours, Image.open(other / file.name) as theirs:
             apart = max(abs(a - b) for a, b in zip(ours.tobytes(), theirs.tobytes()))

@@ -22,10 +22,11 @@ from ...loading.kept import weights_hash
 from ...runtime.quantization import RECIPES
 from ...runtime.shortage import told
 from ...sentences import Sentence
+from ..model_choice import PLAIN, ModelChoice, find_model, pick_device
 from ..prompts import read_prompts
 from .app import Json, Output, command
 from .machine import sides_of
-from .model import PLAIN, Device, Dtype, MaxMemory, ModelChoice, ModelFolder, Quantization, find_model, pick_device
+from .model import Device, Dtype, MaxMemory, ModelFolder, Quantization
 
 GENERAL = Path(__file__).parents[1] / "data" / "calibration.txt"
 FITTED = [name for name, recipe in RECIPES.items() if recipe.has_layouts]  # the formats that calibration is for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,17 +15,20 @@ from ...images.saving import FORMATS, save_picture
 from ...runtime.interrupt import go_on
 from ...sampling.solvers import SAMPLERS
 from ...sentences import Sentence
-from ..batch import TOGETHER, BatchProgress, BatchRun
+from ..batch import TOGETHER, BatchRun
+from ..cluster import Cluster, where_of
 from ..drawing import parameters_of
+from ..hands import Alone, Hands
 from ..job_file import COMMAND, Wishes, check_picture, job_of_prompts, read_job
 from ..jobs import Order
+from ..model_choice import PLAIN, ModelChoice
 from ..names import slug
 from ..prompts import Prompt
 from ..quality import scores_of
 from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
-from .model import PLAIN, Device, Dtype, Loras, MaxMemory, ModelChoice, ModelFolder, ModelName, Quantization
+from .model import Device, Dtype, Loras, MaxMemory, ModelFolder, ModelName, Quantization
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
@@ -182,6 +186,8 @@ def _free(path: Path) -> Path:
     "nextstep batch jobs.json --output pictures",
     "nextstep batch prompts.txt --output pictures --preset draft --seed 1 --seed 2",
     'nextstep batch brand --output pictures --set "brand=Northwind Coffee | Harbor Tea" --count-only',
+    "nextstep batch jobs.json --output pictures --gpus all",
+    "nextstep batch jobs.json --output pictures --cluster ray://host:10001",
 )
 def batch(
     job: Annotated[str, typer.Argument(help=f"A job file (.json), prompts (.txt, .csv), or {', '.join(SETS)}.")],
@@ -204,6 +210,11 @@ def batch(
         str | None, typer.Option("--names", help="Pattern of the files' names: {index}-{name}-{seed}.")
     ] = None,
     together: Annotated[int, typer.Option("--together", help="Pictures to draw at once, at most.")] = 8,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="all, or how many: a worker on each, by Ray.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Workers on CPUs in their place.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="A Ray cluster, such as ray://host:10001. Its GPUs, or --gpus.")
+    ] = None,
     count_only: Annotated[
         bool, typer.Option("--count-only", help="Check the job, say what it draws, and stop.")
     ] = False,
@@ -217,6 +228,7 @@ def batch(
     """Draw every picture of a job. The same command resumes a run that was stopped."""
     out = Output(as_json)
     TOGETHER.check(together)
+    where = where_of(gpus, workers, cluster)
     wishes = stated(
         size=size, steps=steps, cfg=cfg, shift=shift, sampler=sampler, preset=preset, negative_prompt=negative_prompt
     )
@@ -232,16 +244,15 @@ def batch(
         return
     if output is None:
         raise NextStepError("No folder for the pictures. Name one with --output.")
-    with out.bar("Loading the model") as show:
-        artist = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ())).load(plan.model)
-        run = BatchRun(plan, artist, output, scores_of)
-
-        def report(state: BatchProgress) -> None:
-            there = state.done + state.failed
-            show(state.share, f"{there} of {state.total} pictures")
-
+    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
+    with out.bar("Loading the model" if where is None else "Starting workers") as show, ExitStack() as open_until:
+        if where is None:
+            hands: Hands = Alone(choice.load(plan.model), scores_of)
+        else:
+            hands = open_until.enter_context(Cluster(where, choice.as_data(plan.model)))
+        run = BatchRun(plan, hands, output)
         try:
-            summary = run.run(together, report)
+            summary = run.run(together, lambda state: show(state.share, state.in_words))
         except KeyboardInterrupt:
             out.remarks.print("Stopped. The same command resumes.")
             raise typer.Exit(STOPPED) from None

@@ -21,9 +21,10 @@ from ...loading.store import vae_beside
 from ...runtime.quantization import RECIPES
 from ...runtime.shortage import told
 from ...sentences import Sentence
+from ..model_choice import PLAIN, find_model, model_folders, pick_device
 from .app import Json, Output, command
 from .calibrate import FITTED, calibration_for, not_calibrated
-from .model import PLAIN, Device, ModelFolder, find_model, model_folders, pick_device
+from .model import Device, ModelFolder
 
 
 @command("download", "nextstep download NextStep-1.1", "nextstep download NextStep-1.1 --dry-run")

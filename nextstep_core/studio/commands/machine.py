@@ -20,21 +20,11 @@ from ..finding import OK, PROBLEM, Finding
 from ..job_keys import SETTINGS
 from ..machine import SIZE, Memory, Model
 from ..machine import status as ask
+from ..model_choice import PLAIN, ModelChoice, model_folders, pick_device
 from ..quality import measure_quality
 from ..trial import trial
 from .app import FAILED, Json, Output, command
-from .model import (
-    PLAIN,
-    Device,
-    Dtype,
-    MaxMemory,
-    ModelChoice,
-    ModelFolder,
-    ModelName,
-    Quantization,
-    model_folders,
-    pick_device,
-)
+from .model import Device, Dtype, MaxMemory, ModelFolder, ModelName, Quantization
 
 SIGNS = {OK: "[green]ok[/green]", PROBLEM: "[red]problem[/red]"}
 HOW = {"whole": "fits", "streamed": "fits, streamed", "no": "too large"}

@@ -18,9 +18,11 @@ from nextstep_core.runtime.interrupt import Check
 from nextstep_core.sampling.settings import GenerationSettings
 from nextstep_core.studio.batch import BatchProgress, BatchRun, Summary
 from nextstep_core.studio.drawing import PipelineArtist, Settled
+from nextstep_core.studio.hands import Alone
 from nextstep_core.studio.job_file import parse_job
 from nextstep_core.studio.jobs import BatchJob, Order
 from nextstep_core.studio.manifest import MANIFEST, Manifest
+from nextstep_core.studio.planning import PLAN
 
 PUBLISHED = GenerationSettings(sampler="flow-ode")
 JOB = {"prompts": ["a red circle", "a blue square", "a green cross"], "settings": {"size": 16}, "seeds": [1, 2]}
@@ -52,7 +54,7 @@ def job(**stated: object) -> BatchJob:
 
 
 def run(folder: Path, together: int = 4, artist: Stub | None = None, **stated: object) -> Summary:
-    return BatchRun(job(**stated), artist or Stub(), folder).run(together)
+    return BatchRun(job(**stated), Alone(artist or Stub()), folder).run(together)
 
 
 def pictures(folder: Path) -> list[str]:
@@ -80,13 +82,55 @@ def test_the_second_run_draws_nothing_and_one_with_more_draws_what_is_new(tmp_pa
     assert sum(more.calls, []) == ["a red circle 3", "a blue square 3", "a green cross 3"]
 
 
-def test_a_picture_that_was_deleted_is_drawn_again(tmp_path: Path) -> None:
-    run(tmp_path)
+def test_a_picture_that_was_deleted_is_drawn_again_beside_those_that_it_was_drawn_with(tmp_path: Path) -> None:
+    first = Stub()
+    run(tmp_path, artist=first)
     (tmp_path / "002-a-red-circle-2.png").unlink()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     again = Stub()
     assert run(tmp_path, artist=again).drawn == 1
-    assert again.calls == [["a red circle 2"]]
+    assert again.calls == first.calls[:1]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
     assert len(pictures(tmp_path)) == 6
+
+
+def test_batches_stay_as_they_were_cut_when_a_run_is_stopped_and_its_job_grows(tmp_path: Path) -> None:
+    def stop(state: BatchProgress) -> None:
+        if state.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BatchRun(job(), Alone(Stub()), tmp_path).run(4, stop)
+    again = Stub()
+    run(tmp_path, artist=again, prompts=["new", *JOB["prompts"]])
+    assert again.calls == [
+        ["a red circle 1", "a red circle 2", "a blue square 1", "a blue square 2"],
+        ["a green cross 1", "a green cross 2"],
+        ["new 1", "new 2"],
+    ]
+    assert len(pictures(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("plan", ["[]", '{"together": 4, "batches": 3}', "{", '{"together": 4, "batches": [[1], "x"]}'])
+def test_a_plan_that_makes_no_sense_is_made_anew(tmp_path: Path, plan: str) -> None:
+    run(tmp_path)
+    (tmp_path / PLAN).write_text(plan)
+    (tmp_path / "002-a-red-circle-2.png").unlink()
+    assert run(tmp_path).drawn == 1
+
+
+def test_a_plan_may_not_put_together_what_cannot_be_drawn_so(tmp_path: Path) -> None:
+    settings = [{"size": 16, "steps": 3}, {"size": 16, "steps": 4}]
+    run(tmp_path, settings=settings)
+    stated = json.loads((tmp_path / PLAN).read_text())
+    keys = [key for batch in stated["batches"] for key in batch]
+    stated["batches"] = [keys[::6], [keys[1], keys[1], *keys[2:4]], [keys[3]], [*keys[4:6], "gone"]]
+    (tmp_path / PLAN).write_text(json.dumps(stated))
+    for picture in tmp_path.glob("*.png"):
+        picture.unlink()
+    again = Stub()
+    assert run(tmp_path, artist=again, settings=settings).drawn == 12
+    assert sorted(sum(again.calls, [])) == sorted(2 * [f"{p} {seed}" for p in JOB["prompts"] for seed in (1, 2)])
 
 
 def test_files_of_others_are_never_overwritten(tmp_path: Path) -> None:
@@ -119,7 +163,7 @@ def test_one_that_fails_does_not_take_the_others_with_it_and_is_tried_again(tmp_
     assert [record.error for record in summary.records] == ["", "It does not work.", ""]
     again = Stub()
     assert run(tmp_path, artist=again, prompts=["a", "this will fail", "b"], seeds=[1]).failed == 1
-    assert again.calls == [["this will fail 1"]]
+    assert again.calls == [["a 1", "this will fail 1", "b 1"], ["this will fail 1"]]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +192,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
         if state.done == 3:
             raise KeyboardInterrupt
 
-    running = BatchRun(job(), Stub(), tmp_path)
+    running = BatchRun(job(), Alone(Stub()), tmp_path)
     with pytest.raises(KeyboardInterrupt):
         running.run(1, stop)
     assert len(running.records) == 3
@@ -156,18 +200,18 @@ def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    other = BatchRun(job(), Stub(), tmp_path)
+    other = BatchRun(job(), Alone(Stub()), tmp_path)
 
     def start_another(state: BatchProgress) -> None:
         other.run()
 
     with pytest.raises(NextStepError, match="Another run"):
-        BatchRun(job(), Stub(), tmp_path).run(1, start_another)
+        BatchRun(job(), Alone(Stub()), tmp_path).run(1, start_another)
 
 
 def test_progress_counts_all_pictures(tmp_path: Path) -> None:
     states: list[BatchProgress] = []
-    BatchRun(job(), Stub(), tmp_path).run(4, states.append)
+    BatchRun(job(), Alone(Stub()), tmp_path).run(4, states.append)
     assert [state.done for state in states] == [0, 1, 2, 3, 4, 5, 6]
     assert {state.total for state in states} == {6}
     assert states[0].seconds_left is None and states[-1].seconds_left == 0
@@ -196,7 +240,7 @@ def test_pictures_drawn_together_equal_each_alone(tmp_path: Path, tiny: Pipeline
         "seeds": [1, 7],
     }
     for folder, together in (("alone", 1), ("together", 6)):
-        BatchRun(parse_job(json.dumps(stated), "j"), tiny, tmp_path / folder).run(together)
+        BatchRun(parse_job(json.dumps(stated), "j"), Alone(tiny), tmp_path / folder).run(together)
     names = pictures(tmp_path / "alone")
     assert len(names) == 6 and names == pictures(tmp_path / "together")
     for name in names:
@@ -210,12 +254,12 @@ def test_edits_of_several_pictures_in_one_job(tmp_path: Path, tiny: PipelineArti
         Image.new("RGB", (96, 96), color).save(tmp_path / f"{color}.png")
     jobs = [{"prompt": "Make the background green.", "images": [f"{color}.png"]} for color in ("red", "blue")]
     stated = {"jobs": jobs, "settings": {"size": 64, "steps": 4}}
-    summary = BatchRun(parse_job(json.dumps(stated), "j", folder=tmp_path), tiny, tmp_path / "out").run()
+    summary = BatchRun(parse_job(json.dumps(stated), "j", folder=tmp_path), Alone(tiny), tmp_path / "out").run()
     assert (summary.drawn, summary.failed) == (2, 0)
 
 
 def test_what_the_checkpoint_cannot_draw_is_refused_before_the_first(tmp_path: Path, tiny: PipelineArtist) -> None:
     stated = {"prompts": ["a", "word " * 5000], "settings": {"size": 64}}
     with pytest.raises(NextStepError, match="tokens long"):
-        BatchRun(parse_job(json.dumps(stated), "j"), tiny, tmp_path / "out")
+        BatchRun(parse_job(json.dumps(stated), "j"), Alone(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()
