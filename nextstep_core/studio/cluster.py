@@ -400,8 +400,9 @@ def _actor_class(ray: Any, where: Where, sent: bool) -> Any:
         """Sent to the workers as it stands here, since they may know this module under another name, or not at all."""
 
         def __init__(self, maker: Any, choice: dict[str, Any]) -> None:
-            from nextstep_core.studio.worker import Worker
             from ray.util.metrics import Counter
+
+            from nextstep_core.studio.worker import Worker
 
             names = ("pictures", "tokens", "seconds", "failures")
             self.meters = {name: Counter(f"nextstep_{name}", f"NextStep: {name}") for name in names}
