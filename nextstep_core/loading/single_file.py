@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import NextStepError, not_written, shown
 from ..runtime.interrupt import Check, go_on
+from ..runtime.quantization import Held
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from ..sentences import Sentence
 from .build import ModelPlan, find_vae, load_vae_state
@@ -123,6 +124,12 @@ def save_model(
     is stored in `dtype`. `report` gets (tensors done, of how many) and may raise to stop; `check` may too, and is
     called between the pieces of a tensor. NextStepError when the file cannot be written, or another run is writing it.
     """
+    if isinstance(plan.recipe, Held):
+        raise NextStepError(
+            "{where} is already quantized to {format}. Convert the original checkpoint.",
+            where=plan.files.where,
+            format=plan.recipe.name,
+        )
     if plan.stored:
         raise NextStepError("{where} is already a single file of this kind. Copy it instead.", where=plan.files.where)
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)

@@ -17,8 +17,10 @@ from torch import Tensor
 from nextstep_core import NextStepPipeline
 from nextstep_core.errors import NextStepError
 from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.comfy_file import save_for_comfyui
 from nextstep_core.loading.documents import CONFIG, INDEX_NAME
 from nextstep_core.loading.fusion import parts_of
+from nextstep_core.loading.single_file import save_model
 from nextstep_core.runtime.quantization import quantized_linears
 
 PACKED = Path(__file__).resolve().parent.parent.parent / "data" / "packed.safetensors"
@@ -166,3 +168,7 @@ def test_what_is_packed_is_not_quantized_again(golden: Path, tmp_path: Path) -> 
     folder = packed_checkpoint(golden, tmp_path / "packed", "less-one")
     with pytest.raises(NextStepError, match="is already quantized to auto-round int4"):
         plan_model(folder, "int8")
+    with pytest.raises(NextStepError, match="Convert the original"):
+        save_model(plan_model(folder), tmp_path / "own.safetensors", torch.bfloat16)
+    with pytest.raises(NextStepError, match="Convert the original"):
+        save_for_comfyui(plan_model(folder), tmp_path / "own.safetensors", "int8", torch.bfloat16)
