@@ -1,9 +1,10 @@
 """Many workers draw one job: one for each GPU of this machine or of a Ray cluster, or so many on CPUs.
 
 Ray starts the workers, places them, moves the data and tells which are lost. What is decided here: a batch goes to a
-worker when that is free, one that was lost with its worker goes to another, and one that costs a second worker is drawn
-picture by picture, so that the one which does the harm is found, reported and left out. A lost worker is replaced, and
-those that Ray can place only later join then.
+worker when that is free, one that was lost with its worker goes to another, and one that costs a second worker is tried
+picture by picture, so that the one which does the harm is found, reported and left out; where none does, the batch is
+drawn whole again, since pictures drawn alone differ in their last bits. A lost worker is replaced, and those that Ray
+can place only later join then.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..sentences import Sentence
 from .drawing import Settled
 from .hands import FileKind, Finished, Pictures, Tell
 from .jobs import Order
-from .planning import Batch
+from .planning import Batch, Entry
 from .worker import ERROR, Data, Maker, finished_of, order_data, settled_data, settled_of, versions
 
 PACKAGE = Path(__file__).resolve().parents[1]  # sent to the workers, so that theirs is the same
@@ -111,11 +112,31 @@ class Task:
 
 
 @dataclass(eq=False)
-class Waiting:
-    """A batch that is to be drawn, and how many workers it has cost."""
+class Suspect:
+    """A batch that has cost its workers and is tried picture by picture: how many are still to be tried, and what came
+    of the others. `harmful` once one of them has cost its workers too."""
 
     batch: Batch
-    lost: int = field(default=0)
+    left: int
+    found: list[tuple[Entry, Finished]] = field(default_factory=list)
+    harmful: bool = False
+
+    def take(self, found: Iterable[tuple[Entry, Finished]], harmful: bool = False) -> None:
+        """Take in what came of one picture."""
+        self.found += found
+        self.left -= 1
+        self.harmful |= harmful
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A batch that is to be drawn, how many workers it has cost, and the suspect that it is a picture of. `cleared`
+    once its pictures were found harmless."""
+
+    batch: Batch
+    lost: int = 0
+    suspect: Suspect | None = None
+    cleared: bool = False
 
 
 class Cluster:
@@ -178,18 +199,34 @@ class Cluster:
                 if task is None or task not in at_work:
                     continue
                 given = at_work.pop(task)
+                suspect = given.suspect
                 if task.answer is not None:
-                    for one in map(finished_of, task.answer):
-                        yield given.batch.entries[one.place], one
-                    continue
-                given.lost += 1
-                log.warning("A worker was lost while it drew %s: %s", _names([given.batch]), task.reason)
-                if given.lost < TRIES:
-                    waiting.append(given)
-                elif len(given.batch.entries) > 1:
-                    waiting.extend(map(Waiting, given.batch.singles()))
+                    found = [(given.batch.entries[one.place], one) for one in map(finished_of, task.answer)]
+                    if suspect is None:
+                        yield from found
+                        continue
+                    suspect.take(found)
                 else:
-                    yield given.batch.entries[0], self._given_up(task)
+                    given.lost += 1
+                    log.warning("A worker was lost while it drew %s: %s", _names([given.batch]), task.reason)
+                    if given.lost < TRIES:
+                        waiting.append(given)
+                        continue
+                    if len(given.batch.entries) > 1:
+                        singles = given.batch.singles()
+                        tried = None if given.cleared else Suspect(given.batch, len(singles))
+                        waiting.extend(Waiting(single, suspect=tried) for single in singles)
+                        continue
+                    given_up = given.batch.entries[0], self._given_up(task)
+                    if suspect is None:
+                        yield given_up
+                        continue
+                    suspect.take([given_up], harmful=True)
+                if suspect.left == 0:
+                    if suspect.harmful:
+                        yield from suspect.found
+                    else:
+                        waiting.append(Waiting(suspect.batch, cleared=True))
         finally:
             for member in [member for member, task in self._running.values() if task in at_work]:
                 self._dismiss(member)  # it would go on drawing

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from nextstep_core.studio.model_choice import prepare
 
 SIDE = 16
 KILLS = "kill the worker"  # in a prompt
+UNLUCKY = "kill two workers, as counted in "  # and a file, where several are drawn together
 FAILS, SLOW = "fail", "slow"
+TOGETHER = "together"  # in a prompt of a stub: as gray as there are pictures in the batch
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,18 @@ class Stub:
     def draw(self, orders: Sequence[Settled], report: Callable[[Progress], None], check: Check) -> Tensor:
         check()
         harm(orders)
-        return torch.stack([torch.full((one.height, one.width, 3), one.order.seed % 256 / 255) for one in orders])
+        grays = [len(orders) if TOGETHER in one.prompt else one.order.seed % 256 for one in orders]
+        return torch.stack([torch.full((o.height, o.width, 3), gray / 255) for o, gray in zip(orders, grays)])
 
 
 def harm(orders: Sequence[Settled]) -> None:
     """What the prompts of a batch do to the one that draws it."""
     if any(KILLS in one.prompt for one in orders):
         os._exit(1)
+    for counted in (Path(one.prompt.partition(UNLUCKY)[2]) for one in orders if UNLUCKY in one.prompt):
+        if len(orders) > 1 and len(before := counted.read_text() if counted.exists() else "") < 2:
+            counted.write_text(before + "x")
+            os._exit(1)
     if any(FAILS in one.prompt for one in orders):
         raise NextStepError("It does not work.")
     if any(SLOW in one.prompt for one in orders):

@@ -24,7 +24,7 @@ from nextstep_core.studio.job_file import parse_job
 from nextstep_core.studio.jobs import BatchJob
 from nextstep_core.studio.model_choice import ModelChoice
 from nextstep_core.studio.quality import scores_of
-from tests.stress.artists import KILLS, embedded, stub
+from tests.stress.artists import KILLS, TOGETHER, UNLUCKY, embedded, stub
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = {"prompts": ["a red circle", "a blue square", "a green cross"], "settings": {"size": 16}, "seeds": [1, 2]}
@@ -128,6 +128,15 @@ def test_what_fails_and_what_kills_its_workers_is_reported_once_and_the_rest_is_
     assert len(pictures(tmp_path)) == 3
     assert sum(state.record is not None for state in states) == 5
     assert "2 failed" in states[-1].in_words
+
+
+@pytest.mark.slow
+def test_a_batch_that_lost_its_workers_by_no_fault_of_its_own_is_drawn_whole(ray: object, tmp_path: Path) -> None:
+    prompts = [f"{TOGETHER}, {UNLUCKY}{tmp_path / 'counted'}"]
+    summary = run(tmp_path / "cluster", prompts=prompts, seeds=[1, 2], together=2)
+    assert (summary.drawn, summary.failed) == (2, 0) and (tmp_path / "counted").read_text() == "xx"
+    BatchRun(job(prompts=prompts, seeds=[1, 2]), Alone(stub({})), tmp_path / "alone").run(2)
+    assert pictures(tmp_path / "cluster") == pictures(tmp_path / "alone"), "not as they would be one by one"
 
 
 @pytest.mark.slow
