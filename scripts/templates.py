@@ -553,8 +553,12 @@ def text_app(*more: tuple[str, str]) -> list[tuple[str, str]]:
 SIZED = [("size", "width"), ("size", "height"), ("size", "batch_size")]
 
 
+def enlarge() -> Node:
+    """What the embedded model draws is small."""
+    return Node("scale", "ImageScaleBy", (340, 82), ["nearest-exact", 6], {"image": ("decode", 0)})
+
+
 def first_run() -> Template:
-    enlarged = Node("scale", "ImageScaleBy", (340, 82), ["nearest-exact", 6], {"image": ("decode", 0)})
     return Template(
         "NextStep First Run",
         [
@@ -564,7 +568,7 @@ def first_run() -> Template:
                 group("Picture", size(64, 64)),
             ],
             [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "randomize")), decode(300))],
-            [group("Result", enlarged, save("first-run", "scale", 270))],
+            [group("Result", enlarge(), save("first-run", "scale", 270))],
         ],
         text_app(*SIZED),
     )
@@ -721,7 +725,7 @@ def lora() -> Template:
     table = Node("compare", "NextStepCompare", (320, 340), values, title="Strengths to compare")
     changed = Node("lora", "NextStepLoadLora", (WIDE, 106), ["night (embedded)", 1.0],
                    {"model": ("model", 0), "strength": ("compare", 7)})  # fmt: skip
-    sheet = {"image": ("decode", 0), "labels": ("compare", 5)}
+    sheet = {"image": ("scale", 0), "labels": ("compare", 5)}
     grid = Node("grid", "NextStepLabelledGrid", (340, 98), [3], sheet)
     settings = {"model": ("lora", 0)}
     return Template(
@@ -730,7 +734,7 @@ def lora() -> Template:
             [*notes("LoRA", 200), group("Model", loader(EMBEDDED), changed), group("Picture", size(64, 64))],
             [group("Prompt", positive("a red circle on a blue background"), negative("")), group("Settings", table)],
             [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "fixed"), fed=settings))],
-            [group("Result", decode(), grid, save("lora", "grid", 270))],
+            [group("Result", decode(), enlarge(), grid, save("lora", "grid", 270))],
         ],
         [("positive", "prompt"), ("lora", "lora_name"), ("compare", "strength"), ("sampler", "seed")],
     )

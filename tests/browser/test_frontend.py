@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,13 @@ def test_the_template_browser_shows_every_thumbnail(page) -> None:
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog").first
     dialog.get_by_text(PACK_NAME, exact=True).first.click()
-    for path in ALL:  # those further down are loaded when they come into sight
+    cards = dialog.get_by_role("heading", name=re.compile("^NextStep "))
+    for _ in range(40):  # those further down are made when the last one comes into sight
+        if cards.count() >= len(ALL):
+            break
+        cards.last.evaluate("element => element.scrollIntoView({block: 'center'})")
+        page.wait_for_timeout(250)
+    for path in ALL:
         heading = dialog.get_by_role("heading", name=path.stem, exact=True)
         heading.evaluate("element => element.scrollIntoView({block: 'center'})")  # its picture stands above it
         page.wait_for_function(THUMBNAIL, arg=path.stem, timeout=20_000)
