@@ -733,8 +733,8 @@ def lora() -> Template:
         [
             [*notes("LoRA", 200), group("Model", loader(EMBEDDED), changed), group("Picture", size(64, 64))],
             [group("Prompt", positive("a red circle on a blue background"), negative("")), group("Settings", table)],
-            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "fixed"), fed=settings))],
-            [group("Result", decode(), enlarge(), grid, save("lora", "grid", 270))],
+            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "fixed"), fed=settings), decode(300))],
+            [group("Result", enlarge(), grid, save("lora", "grid", 270))],
         ],
         [("positive", "prompt"), ("lora", "lora_name"), ("compare", "strength"), ("sampler", "seed")],
     )
