@@ -15,7 +15,6 @@ import copy
 import math
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nextstep_core.loading.calibration import Drawn, conditions, relative_error
 from nextstep_core.loading.gguf_file import NEAREST, PLAIN, Blocks, open_tensors
 from nextstep_core.loading.gguf_int4 import KINDS, scale_of, weight_of
 from nextstep_core.model.nextstep import NextStepModel
-from nextstep_core.model.transformer import whole_span
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.quantization import RECIPES
 from nextstep_core.runtime.quantization.formats import INT4_32, Format
@@ -48,39 +47,15 @@ PROGRAM = {
 STORED = ("int8", "int4", "int4-g32")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Rows of ids with their marks of what is no padding, and the tokens (rows, tokens, token_dim) that were drawn."""
-
-    ids: Tensor
-    valid: Tensor
-    tokens: Tensor
-
-
 @torch.inference_mode()
-def drawn(subject: Subject, prompts: int) -> Probe:
+def drawn(subject: Subject, prompts: int) -> Drawn:
     """Pictures of prompts that the model was not trained on."""
     engine, (width, height) = subject.engine, SQUARE
     captions = [Caption(text, ()) for text, _, _ in held_out_singles(prompts, 0, SQUARE)]
     seeds = list(range(len(captions)))
     job = engine.make_job(captions, engine.grid(height, width), engine.recommended(), seed=seeds)
     *_, progress = engine.decode(job, CPU, torch.float32)
-    return Probe(job.rows.ids, job.rows.valid, progress.tokens.repeat(job.rows.branches, 1, 1))
-
-
-@torch.inference_mode()
-def condition(model: NextStepModel, subject: Subject, probe: Probe) -> Tensor:
-    """What the transformer hands to the head for every token of the probe."""
-    text = subject.engine.text_embedding(probe.ids).float()
-    fed = torch.cat([text, model.image_in_projector(probe.tokens[:, :-1])], dim=1)
-    valid = torch.cat([probe.valid, probe.valid.new_ones(probe.tokens[:, :-1].shape[:2])], dim=1)
-    hidden = model(fed, whole_span(model.config, valid, torch.float32))
-    return model.image_out_projector(hidden[:, probe.ids.shape[1] - 1 :])
-
-
-def relative(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth|."""
-    return float((value - truth).norm() / truth.norm())
+    return Drawn(job.rows.ids, job.rows.valid, progress.tokens, job.grid)
 
 
 def joined(matrix: Tensor) -> Tensor:
@@ -139,8 +114,8 @@ class Measured:
     """Errors of the transformer with other numbers in its layers' matrices."""
 
     def __init__(self, subject: Subject, prompts: int) -> None:
-        self._subject, self._probe = subject, drawn(subject, prompts)
-        self._truth = condition(subject.model, subject, self._probe)
+        self._subject, self._drawn = subject, drawn(subject, prompts)
+        self._truth = self._conditions(subject.model)
         linears = subject.model.layers.named_modules(prefix="layers")
         self.matrices = {f"{n}.weight": m.weight.detach() for n, m in linears if isinstance(m, nn.Linear)}
 
@@ -149,8 +124,11 @@ class Measured:
         model = copy.deepcopy(self._subject.model)
         model.load_state_dict(dict(matrices), strict=False)
         own, new = (torch.cat([each[name].flatten() for name in self.matrices]) for each in (self.matrices, matrices))
-        of_c = relative(condition(model, self._subject, self._probe), self._truth)
-        return 100 * relative(new, own), 100 * of_c
+        return 100 * relative_error(new, own), 100 * relative_error(self._conditions(model), self._truth)
+
+    @torch.inference_mode()
+    def _conditions(self, model: NextStepModel) -> Tensor:
+        return conditions(model, self._subject.engine.text_embedding, self._drawn, torch.float32)
 
 
 def rows(measured: Measured, kinds: Mapping[str, Mapping[str, Tensor | Blocks]]) -> Iterator[list[object]]:

@@ -95,6 +95,11 @@ def not_written(path: Path, error: OSError, size: int | None = None) -> NextStep
 SHOWN = 80  # characters of a text, digits of a number
 
 
+def plainly(name: str) -> Words:
+    """A name that may be anything, as a message shows it: as it is, where that is short and can be printed."""
+    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
+
+
 def shown(value: object) -> Words:
     """A value as a message shows it: short, whatever it is."""
     if isinstance(value, str):

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import not_finite
-from ..images.latents import Grid
 from ..model.nextstep import NextStepModel
-from ..model.positions import generation_codes
 from ..sampling.guidance import SCHEDULES
 from ..sampling.noise import NoiseStream
 from ..sampling.settings import GenerationSettings
@@ -72,7 +70,7 @@ class Run:
             tokens,
             ([False] * total if job.known is None else job.known.keep.tolist())[: job.first],
             sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key, chunk),
-            position_codes(model, job.grid, tokens),
+            model.position_codes(job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
             job.noise,
             1 if job.known is not None and job.known.token_by_token else chunk,
@@ -142,13 +140,6 @@ def guidance_scales(settings: GenerationSettings, total: int, device: torch.devi
     schedule = SCHEDULES[settings.cfg_schedule]
     scales = [[schedule(value, n, total) for value in (settings.cfg, settings.cfg_img)] for n in range(total)]
     return torch.tensor(scales, dtype=torch.float32, device=device)
-
-
-def position_codes(model: NextStepModel, grid: Grid, like: Tensor) -> Tensor | None:
-    """What is added to each generated position's hidden state, (rows * columns, hidden), where the model wants it."""
-    if not model.config.use_gen_pos_embed:
-        return None
-    return generation_codes(model.config, grid, model.gen_pos_embed[0]).to(like)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import NextStepError, damaged
 from ..model.config import NextStepConfig
 from ..model.nextstep import NextStepModel, TextEmbedding
-from ..model.positions import generation_codes, has_codes
+from ..model.positions import has_codes
 from ..model.transformer import Span, whole_span
 from ..ranges import Range
 from ..sentences import Sentence
@@ -91,14 +91,7 @@ def conditions(model: NextStepModel, text_embedding: TextEmbedding, drawn: Drawn
     device = model.norm.weight.device
     embeds = drawn.embeds(text_embedding, model.image_in_projector, device, dtype)
     hidden = drawn.places(model(embeds, drawn.span(model.config, device, dtype)))
-    return projected(model.image_out_projector, codes_of(model, drawn.grid, hidden), hidden)
-
-
-def codes_of(model: NextStepModel, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-    """What is added to the hidden states that the tokens of a grid are sampled from, where the model wants it."""
-    if not model.config.use_gen_pos_embed:
-        return None
-    return generation_codes(model.config, grid, model.gen_pos_embed[0]).to(like)
+    return projected(model.image_out_projector, model.position_codes(drawn.grid, hidden), hidden)
 
 
 def projected(image_out_projector: nn.Module, codes: Tensor | None, hidden: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import SHOWN, NextStepError, damaged, is_out_of_memory, shown
+from ..errors import NextStepError, damaged, is_out_of_memory, plainly, shown
 from ..runtime.interrupt import Check, go_on
-from ..sentences import Words
 from . import gguf_file, torch_file
 from .documents import INDEX_NAME, Documents, check_header
 from .files import check_regular, is_file
@@ -265,7 +264,7 @@ def check_complete(
     held = [name for name in expected if name in files.shapes]
     missing = [name for name in expected if name not in files.shapes and name not in optional]
     unexpected = [
-        f"{_name(name)} in {_file(files, name)}"
+        f"{plainly(name)} in {_file(files, name)}"
         for name in files.shapes
         if name not in expected and name not in optional
     ]
@@ -296,11 +295,6 @@ def check_complete(
 
 def _file(files: TensorFiles, name: str) -> str:
     return files.path_of(name).name
-
-
-def _name(name: str) -> Words:
-    """A name that may be anything, as a message shows it."""
-    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
 def _fits_dtype(files: TensorFiles, name: str, wanted: torch.dtype | None) -> bool:
@@ -386,7 +380,7 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
         "{path}: {name} holds NaN, or numbers that {dtype} cannot hold. Download the file again, or "
         "choose another dtype.",
         path=path,
-        name=_name(name),
+        name=plainly(name),
         dtype=str(tensor.dtype).removeprefix("torch."),
     )
 

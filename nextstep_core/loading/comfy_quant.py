@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, shown
+from ..errors import NextStepError, plainly, shown
 from ..runtime.quantization.formats import Int4, PerRow, Rotated
 from ..sentences import Sentence
 from .checkpoint import TensorFiles, read_small
 from .documents import file_metadata, parse_object
-from .stored import StoredMatrix, held_shape, misfit, told
+from .stored import StoredMatrix, held_shape, misfit
 
 MARK, METADATA, OLD_MARK = "comfy_quant", "_quantization_metadata", "scaled_fp8"
 LONGEST_TEXT = 4096  # bytes of JSON that a layer may have
@@ -69,7 +69,7 @@ def _text_of(files: TensorFiles, name: str) -> Mapping[str, Any]:
     if length > LONGEST_TEXT or files.dtypes.get(name) != torch.uint8:
         raise misfit(files, name)
     text = read_small(files.locations[name][0]).numpy().tobytes().decode("utf-8", "replace")
-    return parse_object(text, Sentence("{where} ({tensor})", where=files.where, tensor=told(name)))
+    return parse_object(text, Sentence("{where} ({tensor})", where=files.where, tensor=plainly(name)))
 
 
 def _in_metadata(files: TensorFiles) -> dict[str, Mapping[str, Any]]:
@@ -92,7 +92,7 @@ def _matrix(files: TensorFiles, layer: str, said: Mapping[str, Any]) -> StoredMa
             "{where}: {layer} is stored as {format}, which cannot be read here; what can be read is {known}. Use "
             "another file, or quantize the original while loading.",
             where=files.where,
-            layer=told(layer),
+            layer=plainly(layer),
             format=shown(format),
             known=", ".join(READ),
         )
@@ -183,7 +183,7 @@ def _weight(files: TensorFiles, layer: str, dtype: torch.dtype) -> tuple[int, in
         raise NextStepError(
             "{where}: {tensor} is not stored as {dtype}, as its format asks. Download the file again.",
             where=files.where,
-            tensor=told(f"{layer}.weight"),
+            tensor=plainly(f"{layer}.weight"),
             dtype=str(dtype).removeprefix("torch."),
         )
     return rows, columns
@@ -202,7 +202,7 @@ def _rotated(files: TensorFiles, layer: str, said: Mapping[str, Any], columns: i
             "{where}: {layer} was rotated in groups of {group}; possible are {possible} that divide its {columns} "
             "columns. Download the file again.",
             where=files.where,
-            layer=told(layer),
+            layer=plainly(layer),
             group=shown(group),
             possible=", ".join(map(str, ROTATED)),
             columns=columns,

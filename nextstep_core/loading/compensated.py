@@ -22,7 +22,7 @@ from ..runtime.quantization.compensation import compensated
 from ..runtime.quantization.formats import Format, Int4, quantize_in_pieces
 from ..runtime.quantization.search import TINY
 from .build import GRID_CODES, ModelPlan, fill
-from .calibration import Drawn, codes_of, projected, relative_error
+from .calibration import Drawn, projected, relative_error
 from .checkpoint import check_finite, read_tensors
 from .single_file import Report
 
@@ -134,7 +134,9 @@ class Compensated:
             if not batch.counts:
                 for of_stream, hidden in zip(made, batch.hidden):
                     places = batch.drawn.places(norm(hidden))
-                    of_stream.append(projected(out, codes_of(self._like, batch.drawn.grid, places), places).flatten())
+                    of_stream.append(
+                        projected(out, self._like.position_codes(batch.drawn.grid, places), places).flatten()
+                    )
         exact, stored = map(torch.cat, made)
         return relative_error(stored, exact)
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NextStepError, shown
+from ..errors import NextStepError, plainly, shown
 from ..runtime.quantization.formats import Int4
 from ..sentences import Sentence, Words
 from .checkpoint import TensorFiles, read_small
-from .stored import StoredMatrix, held_shape, misfit, told
+from .stored import StoredMatrix, held_shape, misfit
 
 QUANTIZATION_CONFIG = "quantization_config"  # in config.json
 QWEIGHT, QZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
@@ -122,7 +122,7 @@ def _check_order(files: TensorFiles, name: str, columns: int, group: int, where:
             "{where}: {tensor} says that columns were reordered (desc_act), which cannot be read. Use a checkpoint "
             "that was quantized without desc_act.",
             where=where,
-            tensor=told(name),
+            tensor=plainly(name),
         )
 
 

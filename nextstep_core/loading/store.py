@@ -6,8 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import SHOWN, NextStepError, shown
-from ..sentences import Words
+from ..errors import NextStepError, plainly, shown
 from .files import is_folder
 from .hub import check_form, reach
 
@@ -37,13 +36,9 @@ def resolve_source(source: str | Path) -> Path:
     if not HUB_ID.fullmatch(str(source)):
         raise NextStepError(
             "{source} does not exist. Give a checkpoint folder, a .safetensors file or a hub id.",
-            source=_in_a_line(str(source)),
+            source=plainly(str(source)),
         )
     return _from_hub(str(source))
-
-
-def _in_a_line(name: str) -> Words:
-    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
 def _from_hub(hub_id: str) -> Path:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import SHOWN, NextStepError, shown
+from ..errors import NextStepError, plainly
 from ..model.config import NextStepConfig
 from ..runtime.quantization import Held
 from ..runtime.quantization.formats import Format
-from ..sentences import Words
 from .checkpoint import Derived, Shape, Source, TensorFiles, places_of
 from .fusion import parts_of
 
@@ -111,7 +110,7 @@ def held_shape(files: TensorFiles, name: str, axes: int) -> Shape:
         raise NextStepError(
             "{where} lacks {tensor}, without which a quantized matrix cannot be read. Download the file again.",
             where=files.where,
-            tensor=told(name),
+            tensor=plainly(name),
         )
     if len(shape) != axes:
         raise misfit(files, name)
@@ -123,11 +122,6 @@ def misfit(files: TensorFiles, name: str) -> NextStepError:
     return NextStepError(
         "{where}: {tensor} is {shape}, which does not fit the other tensors of its matrix. Download the file again.",
         where=files.where,
-        tensor=told(name),
+        tensor=plainly(name),
         shape=str(list(files.shapes[name])),
     )
-
-
-def told(name: str) -> Words:
-    """A tensor's name, which may be anything, as a message shows it."""
-    return name if name.isprintable() and len(name) <= SHOWN else shown(name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import operations as ops
 from .config import NextStepConfig
 from .flow_head import FlowHead
-from .positions import grid_side
+from .positions import generation_codes, grid_side
 from .transformer import Transformer
 
 
@@ -52,6 +52,13 @@ class NextStepModel(Transformer):
         head = self.image_head["net"]
         assert isinstance(head, FlowHead)
         return head
+
+    def position_codes(self, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+        """What is added to the hidden states that a grid's tokens are sampled from, (rows * columns, hidden), where the
+        model wants it."""
+        if not self.config.use_gen_pos_embed:
+            return None
+        return generation_codes(self.config, grid, self.gen_pos_embed[0]).to(like)
 
 
 class TextEmbedding(nn.Module):
