@@ -18,7 +18,7 @@ from ..runtime.quantization.formats import Int4, PerRow, Rotated
 from ..sentences import Sentence
 from .checkpoint import TensorFiles, read_small
 from .documents import file_metadata, parse_object
-from .stored import StoredMatrix, held_shape, misfit
+from .stored import StoredMatrix, derived, held_shape, misfit
 
 MARK, METADATA, OLD_MARK = "comfy_quant", "_quantization_metadata", "scaled_fp8"
 LONGEST_TEXT = 4096  # bytes of JSON that a layer may have
@@ -39,11 +39,11 @@ def find(files: TensorFiles) -> tuple[dict[str, StoredMatrix], frozenset[str]]:
     NextStepError, before a weight is read, for a format that cannot be read.
     """
     described = _described(files)
+    if not described:
+        return {}, frozenset()
     beside = {
         name for name in files.shapes if name.rpartition(".")[2] in (MARK, OLD_MARK, "input_scale", "scale_input")
     }
-    if not described:
-        return {}, frozenset()
     return {layer: _matrix(files, layer, said) for layer, said in described.items()}, frozenset(beside)
 
 
@@ -103,33 +103,36 @@ def _per_row(files: TensorFiles, layer: str, said: Mapping[str, Any], inner: Per
     rows, columns = _weight(files, layer, inner.dtype)
     scale = next((n for n in (f"{layer}.weight_scale", f"{layer}.scale_weight") if n in files.shapes), None)
     scale = scale or f"{layer}.weight_scale"
-    held_shape(files, scale, len(files.shapes.get(scale, ())))
-    if files.shapes[scale] not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+    if held_shape(files, scale) not in ((), (1,), (1, 1), (rows,), (rows, 1)):
         raise misfit(files, scale)
 
-    def own(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        return weight, scales.float().flatten().expand(rows).contiguous()
+    def scale_of(scales: Tensor) -> Tensor:
+        return scales.float().flatten().expand(rows).contiguous()
 
     format = Rotated(inner, _rotated(files, layer, said, columns)) if _says(said, "convrot", False) else inner
-    return _stored(files, format, rows, columns, own, f"{layer}.weight", scale)
+    (weight,) = files.locations[f"{layer}.weight"]
+    return StoredMatrix(format, rows, columns, weight, derived(files, scale_of, scale), (f"{layer}.weight", scale))
 
 
 def _w4a4(files: TensorFiles, layer: str, said: Mapping[str, Any]) -> StoredMatrix:
     """Signed values of 4 bits, the even column's in the low half of a byte, with one scale a row."""
     rows, bytes_of_row = _weight(files, layer, torch.int8)
     columns, scale = bytes_of_row * IN_A_BYTE, f"{layer}.weight_scale"
-    held_shape(files, scale, len(files.shapes.get(scale, ())))
     group = next((group for group in INT4_GROUPS if columns % group == 0), None)
-    if files.shapes[scale] not in ((rows,), (rows, 1)) or group is None:
+    if held_shape(files, scale) not in ((rows,), (rows, 1)) or group is None:
         raise misfit(files, scale)
 
-    def own(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_of(weight: Tensor) -> Tensor:
         low_first = weight.view(torch.uint8) ^ 0x88  # from -8..7 to 0..15 in both halves
+        return low_first << 4 | low_first >> 4
+
+    def scale_of(scales: Tensor) -> Tensor:
         scale = scales.float().view(1, rows, 1).expand(columns // group, rows, 1)
-        return low_first << 4 | low_first >> 4, torch.cat([scale, torch.zeros_like(scale)], dim=2)
+        return torch.cat([scale, torch.zeros_like(scale)], dim=2)
 
     format = Rotated(Int4(f"int4-g{group}", group, torch.float32), _rotated(files, layer, said, columns))
-    return _stored(files, format, rows, columns, own, f"{layer}.weight", scale)
+    weight = derived(files, weight_of, f"{layer}.weight")
+    return StoredMatrix(format, rows, columns, weight, derived(files, scale_of, scale), (f"{layer}.weight", scale))
 
 
 def _w4a8(files: TensorFiles, layer: str, said: Mapping[str, Any]) -> StoredMatrix:
@@ -153,28 +156,18 @@ def _w4a8(files: TensorFiles, layer: str, said: Mapping[str, Any]) -> StoredMatr
         if held_shape(files, table, 1) != (16,):
             raise misfit(files, table)
 
-    def own(weight: Tensor, relative: Tensor, of_row: Tensor, table: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weight_of(weight: Tensor, relative: Tensor, table: Tensor | None = None) -> Tensor:
         packed = weight.view(torch.uint8)
         values = torch.stack([packed & 15, packed >> 4], dim=2).view(rows, columns // group, group)
         levels = torch.arange(16.0) - 8 if table is None else table.float()
         scale = relative.view(torch.float8_e4m3fn) if relative.dtype == torch.uint8 else relative
         whole = levels[values.int()] * scale.float()[..., None]
-        return whole.round_().clamp_(-127, 127).to(torch.int8).view(rows, columns), of_row.float()
+        return whole.round_().clamp_(-127, 127).to(torch.int8).view(rows, columns)
 
     format = Rotated(INT8, _rotated(files, layer, said, columns))
-    return _stored(files, format, rows, columns, own, *names)
-
-
-def _stored(
-    files: TensorFiles,
-    format: PerRow | Rotated,
-    rows: int,
-    columns: int,
-    own: Callable[..., tuple[Tensor, Tensor]],
-    *names: str,
-) -> StoredMatrix:
-    sources = tuple(files.locations[name][0] for name in names)
-    return StoredMatrix(format, rows, columns, sources, own, names)
+    of_row = names.pop(2)
+    weight, scale = derived(files, weight_of, *names), derived(files, Tensor.float, of_row)
+    return StoredMatrix(format, rows, columns, weight, scale, (*names, of_row))
 
 
 def _weight(files: TensorFiles, layer: str, dtype: torch.dtype) -> tuple[int, int]:

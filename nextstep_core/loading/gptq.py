@@ -17,7 +17,7 @@ from ..errors import NextStepError, plainly, shown
 from ..runtime.quantization.formats import Int4
 from ..sentences import Sentence, Words
 from .checkpoint import TensorFiles, read_small
-from .stored import StoredMatrix, held_shape, misfit
+from .stored import StoredMatrix, derived, held_shape, misfit
 
 QUANTIZATION_CONFIG = "quantization_config"  # in config.json
 QWEIGHT, QZEROS, SCALES, ORDER = ".qweight", ".qzeros", ".scales", ".g_idx"
@@ -103,15 +103,17 @@ def _matrix(files: TensorFiles, layer: str, offset: int, where: Words) -> Stored
         _check_order(files, layer + ORDER, columns, group, where)
         names.append(layer + ORDER)
     format = Int4(f"int4-g{group}", group, torch.float32)
-    sources = tuple(files.locations[name][0] for name in names[:3])
 
-    def own(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = _nibbles(qzeros)[:, :rows] + offset
-        scale = scales.float()
+    def weight_of(qweight: Tensor) -> Tensor:
         weight = _bytes(qweight).permute(1, 0, 2).reshape(rows, columns // 2)
-        return weight << 4 | weight >> 4, torch.stack([scale, (8 - zeros.float()) * scale], dim=2)
+        return weight << 4 | weight >> 4
 
-    return StoredMatrix(format, rows, columns, sources, own, tuple(names))
+    def scale_of(qzeros: Tensor, scales: Tensor) -> Tensor:
+        zeros, scale = _nibbles(qzeros)[:, :rows] + offset, scales.float()
+        return torch.stack([scale, (8 - zeros.float()) * scale], dim=2)
+
+    weight, scale = derived(files, weight_of, names[0]), derived(files, scale_of, *names[1:3])
+    return StoredMatrix(format, rows, columns, weight, scale, tuple(names))
 
 
 def _check_order(files: TensorFiles, name: str, columns: int, group: int, where: Words) -> None:

@@ -25,29 +25,23 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix (rows, columns) in a file. `own` makes weight and scale, as `format` has them, of the raw tensors that
-    lie at `sources`; `names` are the tensors of the file that it takes up."""
+    """A matrix (rows, columns) in a file: where its weight and scale come from, as `format` has them, and the names of
+    the tensors that it takes up. A weight that the file holds so is that, and is not copied."""
 
     format: Format
     rows: int
     columns: int
-    sources: tuple[Source, ...]
-    own: Callable[..., tuple[Tensor, Tensor]]
+    weight: Source
+    scale: Derived
     names: tuple[str, ...]
-
-    def weight(self) -> Derived:
-        """The weight as the format has it."""
-        return Derived(tuple(places_of(self.sources)), lambda *raw: self.own(*raw)[0])
-
-    def scale(self) -> Derived:
-        """The scale as the format has it."""
-        return Derived(tuple(places_of(self.sources)), lambda *raw: self.own(*raw)[1])
 
     def floats(self, dtype: torch.dtype) -> Derived:
         """The numbers that both stand for."""
+        places = tuple(places_of([self.weight]))
 
         def make(*raw: Tensor) -> Tensor:
-            weight, scale = self.own(*raw)
+            held, scale = raw[: len(places)], self.scale.make(*raw[len(places) :])
+            weight = self.weight.make(*held) if isinstance(self.weight, Derived) else held[0]
             whole = torch.empty(self.rows, self.columns, dtype=dtype)
             for start in range(0, self.rows, PIECE):
                 rows = slice(start, start + PIECE)
@@ -55,7 +49,7 @@ class StoredMatrix:
                 whole[rows] = self.format.dequantize(weight[rows], of_rows, torch.float32)
             return whole
 
-        return Derived(tuple(places_of(self.sources)), make)
+        return Derived((*places, *self.scale.places), make)
 
 
 def bring_in(
@@ -89,8 +83,8 @@ def bring_in(
             for part, matrix in zip(parts, found):
                 weight, scale = found[0].format.empty(matrix.rows, matrix.columns, "meta")
                 for own, source, like in (
-                    (part + WEIGHT, matrix.weight(), weight),
-                    (f"{part}{WEIGHT}_scale", matrix.scale(), scale),
+                    (part + WEIGHT, matrix.weight, weight),
+                    (f"{part}{WEIGHT}_scale", matrix.scale, scale),
                 ):
                     locations[own], shapes[own], dtypes[own] = (source,), tuple(like.shape), like.dtype
     kept = {part for linear in formats for part in parts_of(linear + WEIGHT, config) or (linear + WEIGHT,)}
@@ -103,7 +97,12 @@ def bring_in(
     return replace(files, locations=locations, shapes=shapes, dtypes=dtypes), Held(name, formats)
 
 
-def held_shape(files: TensorFiles, name: str, axes: int) -> Shape:
+def derived(files: TensorFiles, make: Callable[..., Tensor], *names: str) -> Derived:
+    """What `make` makes of these tensors of the files."""
+    return Derived(tuple(places_of(source for name in names for source in files.locations[name])), make)
+
+
+def held_shape(files: TensorFiles, name: str, axes: int | None = None) -> Shape:
     """The shape of a tensor that a quantized matrix needs; NextStepError where it is missing or has other axes."""
     shape = files.shapes.get(name)
     if shape is None:
@@ -112,7 +111,7 @@ def held_shape(files: TensorFiles, name: str, axes: int) -> Shape:
             where=files.where,
             tensor=plainly(name),
         )
-    if len(shape) != axes:
+    if axes is not None and len(shape) != axes:
         raise misfit(files, name)
     return shape
 
