@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import NextStepError
 from ..model.nextstep import NextStepModel
 from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import RECIPES
@@ -25,7 +24,7 @@ from .build import ModelPlan
 from .checkpoint import read_tensors
 from .comfy_quant import FP8, INT8, MARK, ROTATED
 from .fusion import parts_of
-from .single_file import Report, marks_of, write_file
+from .single_file import Report, marks_of, quantized_already, write_file
 
 FP8_NAME = "float8_e4m3fn"
 Quantized = tuple[Tensor, Tensor, dict[str, object]]  # weight, its scale, and what `comfy_quant` says
@@ -98,11 +97,7 @@ def save_for_comfyui(
     stop. NextStepError when the file cannot be written, or the checkpoint is quantized already.
     """
     if plan.recipe is not None:
-        raise NextStepError(
-            "{where} is already quantized to {format}. Convert the original checkpoint.",
-            where=plan.files.where,
-            format=plan.recipe.name,
-        )
+        raise quantized_already(plan.files.where, plan.recipe)
     model = NextStepModel(plan.config, device="meta")
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     format_of = RECIPES["int8"].format_of

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import NextStepError, not_written, shown
 from ..runtime.interrupt import Check, go_on
-from ..runtime.quantization import Held
+from ..runtime.quantization import Held, Storage
 from ..runtime.quantization.products import WEIGHT_ALIGNMENT
 from ..sentences import Sentence
 from .build import ModelPlan, find_vae, load_vae_state
@@ -125,17 +125,20 @@ def save_model(
     called between the pieces of a tensor. NextStepError when the file cannot be written, or another run is writing it.
     """
     if isinstance(plan.recipe, Held):
-        raise NextStepError(
-            "{where} is already quantized to {format}. Convert the original checkpoint.",
-            where=plan.files.where,
-            format=plan.recipe.name,
-        )
+        raise quantized_already(plan.files.where, plan.recipe)
     if plan.stored:
         raise NextStepError("{where} is already a single file of this kind. Copy it instead.", where=plan.files.where)
     embedding = read_tensors(plan.files, plan.text_embedding_names, dtype=dtype, check=check)
     read = plan.read_model("cpu", dtype, report, work_on, check) if reading is None else reading(dtype, report, check)
     tensors = chain(embedding, read)
     return write_file(path, empty_like(plan, dtype), marks_of(plan), tensors, check)
+
+
+def quantized_already(where: str, storage: Storage) -> NextStepError:
+    """The refusal to convert what is quantized."""
+    return NextStepError(
+        "{where} is already quantized to {format}. Convert the original checkpoint.", where=where, format=storage.name
+    )
 
 
 def marks_of(plan: ModelPlan) -> dict[str, str]:
