@@ -56,17 +56,24 @@ FAMILIES = {"single": (90, 180), "pair": (80, 120), "wide": (12, 16), "large": (
 # Captions name no place: most pictures drawn from text alone are of the few places of the grid, which keeps the shapes
 # clean. What edits keep they learn from the others.
 DRAWN_ON_GRID = 0.95
+# How often each kind is trained: a new shape must be drawn edge by edge, what is removed is gone at once.
+EDIT_WEIGHTS = {"recolor": 1.0, "background": 1.2, "replace": 2.0, "remove": 0.5, "exchange": 2.2}
+# How often an edit of one object is taught as inpainting: the source's own tokens, which tell of what was there, stay
+# around what is drawn. A mask is up to so many pixels wider than the object.
+INPAINTED, WIDER = 0.3, 8.0
 TOKEN_PIXELS = 16
 ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, the picture it edits if any, and the picture to draw."""
+    """A text, the picture it edits if any, and the picture to draw; of a masked one only the tokens that are `drawn`
+    (T,), the others are the source's."""
 
     text: str
     source: Scene | None
     target: Scene
+    drawn: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,9 @@ class Examples:
         name = task.removesuffix("edit").strip() or "single"
         name = key(*rng.choice(WIDE)) if name == "wide" else name
         if task.endswith("edit"):
-            edits = [rng.choice(self.pool.edits[name][rng.choice(EDIT_KINDS)]) for _ in range(count)]
-            return self._collate([Example(self._kept(rng, e.instruction), e.source, e.target) for e in edits])
+            kinds = rng.choices(EDIT_KINDS, [EDIT_WEIGHTS[kind] for kind in EDIT_KINDS], k=count)
+            edits = [rng.choice(self.pool.edits[name][kind]) for kind in kinds]
+            return self._collate([self._edited(rng, edit) for edit in edits])
         drawings = self.pool.drawings[name]
         scenes = [rng.choice(drawings[rng.random() < DRAWN_ON_GRID]) for _ in range(count)]
         return self._collate([self._drawing(rng, scene) for scene in scenes])
@@ -225,6 +233,11 @@ class Examples:
         plain = all(abs(thing.radius - SIZE_BORDER) >= NAMED_APART for thing in scene.objects)
         text = caption(scene, name_size=len(scene.objects) == 1 and plain and rng.random() < 0.5)
         return Example(self._kept(rng, text), None, scene)
+
+    def _edited(self, rng: random.Random, edit: Edit) -> Example:
+        masked = len(edit.source.objects) == 1 and edit.kind != "background" and rng.random() < INPAINTED
+        drawn = masked_tokens(edit.source, rng.uniform(0, WIDER)) if masked else None
+        return Example(self._kept(rng, edit.instruction), edit.source, edit.target, drawn)
 
     def _kept(self, rng: random.Random, text: str) -> str:
         return "" if rng.random() < self.drop else as_people_write(rng, text)
@@ -236,7 +249,24 @@ class Examples:
         valid = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows])
         sources = [example.source for example in examples]
         source = self.pool.look_up(sources) if sources[0] is not None else None
-        return Batch(ids, valid, source, self.pool.look_up(example.target for example in examples))
+        target = self.pool.look_up(example.target for example in examples)
+        if source is not None:
+            all_drawn = torch.ones(target.shape[1], dtype=torch.bool)
+            drawn = torch.stack([all_drawn if example.drawn is None else example.drawn for example in examples])
+            target = torch.where(drawn[..., None], target, source)
+        return Batch(ids, valid, source, target)
+
+
+def masked_tokens(scene: Scene, wider: float) -> Tensor:
+    """(T,), True at tokens that the square around the only object touches, when it is so many pixels `wider`."""
+    (thing,) = scene.objects
+    reach = thing.radius + wider
+    rows, columns = (torch.arange(count) * TOKEN_PIXELS for count in grid_of(scene))
+    down, across = (
+        (starts < center + reach) & (starts + TOKEN_PIXELS > center - reach)
+        for starts, center in ((rows, thing.y), (columns, thing.x))
+    )
+    return (down[:, None] & across[None, :]).flatten()
 
 
 def as_people_write(rng: random.Random, text: str) -> str:

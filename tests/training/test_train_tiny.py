@@ -13,9 +13,11 @@ from nextstep_core.loading.documents import Documents
 from nextstep_core.model.config import NextStepConfig
 from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.request.layout import Caption, EncodedImage, build_rows
+from nextstep_core.request.masks import kept_tokens
 from nextstep_core.request.tokenizer import NextStepTokenizer
 from training import data
-from training.data import Example, Examples, LatentPool, Shard, grid_of, prompt_text
+from training.data import Example, Examples, LatentPool, Shard, grid_of, masked_tokens, prompt_text
+from training.evaluate import mask_of
 from training.export import model_config
 from training.model_training import Trainee, checkpoint_tensors
 from training.optim import orthogonalize
@@ -29,6 +31,7 @@ from training.scenes import (
     is_held_out,
     place_is_held_out,
     place_single,
+    place_single_freely,
     render,
     sample_edit,
     triples,
@@ -120,6 +123,7 @@ def encode_mean_color(scenes, *_) -> torch.Tensor:
 
 def test_a_batch_holds_the_tokens_of_what_it_says(tmp_path: Path, tokenizers, few_families, monkeypatch):
     monkeypatch.setattr(data, "encode_scenes", encode_mean_color)
+    monkeypatch.setattr(data, "INPAINTED", 0.5)
     pool = LatentPool(tmp_path)
     shard = Shard.by_number(0)
     pool.add(shard, shard.encode(None, torch.device("cpu")))
@@ -128,15 +132,28 @@ def test_a_batch_holds_the_tokens_of_what_it_says(tmp_path: Path, tokenizers, fe
     collate = examples._collate
     monkeypatch.setattr(examples, "_collate", lambda those: collated.append(those) or collate(those))
     for task in (*data.FAMILIES, "edit", "pair edit", "wide edit", "large edit"):
-        batch = examples.batch(random.Random(task), task, 8)
+        batch = examples.batch(random.Random(task), task, 16)
         assert len({(e.target.width, e.target.height) for e in collated[-1]}) == 1
         size = collated[-1][0].target.width, collated[-1][0].target.height
         assert (size == LARGE) == task.startswith(("large", "three")) and (size in WIDE) == task.startswith("wide")
         wanted = encode_mean_color([e.target for e in collated[-1]]).float()
-        assert torch.equal(batch.target, wanted)
         assert (batch.source is not None) == task.endswith("edit")
         if batch.source is not None:
             assert torch.equal(batch.source, encode_mean_color([e.source for e in collated[-1]]).float())
+            for row, example in enumerate(collated[-1]):
+                if example.drawn is not None:
+                    wanted[row] = torch.where(example.drawn[:, None], wanted[row], batch.source[row])
+        assert torch.equal(batch.target, wanted)
+        assert any(e.drawn is not None for e in collated[-1]) == (task in ("edit", "wide edit", "large edit"))
+
+
+def test_what_is_masked_in_training_is_what_inpainting_draws():
+    rng = random.Random(0)
+    for _ in range(20):
+        scene = place_single_freely(rng, rng.choice(triples(held_out=False)))
+        drawn = [not kept for kept in kept_tokens(mask_of(scene), grid_of(scene))]
+        assert masked_tokens(scene, wider=0.0).tolist() == drawn
+        assert masked_tokens(scene, wider=64.0).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
