@@ -12,7 +12,7 @@ import torch
 
 from ..decoding.memory import AUTO
 from ..errors import NextStepError, check_choice
-from ..loading import catalog, offers
+from ..loading import kept, offers
 from ..loading.build import plan_model
 from ..loading.checkpoint import DTYPES
 from ..loading.download import PUBLISHED_CHECKPOINTS
@@ -24,6 +24,7 @@ from ..request.parameters import lora_facts
 from ..runtime.devices import best_device
 from ..runtime.lora import STRENGTH
 from ..runtime.quantization import RECIPES
+from ..sentences import all_of
 from .drawing import PipelineArtist
 from .machine import default_dtype
 
@@ -51,9 +52,10 @@ class ModelChoice:
         limit = None if self.max_memory is None else bytes_of(self.max_memory)
         loras = tuple(lora_of(text, self.folder) for text in self.loras)
         path, device = find_model(self.name or named, self.folder), pick_device(self.device)
+        path = with_weights(path, self.quantization, self.folder)
         plan = plan_model(path, None, device)
         dtype = DTYPES[self.dtype] if self.dtype != "auto" else default_dtype(device, plan.parameters)
-        recipe = None if self.quantization == PLAIN else self.quantization
+        recipe = None if self.quantization == PLAIN or kept.is_shelf(path.parent) else self.quantization
         stored = plan.recipe.name if plan.recipe else recipe or str(dtype).removeprefix("torch.")
         digest = weights_hash(plan)
         facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored}
@@ -115,7 +117,7 @@ def model_folders(folder: Path | None) -> list[Path]:
 def find_model(name: str | None, folder: Path | None) -> Path:
     """The path of a model by its name in the folders, or by whatever else names one; NextStepError without any."""
     roots = model_folders(folder)
-    found = catalog.models(roots, roots) | catalog.cached_models()
+    found = {label: path for label, path in offers.there(roots, roots).items() if label != offers.EMBEDDED_LABEL}
     if name is None:
         if found:
             return next(iter(found.values()))
@@ -129,6 +131,27 @@ def find_model(name: str | None, folder: Path | None) -> Path:
     if name in PUBLISHED_CHECKPOINTS:
         raise NextStepError("{name} is not there yet. Fetch it: nextstep download {name}", name=name)
     return resolve_source(name)
+
+
+def with_weights(path: Path, quantization: str, folder: Path | None) -> Path:
+    """A checkpoint, or the file to load in its stead where only quantized weights were kept of it; NextStepError where
+    those are of other formats than the one that is asked for."""
+    if not kept.lacks_weights(path):
+        return path
+    roots = model_folders(folder)
+    root = next((root for root in roots if path.is_relative_to(root)), path.parent)
+    name = path.relative_to(root).as_posix()
+    left = kept.by_recipe([path] if kept.is_shelf(path) else kept.shelves(name, path, roots))
+    if quantization == AUTO and left:
+        return min(left.values(), key=lambda file: file.stat().st_size)
+    if left and quantization not in left:
+        raise NextStepError(
+            "Of {name} only the weights kept as {kept} are left. Add --quantization with one of these or auto, or get "
+            "the checkpoint again: nextstep download",
+            name=path.name,
+            kept=all_of(left),
+        )
+    return left.get(quantization, path)
 
 
 def lora_of(text: str, folder: Path | None) -> tuple[Path, float]:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from nextstep_core.loading import kept
+from nextstep_core.loading.build import plan_model
 from nextstep_core.loading.calibration import PROMPTS
 from nextstep_core.loading.store import ASSETS
 from nextstep_core.studio.commands import app
@@ -40,6 +43,12 @@ def result_of(*arguments: str) -> dict:
     assert result.exit_code == 0, result.output
     stated: dict = json.loads(result.stdout)
     return stated
+
+
+def pixels(*arguments: str) -> bytes:
+    """What a command draws."""
+    with Image.open(result_of(*arguments)["pictures"][0]["file"]) as image:
+        return image.tobytes()
 
 
 @pytest.mark.parametrize("command", [c.name for c in app.registered_commands])
@@ -161,6 +170,28 @@ def test_convert_and_draw_with_what_came_out(tmp_path: Path) -> None:
     file = tmp_path / "tiny-int8.safetensors"
     assert result_of("convert", "tiny", str(file), "--quantization", "int8")["bytes"] == file.stat().st_size
     result_of("convert", "tiny", str(tmp_path / "vae.safetensors"), "--vae")
+
+
+def test_what_was_kept_of_a_checkpoint_draws_when_its_weights_are_gone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(kept, "SPARE", 0)
+    models = tmp_path / "models"
+    checkpoint = Path(shutil.copytree(ASSETS / "tiny", models / "mine"))
+    out = tmp_path / "a.png"
+    command = ["generate", "a red circle", "64", "2", "--models", str(models), "--device", "cpu", "-o", str(out)]
+    plan = plan_model(checkpoint, "int8")
+    (shelf,) = kept.shelves("mine", checkpoint, [models])
+    shelf.mkdir(parents=True)
+    for _ in kept.keep(plan, torch.float32, shelf, plan.read_model("cpu", torch.float32)):
+        pass
+    drawn = [pixels(*command, "--model", "mine", "--quantization", "int8")]
+    for weights in checkpoint.glob("*.safetensors"):
+        weights.unlink()
+    assert "Of mine only the weights kept as int8 are left" in run(*command, "--model", "mine", code=1)
+    drawn.append(pixels(*command, "--model", "mine", "--quantization", "int8"))
+    shutil.rmtree(checkpoint)
+    drawn.append(pixels(*command, "--quantization", "auto"))
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert "kept as int8" in run(*command, "--quantization", "int4", code=1)
 
 
 def test_the_prompts_that_calibrate_comes_with() -> None:
