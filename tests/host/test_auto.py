@@ -61,7 +61,7 @@ def test_an_api_graph_that_does_not_ask_keeps_what_the_file_has(graph: ComfyGrap
 
 def test_nothing_else_holds_a_tensor_while_it_is_laid_out_anew(graph: ComfyGraph, monkeypatch) -> None:
     """Held ones would double the memory of a model that is repacked."""
-    loaders, host = graph.pack("nodes.loaders"), graph.pack("nodes.host")
+    loaders, models = graph.pack("nodes.loaders"), graph.pack("nodes.host.models")
     plans = graph.pack("nextstep_core.loading.build").ModelPlan
     read, tensors, alive = plans.read_model, [], []
 
@@ -71,14 +71,14 @@ def test_nothing_else_holds_a_tensor_while_it_is_laid_out_anew(graph: ComfyGraph
             yield name, tensor
             del tensor
 
-    make_ready = host.make_ready
+    make_ready = models.make_ready
 
     def counting(*arguments):
         alive.append(sum(reference() is not None for reference in tensors))
         make_ready(*arguments)
 
     monkeypatch.setattr(plans, "read_model", watched)
-    monkeypatch.setattr(host, "make_ready", counting)
+    monkeypatch.setattr(models, "make_ready", counting)
     loaders._loaded.clear()
     loaders.load_model("tiny-a", loaders.LoadOptions("bf16", "int4"))
     assert tensors and alive == [0]

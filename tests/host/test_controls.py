@@ -519,7 +519,7 @@ def test_a_preset_of_the_user_s_file_takes_the_place_of_widgets(kit, graph: Comf
 
 def test_an_output_folder_that_takes_nothing_is_one_sentence(kit, monkeypatch, tmp_path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(kit.host.folders.folder_paths, "get_output_directory", lambda: str(tmp_path))
     with pytest.raises(kit.error, match="output folder cannot be written to .*file"):
         kit.host.new_files("file/picture", 64, 64, 1, ".png")
 
@@ -564,7 +564,7 @@ def test_a_checkpoint_that_was_not_made_for_this_is_told(kit, monkeypatch, name:
 
 
 def test_a_batch_is_saved_under_the_next_free_names(kit, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(kit.host.folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(kit.host.folders.folder_paths, "get_output_directory", lambda: str(tmp_path))
     (tmp_path / "x_00004_.png").touch()
     files = kit.host.new_files("x", 64, 64, 2, ".png")
     assert [file.path for file in files] == [tmp_path / "x_00005_.png", tmp_path / "x_00006_.png"]

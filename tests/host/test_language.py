@@ -80,9 +80,9 @@ def test_the_log_has_the_english_sentence_as_well(graph: ComfyGraph, chosen, cap
 def test_settings_that_cannot_be_read_are_no_language(graph: ComfyGraph, chosen, written: str) -> None:
     import folder_paths
 
-    host = graph.pack("nodes.host")
-    Path(folder_paths.get_user_directory(), host.SETTINGS).write_bytes(written.encode(errors="surrogatepass"))
-    assert host.user_language() == ""
+    screen = graph.pack("nodes.host.screen")
+    Path(folder_paths.get_user_directory(), screen.SETTINGS).write_bytes(written.encode(errors="surrogatepass"))
+    assert screen.user_language() == ""
 
 
 def browsers(*languages: str | None) -> dict[str, SimpleNamespace]:
@@ -103,18 +103,18 @@ def browsers(*languages: str | None) -> dict[str, SimpleNamespace]:
     ],
 )
 def test_without_the_setting_the_browser_decides(graph: ComfyGraph, monkeypatch, connected, language: str) -> None:
-    host = graph.pack("nodes.host")
-    monkeypatch.setattr(host, "_server", lambda: SimpleNamespace(sockets=connected))
-    assert host.user_language() == language
+    screen = graph.pack("nodes.host.screen")
+    monkeypatch.setattr(screen, "_server", lambda: SimpleNamespace(sockets=connected))
+    assert screen.user_language() == language
 
 
 def test_the_setting_goes_before_the_browser_and_many_users_before_both(graph, chosen, monkeypatch) -> None:
-    host = graph.pack("nodes.host")
-    monkeypatch.setattr(host, "_server", lambda: SimpleNamespace(sockets=browsers("ko")))
+    screen = graph.pack("nodes.host.screen")
+    monkeypatch.setattr(screen, "_server", lambda: SimpleNamespace(sockets=browsers("ko")))
     chosen("ja")
-    assert host.user_language() == "ja"
-    monkeypatch.setattr(host.args, "multi_user", True)
-    assert host.user_language() == "", "nobody knows which of them it is"
+    assert screen.user_language() == "ja"
+    monkeypatch.setattr(screen.args, "multi_user", True)
+    assert screen.user_language() == "", "nobody knows which of them it is"
 
 
 def test_half_an_update_of_the_texts_leaves_english(graph: ComfyGraph, chosen, monkeypatch, tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_what_lies_with_the_host_counts_where_memory_is_shared(
 
     host = graph.pack("nodes.host")
     accelerator.memory, accelerator.held = 38 * GB, 27 * GB
-    with pytest.raises(host.runtime_memory.NextStepError):
+    with pytest.raises(host.memory.runtime_memory.NextStepError):
         host.plan_memory(MODEL, 8, 10 * GB, 2 * GB)
     monkeypatch.setattr(mm, "vram_state", mm.VRAMState.SHARED)
     plan = host.plan_memory(MODEL, 8, 2 * GB, 2 * GB)

@@ -189,13 +189,13 @@ def test_pictures_are_offered_once_and_never_over_what_is_there(graph: ComfyGrap
     host, source, target = graph.pack("nodes.host"), tmp_path / "from", tmp_path / "to"
     shutil.copytree(graph.pack("nodes").PICTURES, source)
     target.mkdir()
-    monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(target))
+    monkeypatch.setattr(host.folders.folder_paths, "get_input_directory", lambda: str(target))
     first, *others = sorted(path.name for path in source.iterdir())
     (target / first).write_bytes(b"mine")
     host.offer_pictures(source)
     assert (target / first).read_bytes() == b"mine"
     assert others and all((target / name).read_bytes() == (source / name).read_bytes() for name in others)
-    monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(tmp_path / "not there"))
+    monkeypatch.setattr(host.folders.folder_paths, "get_input_directory", lambda: str(tmp_path / "not there"))
     host.offer_pictures(source)
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_no_half_a_picture_and_the_pack_loads(graph: ComfyGra
     source.mkdir()
     target.mkdir()
     (source / "picture.png").write_bytes(bytes(100))
-    monkeypatch.setattr(host.folder_paths, "get_input_directory", lambda: str(target))
+    monkeypatch.setattr(host.folders.folder_paths, "get_input_directory", lambda: str(target))
 
     def full(path: Path) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")

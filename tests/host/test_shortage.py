@@ -72,7 +72,7 @@ def test_where_nothing_helps_it_is_one_sentence_and_the_queue_goes_on(
             patch_owner, name = graph.pack("nextstep_core.decoding.steps").TransformerStep, "run"
         else:
             prompt["model"]["inputs"]["quantization"] = "int8"  # a model that is not loaded yet
-            patch_owner, name = graph.pack("nodes.host"), "fill"
+            patch_owner, name = graph.pack("nodes.host.models"), "fill"
         failing(patch, patch_owner, name, 1000, of_the_device)
         prompt["sampler"]["inputs"]["seed"] += 1
         with pytest.raises(AssertionError, match=r"needs .* \(.*Tried to allocate 2.00 GiB\)"):
