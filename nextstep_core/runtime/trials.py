@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import is_out_of_memory
 from .bandwidth import wait
 from .interrupt import Check, go_on
 from .stopwatch import Lap, captures
@@ -29,6 +31,8 @@ Arguments: TypeAlias = Sequence[Any]
 Stopwatch: TypeAlias = Callable[[Sequence[Callable[[], Tensor]], torch.device], Callable[[], tuple[float, Tensor]]]
 
 WON, SLOWER, WRONG, RAISED, MISSING, LOST = "won", "slower", "wrong", "raised", "missing", "lost"
+CRAMPED = "no memory"  # for its trial, this time
+VERDICTS = (WON, SLOWER, WRONG, RAISED, MISSING, LOST, CRAMPED)
 ROUNDS = 5  # each of a candidate beside one of the plain path, so that a busy machine is busy for both
 PATIENCE = 0.5  # seconds; no more rounds after them
 HOPELESS = 3  # times slower in one round: not worth more of them
@@ -112,22 +116,31 @@ class Outcome:
         best = None if self.winner is None else self.winner.seconds
         return self.plain if best is None else best
 
+    @property
+    def complete(self) -> bool:
+        """Whether another trial would show the same: nothing was wanting but for the moment."""
+        return all(verdict.verdict != CRAMPED for verdict in self.verdicts)
+
     def as_data(self) -> dict[str, Any]:
         """For a JSON file."""
         return asdict(self)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Outcome:
-        """What `as_data` gave; ValueError, TypeError or KeyError for anything else."""
+        """What `as_data` gave; ValueError, TypeError, KeyError or ArithmeticError for anything else."""
         verdicts = tuple(Verdict(**verdict) for verdict in data["verdicts"])
         for verdict in verdicts:
-            if not isinstance(verdict.name, str) or verdict.verdict not in (WON, SLOWER, WRONG, RAISED, MISSING, LOST):
-                raise ValueError("no verdict")
-            if not all(
-                isinstance(x, (float, int, type(None))) for x in (verdict.seconds, verdict.ratio, verdict.error)
-            ):
+            if not isinstance(verdict.name, str) or not isinstance(verdict.reason, str):
+                raise ValueError("no name")
+            # inf stands where a candidate's numbers are not finite
+            if any(math.isnan(x) for x in (verdict.seconds, verdict.ratio, verdict.error) if x is not None):
                 raise ValueError("no numbers")
-        return cls(str(data["what"]), float(data["plain"]), float(data["bytes"]), verdicts)
+        if not {v.verdict for v in verdicts} <= set(VERDICTS) or sum(v.verdict == WON for v in verdicts) > 1:
+            raise ValueError("no verdict")
+        plain, size = float(data["plain"]), float(data["bytes"])
+        if not (math.isfinite(plain) and math.isfinite(size)):
+            raise ValueError("no numbers")
+        return cls(str(data["what"]), plain, size, verdicts)
 
 
 class DeviceLostError(RuntimeError):
@@ -223,7 +236,8 @@ class _Race:
             return self._tried(candidate)
         except Exception as reason:  # a compiler's, a library's or a device's own kinds of failure
             said = str(reason).splitlines() or [""]
-            return Verdict(candidate.name, RAISED, reason=f"{type(reason).__name__}: {said[0]}"[:300])
+            verdict = CRAMPED if isinstance(reason, RuntimeError) and is_out_of_memory(reason) else RAISED
+            return Verdict(candidate.name, verdict, reason=f"{type(reason).__name__}: {said[0]}"[:300])
 
     def _tried(self, candidate: Candidate) -> Verdict:
         trial, function = self._trial, candidate.make()
