@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nextstep_core.runtime.cpu import PackedLinear
 from nextstep_core.runtime.quantization.formats import FP8, INT4, INT8
-from nextstep_core.runtime.quantization.products import candidates
+from nextstep_core.runtime.quantization.products import racing, usual
 
 from .clock import device_seconds
 
@@ -72,11 +72,15 @@ def kernel_times(device: torch.device, repeat: int, shape: Matrices = HEAD) -> l
         add("float32", "oneDNN's layout", lambda m: (partial(PackedLinear(_linear(m)), x), m.nbytes))
     rows = x.bfloat16()
     for format in (INT8, INT4, FP8):
-        for kernel in candidates(format, device.type):
+        known = usual(format, device.type)
+        for kernel in [*known, *racing(format, known[0], format.quantize(matrices[0])[0])]:
+            if not kernel.takes(shape.rows) or kernel.missing(device) is not None:
+                continue
 
             def make(matrix: Tensor, format=format, kernel=kernel) -> tuple[Product, int]:
                 weight, scale = format.quantize(matrix)
-                return partial(kernel.run, rows, kernel.packed(weight), scale), weight.nbytes + scale.nbytes
+                stored = kernel.packed(weight), kernel.packed_scale(scale)
+                return partial(kernel.run, rows, *stored), weight.nbytes + scale.nbytes
 
             add(format.name, kernel.name, make)
     add("int8", "torchao, weight only", lambda m: (_torchao(m.bfloat16(), rows), m.numel()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if not any(item.get_closest_marker(cost) for cost in COSTS):
             item.add_marker("fast")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found out about this machine is found out anew, and leaves nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXTSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from ..ranges import Range
 from .bandwidth import bandwidth
 from .interrupt import Check, go_on
 from .ledger import Ledger, cache_folder
-from .trials import Candidate, DeviceLostError, Outcome, Stopwatch, Trial, run, stopwatch
+from .trials import Candidate, CannotTryError, DeviceLostError, Outcome, Stopwatch, Trial, run, stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,13 @@ COPIED = 1 << 27  # bytes, for the bandwidth that times are compared with
 # Every fast path that may be named, in the order in which the switch counts them.
 NAMES = (
     "torch-int4",
+    "torch-int4-unpacked",
     "torch-int8",
-    "torch-int8-compiled",
-    "torch-int8-activations",
-    "torch-fp8-activations",
-    "kitchen-int8-activations",
+    "torch-compiled",
+    "torch-int8-halves",
+    "torch-fp8-halves",
+    "kitchen-int8-halves",
     "kitchen-int4",
-    "gemlite-int8",
-    "gemlite-int4",
     "padded-to-4",
     "padded-to-6",
 )
@@ -137,7 +136,7 @@ class Chooser:
     def _try(self, ledger: Ledger, key: str, able: Sequence[Candidate], trial: Callable[[], Trial]) -> Outcome | None:
         try:
             found = run(
-                trial(), able, lost=ledger.is_lost, watch=ledger.watch, stopwatch=self.stopwatch, check=self.check
+                trial, able, lost=ledger.is_lost, watch=ledger.watch, stopwatch=self.stopwatch, check=self.check
             )
         except DeviceLostError as reason:
             raise NextStepError(
@@ -145,8 +144,8 @@ class Chooser:
                 device=str(self.device),
                 name=str(reason),
             ) from reason
-        except torch.OutOfMemoryError as reason:
-            log.info("%s: not tried for lack of memory (%s)", key, str(reason).splitlines()[:1])
+        except CannotTryError as reason:
+            log.info("%s: not tried (%s)", key, reason)
             return None
         if found.complete:
             ledger.keep(key, found)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import is_out_of_memory
+from ..errors import REASON, is_out_of_memory
 from .bandwidth import wait
 from .interrupt import Check, go_on
 from .stopwatch import Lap, captures
@@ -143,6 +143,10 @@ class Outcome:
         return cls(str(data["what"]), plain, size, verdicts)
 
 
+class CannotTryError(RuntimeError):
+    """Not even the plain path runs, for want of memory or of what tells the time."""
+
+
 class DeviceLostError(RuntimeError):
     """A candidate has left the device in a state in which it computes nothing any more."""
 
@@ -161,7 +165,7 @@ def stopwatch(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Ca
 
 @torch.inference_mode()
 def run(
-    trial: Trial,
+    trial: Trial | Callable[[], Trial],
     candidates: Sequence[Candidate],
     *,
     lost: Callable[[Candidate], bool] = lambda candidate: False,
@@ -174,16 +178,20 @@ def run(
     `lost` tells those that never came back from an earlier trial: they are passed over. `watch` is entered around all
     that is run of a candidate. `check` is called before each and may raise to stop.
     """
-    race = _Race(trial, stopwatch)
+    try:
+        trial = trial() if callable(trial) else trial
+        race = _Race(trial, stopwatch)
+    except Exception as reason:  # a device's own kinds of failure
+        raise CannotTryError(_shortly(reason)) from reason
     verdicts: list[Verdict] = []
     best, leader = 1.0, -1  # how fast, of the plain path's one, and whose verdict it is
     for candidate in candidates:
         check()
-        reason = candidate.missing(trial.device)
+        lacks = candidate.missing(trial.device)
         if lost(candidate):
             verdict = Verdict(candidate.name, LOST, reason="its last trial never came back")
-        elif reason is not None:
-            verdict = Verdict(candidate.name, MISSING, reason=reason)
+        elif lacks is not None:
+            verdict = Verdict(candidate.name, MISSING, reason=lacks)
         else:
             with watch(candidate):
                 verdict = race.against(candidate)
@@ -214,6 +222,11 @@ def in_words(verdict: Verdict) -> str:
     return f"{verdict.verdict}: {verdict.reason}"
 
 
+def _shortly(reason: Exception) -> str:
+    said = str(reason).splitlines() or [""]
+    return f"{type(reason).__name__}: {said[0]}"[:REASON]
+
+
 def _but(verdict: Verdict, said: str) -> Verdict:
     return Verdict(verdict.name, said, verdict.seconds, verdict.ratio, verdict.error, verdict.reason)
 
@@ -235,9 +248,8 @@ class _Race:
         try:
             return self._tried(candidate)
         except Exception as reason:  # a compiler's, a library's or a device's own kinds of failure
-            said = str(reason).splitlines() or [""]
-            verdict = CRAMPED if isinstance(reason, RuntimeError) and is_out_of_memory(reason) else RAISED
-            return Verdict(candidate.name, verdict, reason=f"{type(reason).__name__}: {said[0]}"[:300])
+            verdict = CRAMPED if is_out_of_memory(reason) else RAISED
+            return Verdict(candidate.name, verdict, reason=_shortly(reason))
 
     def _tried(self, candidate: Candidate) -> Verdict:
         trial, function = self._trial, candidate.make()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import NextStepError, check_choice
+from ..chosen import Chooser, say
 from ..interrupt import Check, go_on
 from .formats import FP8, INT4, INT4_32, INT4_128, INT8, Device, Format, Int4, quantize_in_pieces
-from .layouts import RowBlocks
-from .products import Kernel, choose
+from .kernel import Kernel
+from .layouts import Layout
+from .selection import choose
 
 
 class Storage(Protocol):
@@ -99,12 +102,16 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows, device=device), requires_grad=False) if bias else None
         self.kernel: Kernel | None = None  # until `choose_kernels` has chosen one
-        self.layout: RowBlocks | None = None  # how the weight lies, where it is not as the format says
+        self.layout: Layout | None = None  # how the weight lies, where it is not as the format says
 
     def own_weight(self, device: torch.device) -> Tensor:
         """The weight as the format says, on `device`."""
         weight = self.weight.to(device)
         return weight if self.layout is None else self.layout.unpack(weight)
+
+    def matrix(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weight and scale as the format says, on `device`."""
+        return self.own_weight(device), self.weight_scale.to(device)
 
     def pack(self, kernel: Kernel, device: torch.device) -> None:
         """Bring the weight into the layout of `kernel`, which runs on `device`; it stays where it lies."""
@@ -113,6 +120,9 @@ class QuantizedLinear(nn.Module):
         if not lies_so and (self.layout is not None or kernel.pack is not None):
             packed = kernel.packed(self.own_weight(device)).to(self.weight.device)
             self.weight = nn.Parameter(packed, requires_grad=False)
+        if kernel.pack_scale is not None:
+            packed = kernel.packed_scale(self.weight_scale.to(device)).to(self.weight_scale.device)
+            self.weight_scale = nn.Parameter(packed, requires_grad=False)
         self.layout = kernel.layout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,11 +180,16 @@ def choose_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype, c
 
     `check` is called before each layer and may raise to stop.
     """
-    kernels: dict[tuple[Format, int], Kernel] = {}
+    alike: dict[tuple[Format, int, int], list[QuantizedLinear]] = {}
     for _, layer in quantized_linears(model):
+        alike.setdefault((layer.format, layer.rows, layer.columns), []).append(layer)
+    if not alike:
+        return
+    chooser = Chooser(device, check)
+    for (format, rows, columns), layers in alike.items():
         check()
-        key = layer.format, layer.columns
-        if key not in kernels:
-            weight, scale = layer.own_weight(device), layer.weight_scale.to(device)
-            kernels[key] = choose(layer.format, layer.columns, weight, scale, dtype)
-        layer.pack(kernels[key], device)
+        kernel = choose(format, rows, columns, [partial(layer.matrix, device) for layer in layers], dtype, chooser)
+        for layer in layers:
+            check()
+            layer.pack(kernel, device)
+    say(chooser)

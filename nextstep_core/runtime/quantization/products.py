@@ -1,61 +1,30 @@
-"""How a quantized matrix is multiplied: PyTorch's packed products where a device has them, else a plain product.
-
-Candidates stand in the order of preference; a candidate that a device or a version of PyTorch lacks, or that gives
-wrong numbers there, is passed over. On CUDA, where their order differs from card to card, the fastest is taken.
-"""
+"""PyTorch's own products with quantized matrices, and what stands for them where a device or a version has none."""
 
 from __future__ import annotations
 
-import logging
-import time
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import NextStepError
-from .formats import Format, Int4, PerRow, Rotated, rotate
-from .layouts import RowBlocks, cpu_layout
-
-log = logging.getLogger(__name__)
+from .formats import INT4, TINY, Format, Int4, PerRow, Rotated
+from .kernel import Kernel, of_rotated, padded, plain, unpacked
+from .layouts import Layout, Swapped, Tiles, cpu_layout, inner_tiles
+from .libraries import kitchen
 
 WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
 MOST_PACKED_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
-TOLERANCE = 0.02
-TIMED_CALLS = 20
+LEAST_INT_ROWS, FEWEST_FLOAT_ROWS = 32, 16  # that the products of integers and of 8-bit floats take at once on CUDA
+FINER = 254, 16  # what the second halves are multiplied by, of integers and of 8-bit floats
 
 
 def aligned(weight: Tensor) -> Tensor:
     """The same layout; a copy where the weight is a view of a file and starts anywhere."""
     return weight if weight.data_ptr() % WEIGHT_ALIGNMENT == 0 else weight.clone()
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """run(x, weight, scale): rows x (M, columns) times the matrix, (M, rows), in the dtype of x.
-
-    `pack` brings a format's weight into the layout that `run` reads, on the device where it runs; None where it is the
-    format's own. `layout` is that layout, where it is one that files are kept in.
-    """
-
-    name: str
-    run: Callable[[Tensor, Tensor, Tensor], Tensor]
-    pack: Callable[[Tensor], Tensor] | None = None
-    layout: RowBlocks | None = None
-
-    def packed(self, weight: Tensor) -> Tensor:
-        """A format's weight in the layout of this kernel."""
-        return weight if self.pack is None else self.pack(weight)
-
-
-def _dequantized(format: Format) -> Kernel:
-    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        return F.linear(x, format.dequantize(weight, scale, x.dtype))
-
-    return Kernel("product with dequantized weights", run)
 
 
 def _packed_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -76,98 +45,140 @@ def _compiled_row_sums() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(_row_sums, dynamic=True)
 
 
-def _compiled(format: Format) -> Kernel:
-    plain = _dequantized(format)
-
-    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        if len(x) > MOST_PACKED_ROWS:
-            return plain.run(x, weight, scale)
-        return _compiled_row_sums()(x, weight, scale.to(x.dtype))
-
-    return Kernel("compiled row sums", run)
+def _compiled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    # Each number of rows is a compilation, of which there may be few: as many as are tried.
+    rows = 1 << (len(x) - 1).bit_length()
+    wide = x if rows == len(x) else F.pad(x, (0, 0, 0, rows - len(x)))
+    return _compiled_row_sums()(wide, weight, scale.to(x.dtype))[: len(x)]
 
 
-def _packed_int4(format: Int4, on_cpu: bool) -> Kernel:
-    product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
-    layout = cpu_layout() if on_cpu else None
+def _without_triton(device: torch.device) -> str | None:
+    return "Triton is not installed" if importlib.util.find_spec("triton") is None else None
 
+
+def halves(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """x (M, columns) as two rows of int8 for each of its own, (at least `rows`, columns), and the step of each (M, 1).
+
+    x is step * (first + second / 254), to within a 500th of a step: what activations of one int8 would lose, above all
+    beside a large one, is in the second. A product that reads its weights once for all rows has them at no cost.
+    """
+    x = x.float()
+    step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min(TINY) / 127
+    scaled = x / step
+    first = scaled.round()
+    out = torch.zeros(max(rows, 2 * len(x)), x.shape[1], dtype=torch.int8, device=x.device)
+    out[: len(x)] = first
+    out[len(x) : 2 * len(x)] = ((scaled - first) * FINER[0]).round_()
+    return out, step
+
+
+def _int8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    pairs, step = halves(x, LEAST_INT_ROWS)
+    sums = torch._int_mm(pairs, weight.t())[: 2 * len(x)]
+    first, second = sums.chunk(2)
+    out: Tensor = (first + second / FINER[0]) * step * scale
+    return out.to(x.dtype)
+
+
+def _fp8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The same with 8-bit floats: two of them hold what bfloat16 does."""
+    wide = x.float()
+    step = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True).clamp_min(TINY) / 448
+    scaled = wide / step
+    first = scaled.to(weight.dtype)
+    second = ((scaled - first.float()) * FINER[1]).to(weight.dtype)
+    rows = -(-2 * len(x) // FEWEST_FLOAT_ROWS) * FEWEST_FLOAT_ROWS
+    pairs = torch.zeros(rows, x.shape[1], dtype=torch.uint8, device=x.device)
+    pairs[: len(x)], pairs[len(x) : 2 * len(x)] = first.view(torch.uint8), second.view(torch.uint8)
+    one = torch.ones((), device=x.device)
+    sums: Tensor = torch._scaled_mm(pairs.view(weight.dtype), weight.t(), one, one, out_dtype=torch.float32)[
+        : 2 * len(x)
+    ]
+    first_sums, second_sums = sums.chunk(2)
+    out: Tensor = (first_sums + second_sums / FINER[1]) * step * scale
+    return out.to(x.dtype)
+
+
+def _capability(least: tuple[int, int], what: str) -> Callable[[torch.device], str | None]:
+    def missing(device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip is not None:
+            return "for NVIDIA cards"
+        return None if torch.cuda.get_device_capability(device) >= least else f"the card has no {what}"
+
+    return missing
+
+
+def _pack_for_cpu(weight: Tensor) -> Tensor:
+    layout = cpu_layout()
+    if layout is not None:
+        return layout.pack(weight)
+    return torch._convert_weight_to_int4pack_for_cpu(INT4.values(weight).int(), 1)
+
+
+def _pack_for_gpu(weight: Tensor) -> Tensor:
+    return torch._convert_weight_to_int4pack(weight, inner_tiles(2 * weight.shape[1]))
+
+
+def _packed_int4(format: Int4, device_type: str) -> Kernel:
+    on_cpu = device_type == "cpu"
     exact = on_cpu and format.scale_dtype == torch.float32
 
     def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        product = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
         computed = x.dtype if exact else torch.bfloat16
         return product(x.to(computed), weight, format.group, scale.to(computed)).to(x.dtype)
 
-    def pack(weight: Tensor) -> Tensor:
-        if layout is not None:
-            return layout.pack(weight)
-        if on_cpu:
-            return torch._convert_weight_to_int4pack_for_cpu(format.values(weight).int(), 1)
-        columns = 2 * weight.shape[1]
-        tiles = next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
-        return torch._convert_weight_to_int4pack(weight, tiles)
-
-    return Kernel("packed int4 product", run, pack, layout)
+    return Kernel("torch-int4", run, _pack_for_cpu if on_cpu else _pack_for_gpu, cpu_layout() if on_cpu else None)
 
 
-def candidates(format: Format, device_type: str) -> list[Kernel]:
-    """What can multiply a matrix of `format` on a device, best first; the last one works everywhere."""
+def _with_layout(kernel: Kernel, weight: Tensor) -> Kernel:
+    """A GPU's packed product with the layout that it packs `weight` in, where that is one that we know."""
+    columns = 2 * weight.shape[1]
+    known: tuple[Layout, ...] = (Tiles("tiles", columns), Swapped("swapped", columns, tiled=True))
+    try:
+        packed = kernel.packed(weight)
+        found = next((layout for layout in known if torch.equal(layout.unpack(packed), weight)), None)
+    except RuntimeError:
+        return kernel
+    return replace(kernel, layout=found)
+
+
+def usual(format: Format, device_type: str) -> list[Kernel]:
+    """What multiplies a matrix of `format` where nothing is measured, best first; the last works everywhere."""
     if isinstance(format, Rotated):
-        return [_of_rotated(kernel, format.rotated) for kernel in candidates(format.inner, device_type)]
+        return [of_rotated(kernel, format.rotated) for kernel in usual(format.inner, device_type)]
     found = []
-    if isinstance(format, Int4):
-        found.append(_packed_int4(format, device_type == "cpu"))
+    if isinstance(format, Int4) and device_type != "cuda":
+        found.append(_packed_int4(format, device_type))
     if isinstance(format, PerRow) and format.dtype == torch.int8 and device_type != "cuda":
-        # its kernel for CUDA reads the weights byte by byte
-        found.append(Kernel("packed int8 product", _packed_int8, aligned if device_type == "cpu" else None))
-    if isinstance(format, PerRow) and device_type == "cuda":
-        found.append(_compiled(format))
-    return [*found, _dequantized(format)]
+        found.append(Kernel("torch-int8", _packed_int8, aligned if device_type == "cpu" else None))
+    return [*found, plain(format)]
 
 
-def _of_rotated(kernel: Kernel, group: int) -> Kernel:
-    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        return kernel.run(rotate(x, group), weight, scale)
-
-    return replace(kernel, name=f"{kernel.name}, inputs rotated", run=run)
-
-
-def choose(format: Format, columns: int, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Kernel:
-    """The kernel for a weight and scale on their device, for few rows of `dtype`.
-
-    NextStepError when not even the plain product, which all others are compared with, is finite.
-    """
-    x = torch.randn(2, columns).to(weight.device, dtype)
-    plain = _dequantized(format).run(x, weight, scale).float()
-    if not plain.isfinite().all():
-        raise NextStepError(
-            "A matrix of the {format} weights gives numbers that {dtype} cannot hold. Download or convert "
-            "the file again, or choose another dtype.",
-            format=format.name,
-            dtype=str(dtype).removeprefix("torch."),
-        )
-    working: dict[Kernel, float] = {}
-    for kernel in candidates(format, weight.device.type):
-        try:
-            packed = kernel.packed(weight)
-            error = (kernel.run(x, packed, scale).float() - plain).norm() / plain.norm().clamp_min(1e-6)
-            if not error <= TOLERANCE:
-                raise RuntimeError(f"it is off by {error:.1%}")
-        except Exception as reason:  # a compiler's or a device's own kinds of failure
-            log.info("%s: no %s here (%s)", format.name, kernel.name, str(reason).splitlines()[:1])
-            continue
-        if weight.device.type != "cuda":
-            return kernel
-        working[kernel] = _seconds(partial(kernel.run, x, packed, scale), weight.device)
-    fastest = min(working, key=working.__getitem__)
-    log.info("%s: %s", format.name, ", ".join(f"{k.name} {1e6 * s:.0f} us" for k, s in working.items()))
-    return fastest
-
-
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    call()
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(TIMED_CALLS):
-        call()
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / TIMED_CALLS
+def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
+    """What may be faster than `base`, one of the usual ones, on the device of a weight; the preferred first."""
+    if isinstance(format, Rotated):
+        # The rotation is the same for all of them, and the matrix is one of the inner format.
+        inner = next((one for one in usual(format.inner, weight.device.type) if one.name == base.name), base)
+        return [of_rotated(kernel, format.rotated) for kernel in racing(format.inner, inner, weight)]
+    kind = weight.device.type
+    if kind == "cpu":
+        return [padded(base, rows, f"padded-to-{rows}") for rows in (4, 6)] if base.pack is not None else []
+    found: list[Kernel] = []
+    if isinstance(format, Int4):
+        packed = base if base.name == "torch-int4" else _packed_int4(format, kind)
+        packed = _with_layout(packed, weight)
+        found = [packed] if packed.lies != base.lies else []
+        if packed.layout is not None:
+            found.append(unpacked(packed, format, "torch-int4-unpacked"))
+        found += kitchen(format) if kind == "cuda" else []
+    elif isinstance(format, PerRow) and kind == "cuda":
+        found.append(Kernel("torch-compiled", _compiled, most_rows=MOST_PACKED_ROWS, missing=_without_triton))
+        if format.dtype == torch.int8:
+            integers = _capability((7, 5), "product of int8")
+            found.append(Kernel("torch-int8-halves", _int8_halves, missing=integers))
+            found += kitchen(format)
+        else:
+            floats = _capability((8, 9), "product of fp8")
+            found.append(Kernel("torch-fp8-halves", _fp8_halves, missing=floats))
+    return found

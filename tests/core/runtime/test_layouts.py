@@ -7,7 +7,15 @@ import torch
 
 from nextstep_core import NextStepError
 from nextstep_core.runtime.quantization.formats import INT4
-from nextstep_core.runtime.quantization.layouts import LAYOUTS, PROBE, RowBlocks, cpu_layout, find_layout
+from nextstep_core.runtime.quantization.layouts import (
+    LAYOUTS,
+    PROBE,
+    RowBlocks,
+    Swapped,
+    Tiles,
+    cpu_layout,
+    find_layout,
+)
 
 
 def test_two_rows_share_a_byte_column_after_column() -> None:
@@ -52,3 +60,38 @@ def test_a_files_layout_stays_what_its_name_says() -> None:
     shape, generator = (PROBE[0], PROBE[1] // 2), torch.Generator().manual_seed(0)
     weight = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     assert len({layout.pack(weight).numpy().tobytes() for layout in LAYOUTS.values()}) == len(LAYOUTS)
+
+
+def tensor_core_lanes(weight: torch.Tensor, inner: int) -> torch.Tensor:
+    """What each lane of a warp takes, value by value, for the B operand of m16n8k16 in int4.
+
+    Lane t holds row t // 4 and, of each 8 bytes, byte t % 4 and the fourth after it; eight values of two such stretches
+    make an int32, the even columns' in its low half.
+    """
+    rows, width = weight.shape
+    out = torch.zeros(rows // 8, 2 * width // (16 * inner), 32, inner // 2, dtype=torch.int64)
+    for tile, outer, lane, pair in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
+        start = (outer * inner + 2 * pair) * 8 + lane % 4
+        bytes_ = [int(weight[tile * 8 + lane // 4, start + 4 * n]) for n in range(4)]
+        values = [byte >> 4 for byte in bytes_] + [byte & 15 for byte in bytes_]
+        out[tile, outer, lane, pair] = sum(value << 4 * n for n, value in enumerate(values))
+    return torch.where(out >= 1 << 31, out - (1 << 32), out).int()
+
+
+@pytest.mark.parametrize(("columns", "inner"), [(32, 2), (64, 4), (96, 2), (128, 8), (384, 8)])
+def test_tensor_cores_lanes(columns: int, inner: int) -> None:
+    weight = torch.randint(256, (16, columns // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layout = Tiles("x", columns)
+    assert layout.inner == inner
+    packed = layout.pack(weight)
+    assert torch.equal(packed, tensor_core_lanes(weight, inner))
+    assert torch.equal(layout.unpack(packed), weight)
+
+
+def test_swapped_halves() -> None:
+    weight = torch.tensor([[0x12, 0x34]], dtype=torch.uint8)
+    assert Swapped("x", 4, tiled=False).pack(weight).tolist() == [[0x21, 0x43]]
+    many = torch.randint(256, (16, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for layout in (Swapped("x", 128, tiled=False), Swapped("x", 128, tiled=True)):
+        assert torch.equal(layout.unpack(layout.pack(many)), many)
+    assert Swapped("x", 128, tiled=True).pack(many).shape == (2, 1, 32, 4), "as the product asks for"

@@ -23,7 +23,7 @@ from nextstep_core.loading.store import ASSETS
 from nextstep_core.model.transformer import whole_span
 from nextstep_core.runtime.quantization import RECIPES, QuantizedLinear, quantize_model, quantized_linears
 from nextstep_core.runtime.quantization.formats import FP8, INT8
-from nextstep_core.runtime.quantization.products import candidates
+from nextstep_core.runtime.quantization.products import usual
 
 TINY = ASSETS / "tiny"
 CPU = torch.device("cpu")
@@ -38,15 +38,14 @@ def test_an_int8_matrix_may_start_anywhere() -> None:
     """As a view of a file does, whose header has any length."""
     weight, scale = INT8.quantize(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)))
     view = torch.empty(weight.numel() + 8, dtype=torch.int8)[8:].view_as(weight).copy_(weight)
-    for kernel in candidates(INT8, "cpu"):
+    for kernel in usual(INT8, "cpu"):
         x = torch.ones(8, 256)
         assert torch.equal(kernel.run(x, kernel.packed(view), scale), kernel.run(x, kernel.packed(weight), scale))
 
 
 def test_the_packed_int8_product_is_left_to_devices_where_it_is_fast() -> None:
-    packed = {device: [k.name for k in candidates(INT8, device)][0].startswith("packed") for device in ("cpu", "mps")}
-    assert packed == {"cpu": True, "mps": True}
-    assert not any(kernel.name.startswith("packed") for kernel in candidates(INT8, "cuda"))
+    names = {device: [kernel.name for kernel in usual(INT8, device)] for device in ("cpu", "mps", "cuda")}
+    assert names == {"cpu": ["torch-int8", "plain"], "mps": ["torch-int8", "plain"], "cuda": ["plain"]}
 
 
 def test_the_row_sums_that_are_compiled_for_cuda_are_the_product() -> None:
