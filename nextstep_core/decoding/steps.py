@@ -20,7 +20,8 @@ from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
 from ..runtime.lora import Attachments
 from ..sampling.guidance import guide
-from ..sampling.solvers import ETA, SAMPLERS, normalize_token
+from ..sampling.solvers import SAMPLERS, normalize_token
+from ..sampling.updates import follow
 from .job import Job
 from .prefill import PrefillCache
 
@@ -184,6 +185,7 @@ class FlowIntegration:
         self.reads = (model.head, model.image_out_projector)
         self.sampler = SAMPLERS[shape.sampler]
         self.times = self.sampler.grid(shape.steps, shape.shift)
+        self.updates = follow(self.sampler, self.times)
         self.time_codes = self._embedded_times()
 
     def _embedded_times(self) -> Tensor:
@@ -206,7 +208,7 @@ class FlowIntegration:
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
-        token = self.sampler.integrate(velocity, self.times, noise, ETA).to(self.shape.dtype)
+        token = self.updates.run(velocity, noise).to(self.shape.dtype)
         return normalize_token(token) if self.shape.use_norm else token
 
 

@@ -125,7 +125,7 @@ class FlowHead(nn.Module):
         modulations = [block.adaLN_modulation[1](code) for block in (*self.res_blocks, self.final_layer)]
         dim = code.shape[-1]
         for modulation in modulations:
-            modulation[..., dim : 2 * dim] += 1  # once a token here, instead of once a block and step
+            modulation.narrow(-1, dim, dim).add_(1)  # once a token here, instead of once a block and step
         return modulations
 
     def velocity(self, x: Tensor, modulations: list[Tensor]) -> Tensor:

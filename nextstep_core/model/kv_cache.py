@@ -46,8 +46,8 @@ class KVCache:
             slot[0][:, :, positions] = keys
             slot[1][:, :, positions] = values
         else:
-            rows = torch.arange(len(positions), device=positions.device)[:, None]
-            slot[0][rows, :, positions] = keys.transpose(1, 2)
-            slot[1][rows, :, positions] = values.transpose(1, 2)
+            places = positions[:, None, :, None].expand(keys.shape)
+            slot[0].scatter_(2, places, keys)
+            slot[1].scatter_(2, places, values)
         # Views: attention reads them where they lie. Positions of the bucket that are not filled yet are masked.
         return slot[0, :, :, :visible], slot[1, :, :, :visible]

@@ -1,0 +1,82 @@
+"""How many kernels a token of the published model launches: ceilings that may only be lowered.
+
+A launch costs a device one to two microseconds even where it is replayed from a recording, and some of the work takes
+less than that. So their number decides how fast the flow head is, and a good part of the rest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from launches import META, Launches
+
+from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
+from nextstep_core.decoding.steps import StepShape, TokenSampler, TokenSequence
+from nextstep_core.model.config import NextStepConfig
+from nextstep_core.model.nextstep import NextStepModel
+from nextstep_core.sampling.solvers import SAMPLERS
+
+CONFIG = NextStepConfig.from_dict(PUBLISHED_CONFIG | SHAPES["14b"])
+STEPS = 28
+
+TRANSFORMER = 828
+WINDOW = 974
+HEAD = {  # by sampler, for two rows, which is a picture with guidance
+    "score-sde-1.0": 2409,
+    "score-sde-1.1": 2411,
+    "flow-ode": 2355,
+    "flow-cps": 2409,
+    "flow-sde": 2411,
+    "flow-heun": 4623,
+    "flow-multistep": 2382,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> NextStepModel:
+    return NextStepModel(CONFIG, dtype=torch.bfloat16, device="meta").eval().requires_grad_(False)
+
+
+def shape(sampler: str = "score-sde-1.1", branches: int = 2) -> StepShape:
+    return StepShape(branches, branches, 1280, sampler, STEPS, 1.0, False, META, torch.bfloat16)
+
+
+def sequence(model: NextStepModel) -> TokenSequence:
+    made = TokenSequence(model, shape())
+    made.prompt_length = 40
+    return made
+
+
+@torch.inference_mode()
+def test_the_transformer(model: NextStepModel) -> None:
+    whole, token = sequence(model), torch.empty(1, 1, CONFIG.token_dim, dtype=torch.bfloat16, device=META)
+    with Launches() as launches:
+        whole.feed(token, 600)
+    assert not launches.problems
+    assert launches.total <= TRANSFORMER, launches.counts
+
+
+@torch.inference_mode()
+def test_the_transformer_over_a_window(model: NextStepModel) -> None:
+    whole, tokens = sequence(model), torch.empty(1, 8, CONFIG.token_dim, dtype=torch.bfloat16, device=META)
+    with Launches() as launches:
+        whole.feed_window(tokens, torch.empty(1, 8, dtype=torch.long, device=META), 607)
+    assert not launches.problems
+    assert launches.total <= WINDOW, launches.counts
+
+
+def draw(model: NextStepModel, of: StepShape) -> Launches:
+    sample, rows = TokenSampler(model, of), of.branches
+    hidden = torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16, device=META)
+    noise = torch.empty(sample.noise_count, 1, CONFIG.token_dim, device=META)
+    with Launches() as launches:
+        sample(hidden, noise, torch.empty(2, device=META))
+    return launches
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_head(model: NextStepModel, sampler: str) -> None:
+    launches = draw(model, shape(sampler))
+    assert not launches.problems
+    assert launches.total <= HEAD[sampler], launches.counts
