@@ -20,14 +20,13 @@ from benchmarks.sweep import need_matplotlib
 from benchmarks.tables import table
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import Job
-from nextstep_core.decoding.lookahead import MOST, SIZES, TOLERANCES, WindowChoice, Windows, ahead
-from nextstep_core.decoding.loop import Run
-from nextstep_core.decoding.steps import CHUNK, StepCaches
+from nextstep_core.decoding.lookahead import MOST, SIZES, TOLERANCES, ahead
+from nextstep_core.decoding.window_choice import WindowChoice
 from nextstep_core.request.layout import Caption
+from tests.window_runs import CPU, begun, distance, plainly
 from training.evaluate import held_out_singles
 from training.scenes import CANVASES
 
-CPU = torch.device("cpu")
 EXACT = TOLERANCES["exact"]
 SWEPT = (1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 5e-2, 1e-1)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,21 +69,9 @@ def job_of(pipe: NextStepPipeline, text: str, canvas: tuple[int, int], seed: int
 
 
 @torch.inference_mode()
-def plain(pipe: NextStepPipeline, job: Job) -> Tensor:
-    """The tokens of the plain loop."""
-    *_, progress = pipe.engine.decode(job, CPU, pipe.dtype)
-    return progress.tokens
-
-
-@torch.inference_mode()
 def solve(pipe: NextStepPipeline, job: Job, size: int, tolerance: float, wanted: Tensor, tally: Tally) -> None:
     """Draw a picture with windows of one size, and count."""
-    engine, tokens = pipe.engine, torch.zeros_like(wanted)
-    embeds = engine.embed(job.rows, CPU, pipe.dtype)
-    run = Run.start(engine.model, job, embeds, tokens, StepCaches(), CHUNK, beyond=MOST)
-    windows = Windows(run, job.grid[1])
-    for _ in windows.begin():
-        pass
+    windows = begun(pipe, job)
     before = windows.first
     for step in ahead(windows, WindowChoice({size: 1.0}), tolerance):
         for place in range(min(step.done - before, size - 1)):
@@ -93,7 +80,7 @@ def solve(pipe: NextStepPipeline, job: Job, size: int, tolerance: float, wanted:
         before = step.done
     tally.tokens += job.total
     tally.reads += windows.reads
-    tally.distances.append(float((tokens - wanted).norm() / wanted.norm()))
+    tally.distances.append(distance(windows.run.tokens, wanted))
 
 
 def tallied(
@@ -106,7 +93,7 @@ def tallied(
     """`count` held-out pictures of one size for every case, a window and a tolerance."""
     tallies = {case: Tally() for case in cases}
     for seed, (text, _, _) in enumerate(held_out_singles(count, 7, canvas)):
-        wanted = plain(pipe, job_of(pipe, text, canvas, seed, settings or {}))
+        wanted = plainly(pipe, job_of(pipe, text, canvas, seed, settings or {}))
         for case, (size, tolerance) in cases.items():
             solve(pipe, job_of(pipe, text, canvas, seed, settings or {}), size, tolerance, wanted, tallies[case])
     return tallies

@@ -21,7 +21,6 @@ from nextstep_core.request.layout import PromptRows
 from nextstep_core.runtime.bandwidth import timed
 from nextstep_core.sampling.noise import NoiseStream
 from nextstep_core.sampling.settings import GenerationSettings
-from nextstep_core.sampling.solvers import SAMPLERS
 
 from .subjects import Subject
 
@@ -70,7 +69,7 @@ class Case:
     @property
     def calls(self) -> int:
         """Network calls of the head per token."""
-        return SAMPLERS[self.settings.sampler].calls(self.settings.steps)
+        return self.settings.calls(self.tokens)
 
     def prompt_ids(self) -> Tensor:
         """(branches, prompt_length) ids, the last one begin-of-image."""
@@ -126,9 +125,9 @@ def time_parts(case: Case, count: int) -> dict[str, float]:
     prefill, hidden = timed(device, lambda: sequence.prefill(embeds, valid, None, ""))
     noise = job.noise.for_token(sample.noise_count).to(device)
     guidance = guidance_scales(case.settings, total, device)[0]
-    head, transformer = [], []
+    steps, head, transformer = case.settings.step_counts(total), [], []
     for place in evenly_spaced(max(1, total - 1), count):
-        seconds, token = timed(device, partial(sample, hidden, noise, guidance))
+        seconds, token = timed(device, partial(sample, hidden, noise, guidance, steps[place]))
         head.append(seconds)
         seconds, hidden = timed(device, partial(sequence.feed, token[:, None], place))
         transformer.append(seconds)

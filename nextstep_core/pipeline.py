@@ -153,6 +153,7 @@ class NextStepPipeline:
         sampler: str | None = None,
         use_norm: bool | None = None,
         lookahead: str | None = None,
+        steps_schedule: str | None = None,
         seed: Seeds = 0,
         vae_tile: int | None = None,
         prune: Pruning | None = None,
@@ -167,7 +168,8 @@ class NextStepPipeline:
         `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
         would have without it. Their first tokens are handed to the transformer at once.
         `lookahead` draws several tokens per read of the weights: "exact" within 0.1% of the tokens of "off", "fast"
-        with pictures that may differ; how many at a time is found by timing it on the device.
+        with pictures that may differ; how many at a time is found by timing it on the device. `steps_schedule` lets
+        `steps` fall from token to token: "linear", "square" or "cubic"; "constant" keeps them.
         `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
         before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """
@@ -191,6 +193,7 @@ class NextStepPipeline:
             sampler=sampler,
             use_norm=use_norm,
             lookahead=lookahead,
+            steps_schedule=steps_schedule,
         )
         if vae_tile is not None:
             check_tile(vae_tile, self.vae.config.downscale)

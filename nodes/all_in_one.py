@@ -18,7 +18,15 @@ from .prompts import encode_edit, encode_prompt
 from .sampler import sample, settings_for
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, canvas_inputs, cfg_img_input, lookahead_input, setting_inputs, size_inputs
+from .widgets import (
+    DrawingNode,
+    canvas_inputs,
+    cfg_img_input,
+    lookahead_input,
+    setting_inputs,
+    size_inputs,
+    steps_schedule_input,
+)
 
 EDIT_NEGATIVE = "Copy original image."
 
@@ -80,6 +88,7 @@ class NextStepTextToImage(DrawingNode):
                 *setting_inputs(steps=28, shift=1.0),
                 preset_input(),
                 lookahead_input(),
+                steps_schedule_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],
@@ -135,6 +144,7 @@ class NextStepImageEdit(DrawingNode):
                 cfg_img_input(),
                 preset_input(),
                 lookahead_input(),
+                steps_schedule_input(),
             ],
             outputs=_outputs(),
             hidden=[io.Hidden.extra_pnginfo],

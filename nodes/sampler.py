@@ -28,7 +28,15 @@ from .information import unsuited
 from .language import in_users_language
 from .saving import INFO_OUTPUT, info_of
 from .types import CATEGORY, HostModel, ModelSocket, PromptSocket, PromptValue, check_sockets
-from .widgets import DrawingNode, cfg_img_input, known_to, lookahead_input, setting_inputs, with_widgets
+from .widgets import (
+    DrawingNode,
+    cfg_img_input,
+    known_to,
+    lookahead_input,
+    setting_inputs,
+    steps_schedule_input,
+    with_widgets,
+)
 
 log = logging.getLogger(__name__)
 
@@ -280,6 +288,7 @@ class NextStepSampler(DrawingNode):
                     "settings to complete the same picture, or sample the kept latent.",
                 ),
                 lookahead_input(),
+                steps_schedule_input(),
             ],
             outputs=[
                 io.Latent.Output("samples", display_name="latent", tooltip="Goes to a VAE Decode node."),

@@ -12,6 +12,7 @@ from ..nextstep_core.errors import check_choice
 from ..nextstep_core.images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..nextstep_core.ranges import Range
 from ..nextstep_core.request.sizes import BASES
+from ..nextstep_core.sampling.falling import STEPS_SCHEDULES
 from ..nextstep_core.sampling.guidance import SCHEDULES
 from ..nextstep_core.sampling.settings import CFG, CFG_IMG, LOOKAHEAD, OFF, SEED, SHIFT, STEPS, GenerationSettings
 from ..nextstep_core.sampling.solvers import SAMPLERS
@@ -30,13 +31,11 @@ def known_to(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def with_widgets(
-    settings: GenerationSettings, *, sampler: str | None = None, use_norm: str = AUTO, **widgets: Any
-) -> GenerationSettings:
+def with_widgets(settings: GenerationSettings, *, use_norm: str = AUTO, **widgets: Any) -> GenerationSettings:
     """Settings under a node's widgets; "auto" and None leave what is there. NextStepError when they make no sense."""
     check_choice("use_norm", use_norm, USE_NORM)
-    sampler = None if sampler == AUTO else sampler
-    return settings.override(sampler=sampler, use_norm=USE_NORM[use_norm], **widgets)
+    left = {name: None for name in ("sampler", "steps_schedule") if widgets.get(name) == AUTO}
+    return settings.override(use_norm=USE_NORM[use_norm], **widgets | left)
 
 
 class DrawingNode(Node):
@@ -52,6 +51,7 @@ class DrawingNode(Node):
         sampler: str | None = None,
         cfg_img: float | None = None,
         lookahead: str | None = None,
+        steps_schedule: str | None = None,
     ) -> bool | str:
         """NextStepError for what is wrong. None is a widget that is linked and so not known yet, or one the node
         lacks."""
@@ -65,6 +65,7 @@ class DrawingNode(Node):
             cfg_schedule=cfg_schedule,
             sampler=sampler,
             lookahead=lookahead,
+            steps_schedule=steps_schedule,
         )
         return True
 
@@ -160,6 +161,19 @@ def lookahead_input() -> io.Input:
         tooltip="Draw several squares each time the weights are read. exact: the picture stays the same but for "
         "rounding. fast: fewer reads, and the picture may differ. How many at a time is found by timing your device; "
         "on a CPU it gains little.",
+    )
+
+
+def steps_schedule_input() -> io.Input:
+    """The widget for fewer flow steps towards the end."""
+    return io.Combo.Input(
+        "steps_schedule",
+        options=[AUTO, *STEPS_SCHEDULES],
+        default=AUTO,
+        optional=True,
+        tooltip="Fewer flow steps for later squares, which see most of the picture: falling evenly (linear), early "
+        "(square) or earlier still (cubic), from steps to a seventh of them. auto takes what the checkpoint was "
+        "published with.",
     )
 
 

@@ -10,8 +10,7 @@ never more reads than tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -22,6 +21,7 @@ from .job import Job
 from .loop import Run, plain, to_device
 from .progress import TokenStep
 from .steps import StepCaches, StepShape
+from .window_choice import WindowChoice
 
 # How far a guess may be from the token that is drawn in its place, relative to that token's length, to count as right.
 TOLERANCES = {"exact": 1e-4, "fast": 0.05}
@@ -29,27 +29,6 @@ SIZES = (1, 2, 4, 8, 16, 32)  # of windows, in places: few, since each is captur
 MOST = SIZES[-1]
 WORTH = 0.9  # of the cost of a place, what it must fall to for a window of twice the size to be tried at all
 QUICK, REPEATED = 0.1, 3  # seconds; what takes longer is not timed again, and what does not, so often
-FORGET = 0.9  # of what was learned, what is kept after each window
-
-
-@dataclass
-class WindowChoice:
-    """Chooses the size of each window: of those in `costs`, which tells what a read with so many places takes, the one
-    that is expected to bring the most tokens in the time. `right` of `examined` guesses were right of late."""
-
-    costs: Mapping[int, float]
-    right: float = 4.0
-    examined: float = 5.0
-
-    def size(self) -> int:
-        """How many places the next window has."""
-        share = self.right / self.examined
-        return max(self.costs, key=lambda size: sum(share**n for n in range(size)) / self.costs[size])
-
-    def learn(self, right: int, examined: int) -> None:
-        """Take into account how many guesses of a window were looked at, up to the first wrong one."""
-        self.right = FORGET * self.right + right
-        self.examined = FORGET * self.examined + examined
 
 
 def look_ahead(
@@ -135,7 +114,7 @@ class Windows:
         run = self.run
         known = run.keep.index(False) if False in run.keep else self.total
         if known == 0:
-            run.tokens[:, 0] = run.sample(run.condition(run.hidden, 0), self._noise(0), run.guidance[0])
+            run.tokens[:, 0] = run.sample(run.condition(run.hidden, 0), self._noise(0), run.guidance[0], run.steps[0])
             known, self.reads = 1, 1
         for start in range(0, known - 1, run.chunk):
             run.sequence.feed(run.tokens[:, start : min(start + run.chunk, known - 1)], start)
@@ -154,7 +133,7 @@ class Windows:
             hidden = hidden + run.codes[inside].repeat(len(hidden) // pictures, 1, 1)
         noise = torch.stack([self._noise_of(m, size) for m in range(pictures)], dim=1).flatten(1, 2)
         guidance = run.guidance[inside].flatten(0, 1).T[..., None]  # (2, M * size, 1)
-        drawn = run.sample(hidden.flatten(0, 1), noise, guidance).view(pictures, size, -1)
+        drawn = self._drawn(hidden.flatten(0, 1), noise, guidance, size).view(pictures, size, -1)
         return torch.where(self.known[places][..., None], self.guess[self.rows, places], drawn)
 
     def read_one(self) -> Tensor:
@@ -162,7 +141,18 @@ class Windows:
         run, place = self.run, self.first
         hidden = run.sequence.feed(self.guess[:, place - 1 : place], place - 1)
         noise = self._noise(min(place, self.total - 1))
-        return run.sample(run.condition(hidden, place), noise, run.guidance[place])
+        return run.sample(run.condition(hidden, place), noise, run.guidance[place], run.steps[place])
+
+    def _drawn(self, hidden: Tensor, noise: Tensor, guidance: Tensor, size: int) -> Tensor:
+        """All tokens of all windows. Where they differ in their flow steps, all are drawn with each number of steps, so
+        that the work keeps its shape; these falls are few."""
+        steps = [self.run.steps[min(start + n, self.total - 1)] for start in self.done for n in range(size)]
+        first, *others = sorted(set(steps))
+        drawn = self.run.sample(hidden, noise, guidance, first)
+        for count in others:
+            here = torch.tensor([own == count for own in steps], device=hidden.device)[:, None]
+            drawn = torch.where(here, self.run.sample(hidden, noise, guidance, count), drawn)
+        return drawn
 
     def advance(self, size: int, tolerance: float) -> tuple[int, int]:
         """Draw a window of every picture, keep what is right and guess the rest anew: of how many guesses that were

@@ -32,8 +32,8 @@ class Run:
     tokens (M, total, token_dim) is the buffer that is written; `keep` says, of the places to be drawn, which hold known
     tokens already.
     hidden (rows, hidden) is the state after the prompt. codes (total, hidden), where the model wants them, are added to
-    the state of every place, and guidance (total, 2) holds its scales. Known tokens are fed `chunk` at a time.
-    `prefilled` keeps the prompt by its `key`.
+    the state of every place, guidance (total, 2) holds its scales, and `steps` its flow steps. Known tokens are fed
+    `chunk` at a time. `prefilled` keeps the prompt by its `key`.
     """
 
     sequence: TokenSequence
@@ -43,6 +43,7 @@ class Run:
     hidden: Tensor
     codes: Tensor | None
     guidance: Tensor
+    steps: list[int]
     noise: NoiseStream
     chunk: int
     started: float
@@ -72,6 +73,7 @@ class Run:
             sequence.prefill(embeds, job.rows.valid.to(tokens.device), caches.prefilled, key, chunk),
             model.position_codes(job.grid, tokens),
             guidance_scales(job.settings, total, tokens.device),
+            job.settings.step_counts(total),
             job.noise,
             1 if job.known is not None and job.known.token_by_token else chunk,
             started,
@@ -128,7 +130,7 @@ def plain(run: Run) -> Iterator[TokenStep]:
                 stretch = run.tokens[:, fed : min(fed + run.chunk, n)]
                 hidden, fed = run.sequence.feed(stretch, fed), fed + stretch.shape[1]
             noise = to_device(noise, run.tokens.device)
-            run.tokens[:, n] = run.sample(run.condition(hidden, n), noise, run.guidance[n])
+            run.tokens[:, n] = run.sample(run.condition(hidden, n), noise, run.guidance[n], run.steps[n])
             sampled += 1
         pace.wait()
         yield run.step(n + 1, sampled)

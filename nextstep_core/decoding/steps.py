@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,16 +19,19 @@ from ..model.positions import rotary_table
 from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
 from ..runtime.lora import Attachments
+from ..sampling.falling import merging, part_of
 from ..sampling.guidance import guide
 from ..sampling.solvers import SAMPLERS, normalize_token
 from ..sampling.updates import follow
 from .job import Job
 from .prefill import PrefillCache
+from .window_choice import WindowChoice
 
 # Long stretches run through the transformer in pieces of this many positions: it bounds the memory of masks and scores.
 CHUNK = 1024
 
 Wrap: TypeAlias = Callable[[Step], Step]
+Made = TypeVar("Made")
 
 
 def unwrapped(step: Step) -> Step:
@@ -95,15 +98,15 @@ class TransformerStep:
         return projected.repeat(len(self.valid) // len(tokens), 1, 1)
 
 
-class OfSizes(dict[int, Step]):
-    """Steps by the size that they are captured for, each made when it is first asked for."""
+class OfSizes(dict[int, Made]):
+    """What differs by a size or a count, each made when it is first asked for."""
 
-    def __init__(self, make: Callable[[], Step]) -> None:
+    def __init__(self, make: Callable[[int], Made]) -> None:
         super().__init__()
         self._make = make
 
-    def __missing__(self, size: int) -> Step:
-        self[size] = self._make()
+    def __missing__(self, size: int) -> Made:
+        self[size] = self._make(size)
         return self[size]
 
 
@@ -135,7 +138,7 @@ class TokenSequence:
         self._plain = plain = TransformerStep(model, shape)
         self._step = wrap(plain)
         # a captured step has one shape, so each length of a window is a step of its own
-        self._windows = OfSizes(lambda: wrap(WindowStep(plain)))
+        self._windows = OfSizes(lambda _: wrap(WindowStep(plain)))
 
     def prefill(
         self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
@@ -177,6 +180,28 @@ class TokenSequence:
         return self._plain.run(embeds, self.positions[start:end], bucketed(end))
 
 
+class FlowPath:
+    """A token with fewer steps than the others: its times among all of them, its noise and what the solver does."""
+
+    def __init__(self, shape: StepShape, steps: int) -> None:
+        sampler = SAMPLERS[shape.sampler]
+        times = sampler.grid(shape.steps, shape.shift)
+        part = part_of(len(times), len(sampler.grid(steps, shape.shift)))
+        self.updates = follow(sampler, [times[i] for i in part])
+        self._at = torch.tensor(part, device=shape.device)
+        self._merging = merging(times, part, sampler.noise_count(shape.steps)).to(shape.device)
+
+    def codes(self, every: Tensor) -> Tensor:
+        """Of the codes of all times (N, 1, dim), those of its own."""
+        codes: Tensor = every[self._at]
+        return codes
+
+    def noise(self, every: Tensor) -> Tensor:
+        """Its noise (n, M, token_dim), from that of all steps (noise_count, M, token_dim)."""
+        noise: Tensor = torch.tensordot(self._merging, every, dims=1)
+        return noise
+
+
 class FlowIntegration:
     """One image token out of noise: the flow head's velocity, guided, integrated by the shape's sampler."""
 
@@ -187,6 +212,7 @@ class FlowIntegration:
         self.times = self.sampler.grid(shape.steps, shape.shift)
         self.updates = follow(self.sampler, self.times)
         self.time_codes = self._embedded_times()
+        self._paths = OfSizes(lambda steps: FlowPath(shape, steps))
 
     def _embedded_times(self) -> Tensor:
         times = torch.tensor(self.times, device=self.shape.device)
@@ -197,10 +223,14 @@ class FlowIntegration:
         """Compute anew, in its place, what is kept from run to run: what is added to the layers may have changed."""
         self.time_codes.copy_(self._embedded_times())
 
-    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor, *, steps: int) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
+        updates, codes = self.updates, self.time_codes
+        if steps != self.shape.steps:
+            path = self._paths[steps]
+            updates, codes, noise = path.updates, path.codes(codes), path.noise(noise)
         # For all steps and branches at once, a tensor (N, branches * M, ...) for each block: no x enters them.
-        modulations = self.head.modulations(self.time_codes, self.model.image_out_projector(hidden))
+        modulations = self.head.modulations(codes, self.model.image_out_projector(hidden))
 
         def velocity(x: Tensor, i: int) -> Tensor:
             # x (M, token_dim) stays in float32 between the steps, as rounding it would add up over them; the network
@@ -208,7 +238,7 @@ class FlowIntegration:
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
-        token = self.updates.run(velocity, noise).to(self.shape.dtype)
+        token = updates.run(velocity, noise).to(self.shape.dtype)
         return normalize_token(token) if self.shape.use_norm else token
 
 
@@ -216,20 +246,21 @@ class TokenSampler:
     """Samples one token per image from the flow head. `wrap` as in TokenSequence."""
 
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
-        self.noise_count = SAMPLERS[shape.sampler].noise_count(shape.steps)
+        self.noise_count, self.steps = SAMPLERS[shape.sampler].noise_count(shape.steps), shape.steps
         self._plain = integration = FlowIntegration(model, shape)
         self._step = wrap(integration)
-        self._windows = OfSizes(lambda: wrap(integration))
+        self._windows = OfSizes(lambda _: wrap(integration))
 
     def refresh(self) -> None:
         """See `FlowIntegration`."""
         self._plain.refresh()
 
-    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor, steps: int | None = None) -> Tensor:
         """Tokens (M, token_dim) for the hidden states (branches * M, hidden), noise (noise_count, M, token_dim) and the
-        scales cfg and cfg_img as a tensor (2,), or (2, M, 1) where every token has scales of its own."""
+        scales cfg and cfg_img as a tensor (2,), or (2, M, 1) where every token has scales of its own. They take the
+        shape's steps, or fewer."""
         step = self._step if guidance.ndim == 1 else self._windows[len(hidden)]
-        return step(hidden, noise, guidance)
+        return step(hidden, noise, guidance, steps=steps or self.steps)
 
 
 @dataclass(frozen=True)
@@ -244,7 +275,7 @@ class StepCaches:
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
     adapters: Attachments = field(default_factory=Attachments)
-    windows: dict[tuple[StepShape, str], Any] = field(default_factory=dict)
+    windows: dict[tuple[StepShape, str], WindowChoice] = field(default_factory=dict)
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from ..runtime.lora import Stack
+from ..sampling.falling import CONSTANT
 from ..sampling.settings import OFF, GenerationSettings
 
 PRODUCT = "ComfyUI-NextStep"
@@ -43,6 +44,7 @@ def parameters_text(
         "CFG schedule": settings.cfg_schedule if settings.cfg_schedule != "constant" else "",
         "Timestep shift": f"{settings.shift:g}",
         "Normalized tokens": "yes" if settings.use_norm else "",
+        "Steps schedule": settings.steps_schedule if settings.steps_schedule != CONSTANT else "",
         "Lookahead": settings.lookahead if settings.lookahead != OFF else "",
         **facts,
     }

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import NextStepError, check_choice, shown
 from ..ranges import Range
 from ..sentences import Sentence
+from .falling import CONSTANT, STEPS_SCHEDULES, step_counts
 from .guidance import SCHEDULES
 from .solvers import SAMPLERS
 
@@ -33,6 +34,7 @@ class GenerationSettings:
     sampler: str = "score-sde-1.0"
     use_norm: bool = True
     lookahead: str = OFF
+    steps_schedule: str = CONSTANT
 
     def override(self, **values: Any) -> GenerationSettings:
         """These settings with every value that is not None replaced; NextStepError when the result makes no sense."""
@@ -49,6 +51,7 @@ class GenerationSettings:
         check_choice("cfg_schedule", self.cfg_schedule, SCHEDULES)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("lookahead", self.lookahead, LOOKAHEAD)
+        check_choice("steps_schedule", self.steps_schedule, STEPS_SCHEDULES)
         if not isinstance(self.use_norm, bool):
             raise NextStepError("use_norm is {value}; use True or False.", value=shown(self.use_norm))
         least = SAMPLERS[self.sampler].min_steps
@@ -59,3 +62,12 @@ class GenerationSettings:
                 sampler=self.sampler,
                 least=least,
             )
+
+    def step_counts(self, total: int) -> list[int]:
+        """The flow steps of each of `total` tokens."""
+        return step_counts(self.steps_schedule, self.steps, SAMPLERS[self.sampler].min_steps, total)
+
+    def calls(self, total: int) -> int:
+        """Network calls of the head for one of `total` tokens, as their rounded mean."""
+        calls = SAMPLERS[self.sampler].calls
+        return round(sum(map(calls, self.step_counts(total))) / total)

@@ -28,7 +28,6 @@ from ..runtime.devices import device_name, forget_peak, kind_of, peak_memory
 from ..runtime.interrupt import Check, go_on
 from ..runtime.placement import held_bytes
 from ..runtime.quantization import quantized_linears
-from ..sampling.solvers import SAMPLERS
 
 RUNS, WARM_UP = Range("runs", 1, 1000), Range("warm_up", 0, 100)
 PROMPTS = (
@@ -133,7 +132,7 @@ def bench(
     peak, of = peak_memory(device)  # before the bandwidth's buffers
     limit = BUFFER_BYTES if pipeline.max_memory is None else pipeline.max_memory // 4
     rate = bandwidth(device, min(BUFFER_BYTES, limit)).bytes_per_second
-    calls = SAMPLERS[settings.sampler].calls(settings.steps)
+    calls = settings.calls(job.total)
     sizes, length = tensor_bytes(engine.model), job.rows.ids.shape[1]
     read = token_bytes(engine.config, sizes, job.batch, length, job.total, calls, pipeline.dtype).token
     token, picture_seconds = (Spread.of([getattr(t, part) for t in times]) for part in ("token", "picture"))

@@ -149,6 +149,7 @@ class PipelineArtist:
                 sampler=settings.sampler,
                 use_norm=settings.use_norm,
                 lookahead=settings.lookahead,
+                steps_schedule=settings.steps_schedule,
                 seed=[one.order.seed for one in orders],
                 callback=report,
                 check=check,

@@ -11,6 +11,7 @@ from ..images.latents import HEIGHT, PUBLISHED_LATENTS, WIDTH
 from ..images.saving import FORMATS, QUALITY
 from ..ranges import Range
 from ..request.sizes import RATIO_NAMES
+from ..sampling.falling import STEPS_SCHEDULES
 from ..sampling.guidance import SCHEDULES
 from ..sampling.settings import CFG, CFG_IMG, LOOKAHEAD, SEED, SHIFT, STEPS
 from ..sampling.solvers import SAMPLERS
@@ -122,6 +123,7 @@ SETTINGS: dict[str, Key] = {
     "sampler": _choice("sampler", list(SAMPLERS)),
     "use_norm": _flag("use_norm"),
     "lookahead": _choice("lookahead", list(LOOKAHEAD)),
+    "steps_schedule": _choice("steps_schedule", list(STEPS_SCHEDULES)),
     "negative_prompt": _text("negative_prompt"),
     "quality": _text("quality"),
 }

@@ -28,6 +28,7 @@ class Asked:
     sampler: str | None = None
     use_norm: bool | None = None
     lookahead: str | None = None
+    steps_schedule: str | None = None
     negative_prompt: str = ""
 
     def over(self, published: GenerationSettings) -> GenerationSettings:

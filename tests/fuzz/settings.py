@@ -12,6 +12,7 @@ from torch import Tensor
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.pruning import Pruning
 from nextstep_core.loading.store import EMBEDDED
+from nextstep_core.sampling.falling import STEPS_SCHEDULES
 from nextstep_core.sampling.guidance import SCHEDULES
 from nextstep_core.sampling.settings import LOOKAHEAD
 from nextstep_core.sampling.solvers import SAMPLERS
@@ -35,6 +36,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "cfg_schedule": tuple(SCHEDULES),
     "use_norm": (True, False),
     "lookahead": tuple(LOOKAHEAD),
+    "steps_schedule": tuple(STEPS_SCHEDULES),
     "seed": (0, 1, 2**31, 2**64 - 1),
     "width": (16, 32, 48, 80, 128),
     "height": (16, 32, 48, 80, 128),
@@ -51,6 +53,7 @@ NEARLY: dict[str, tuple[Any, ...]] = {
     "cfg_schedule": ("cosine", "Linear"),
     "use_norm": ("on", 1),
     "lookahead": ("on", True, "Exact"),
+    "steps_schedule": ("auto", "Linear", True),
     "seed": (-1, 2**64, 1.0, [1], [1, 2], (3, 4, 5), range(2), [1, 2.0], [[1]]),
     "width": (15, 17, 40, 4112, 10**9, 32.0),
     "height": (8, 24, 4097, 2**40),

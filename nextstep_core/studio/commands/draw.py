@@ -13,6 +13,7 @@ import typer
 from ...errors import NextStepError, check_choice
 from ...images.saving import FORMATS, save_picture
 from ...runtime.interrupt import go_on
+from ...sampling.falling import STEPS_SCHEDULES
 from ...sampling.solvers import SAMPLERS
 from ...sentences import Sentence
 from ..batch import TOGETHER, BatchRun
@@ -32,6 +33,9 @@ from .model import Device, Dtype, Loras, MaxMemory, ModelFolder, ModelName, Quan
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
+StepsSchedule = Annotated[
+    str | None, typer.Option("--steps-schedule", help=f"How steps fall over the picture: {', '.join(STEPS_SCHEDULES)}.")
+]
 Cfg = Annotated[float | None, typer.Option("--cfg", "--guidance", help="Guidance by the prompt.")]
 CfgImg = Annotated[float | None, typer.Option("--cfg-img", help="Guidance by the input picture.")]
 Shift = Annotated[float | None, typer.Option("--shift", help="Timestep shift.")]
@@ -62,6 +66,7 @@ def generate(
     models: ModelFolder = None,
     size_option: Size = None,
     steps_option: Steps = None,
+    steps_schedule: StepsSchedule = None,
     cfg: Cfg = None,
     shift: Shift = None,
     sampler: SamplerName = None,
@@ -80,6 +85,7 @@ def generate(
     wishes = stated(
         size=size_option or size,
         steps=steps if steps_option is None else steps_option,
+        steps_schedule=steps_schedule,
         cfg=cfg,
         shift=shift,
         sampler=sampler,
@@ -107,6 +113,7 @@ def edit(
     models: ModelFolder = None,
     size: Size = None,
     steps: Steps = None,
+    steps_schedule: StepsSchedule = None,
     cfg: Cfg = None,
     cfg_img: CfgImg = None,
     shift: Shift = None,
@@ -123,7 +130,14 @@ def edit(
 ) -> None:
     """Change a picture as an instruction says."""
     wishes = stated(
-        size=size, steps=steps, cfg=cfg, cfg_img=cfg_img, shift=shift, sampler=sampler, negative_prompt=negative_prompt
+        size=size,
+        steps=steps,
+        steps_schedule=steps_schedule,
+        cfg=cfg,
+        cfg_img=cfg_img,
+        shift=shift,
+        sampler=sampler,
+        negative_prompt=negative_prompt,
     )
     pictures = [check_picture(path, COMMAND) for path in (picture, *(image or []))]
     orders = job_of_prompts(
@@ -199,6 +213,7 @@ def batch(
     ] = None,
     size: Size = None,
     steps: Steps = None,
+    steps_schedule: StepsSchedule = None,
     cfg: Cfg = None,
     shift: Shift = None,
     sampler: SamplerName = None,
@@ -230,7 +245,14 @@ def batch(
     TOGETHER.check(together)
     where = where_of(gpus, workers, cluster)
     wishes = stated(
-        size=size, steps=steps, cfg=cfg, shift=shift, sampler=sampler, preset=preset, negative_prompt=negative_prompt
+        size=size,
+        steps=steps,
+        steps_schedule=steps_schedule,
+        cfg=cfg,
+        shift=shift,
+        sampler=sampler,
+        preset=preset,
+        negative_prompt=negative_prompt,
     )
     asked = Wishes(wishes, tuple(seed or ()), dict(map(_list, lists or [])), format, names)
     plan = read_job(set_path(job), asked)

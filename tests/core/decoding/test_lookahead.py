@@ -8,17 +8,17 @@ import pytest
 import torch
 from taped_graphs import CPUGraphs, TapeRecorder
 from torch import Tensor
+from window_runs import CPU, distance, plainly, solved
 
 from nextstep_core import NextStepError, NextStepPipeline
 from nextstep_core.decoding import lookahead
 from nextstep_core.decoding.job import Job, KnownTokens
-from nextstep_core.decoding.lookahead import MOST, SIZES, WindowChoice, Windows, ahead, measured
-from nextstep_core.decoding.loop import Run
-from nextstep_core.decoding.steps import CHUNK, StepCaches
+from nextstep_core.decoding.lookahead import MOST, SIZES, Windows, measured
+from nextstep_core.decoding.steps import StepCaches
+from nextstep_core.decoding.window_choice import WindowChoice
 from nextstep_core.request.layout import Caption
 from nextstep_core.sampling.solvers import SAMPLERS
 
-CPU = torch.device("cpu")
 TEXTS = ["a red circle on a blue background", "a small yellow star left of a green square on a black background"]
 CLOSE = 1e-3  # relative to the tokens' length
 TOLERANCE = lookahead.TOLERANCES["exact"]
@@ -35,44 +35,10 @@ def job_of(pipe: NextStepPipeline, texts: list[str] = TEXTS, grid=(4, 6), known=
     return pipe.engine.make_job([Caption(text) for text in texts], grid, settings, seed=5, known=known)
 
 
-@torch.inference_mode()
-def plainly(pipe: NextStepPipeline, job: Job) -> Tensor:
-    *_, progress = pipe.engine.decode(job, CPU, torch.float32)
-    return progress.tokens.clone()
-
-
-@torch.inference_mode()
-def windows_of(pipe: NextStepPipeline, job: Job, caches: StepCaches | None = None) -> Windows:
-    tokens = torch.zeros(job.pictures, job.total, pipe.engine.config.token_dim)
-    if job.known is not None:
-        job.known.fill(tokens)
-    embeds = pipe.engine.embed(job.rows, CPU, torch.float32)
-    run = Run.start(pipe.engine.model, job, embeds, tokens, caches or StepCaches(), CHUNK, beyond=MOST)
-    windows = Windows(run, job.grid[1])
-    for _ in windows.begin():
-        pass
-    return windows
-
-
-@torch.inference_mode()
-def solved(
-    pipe: NextStepPipeline, job: Job, size: int, tolerance: float = TOLERANCE, caches=None
-) -> tuple[Tensor, int]:
-    """The tokens with windows of one size, and how many reads they took."""
-    windows = windows_of(pipe, job, caches)
-    for _ in ahead(windows, WindowChoice({size: 1.0}), tolerance):
-        pass
-    return windows.run.tokens, windows.reads
-
-
-def distance(tokens: Tensor, wanted: Tensor) -> float:
-    return float((tokens - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_windows_of_every_size_give_the_tokens_of_the_plain_loop(tiny: NextStepPipeline, size: int) -> None:
     job = job_of(tiny)
-    tokens, reads = solved(tiny, job_of(tiny), size)
+    tokens, reads = solved(tiny, job_of(tiny), size, TOLERANCE)
     assert distance(tokens, plainly(tiny, job)) <= CLOSE
     assert reads == job.total if size == 1 else reads < job.total
 
@@ -83,7 +49,7 @@ def test_windows_of_every_size_give_the_tokens_of_the_plain_loop(tiny: NextStepP
 ], ids=str)  # fmt: skip
 def test_it_goes_with_every_sampler_and_guidance(tiny: NextStepPipeline, settings: dict) -> None:
     wanted = plainly(tiny, job_of(tiny, **settings))
-    tokens, reads = solved(tiny, job_of(tiny, **settings), 8)
+    tokens, reads = solved(tiny, job_of(tiny, **settings), 8, TOLERANCE)
     assert distance(tokens, wanted) <= CLOSE and reads < wanted.shape[1]
 
 
@@ -104,24 +70,24 @@ def test_known_tokens_are_free(tiny: NextStepPipeline) -> None:
         keep[:7] = first  # from the start, or only further on
         known = KnownTokens(whole + 0.1, keep)
         wanted = plainly(tiny, job_of(tiny, known=known))
-        tokens, reads = solved(tiny, job_of(tiny, known=known), 8)
+        tokens, reads = solved(tiny, job_of(tiny, known=known), 8, TOLERANCE)
         assert torch.equal(tokens[:, keep], known.tokens[:, keep])
         assert distance(tokens, wanted) <= CLOSE and reads <= keep.logical_not().sum()
 
 
 def test_pictures_advance_on_their_own(tiny: NextStepPipeline) -> None:
-    alone = [solved(tiny, job_of(tiny, [text]), 8) for text in TEXTS]
-    together, reads = solved(tiny, job_of(tiny), 8)
+    alone = [solved(tiny, job_of(tiny, [text]), 8, TOLERANCE) for text in TEXTS]
+    together, reads = solved(tiny, job_of(tiny), 8, TOLERANCE)
     assert reads <= max(reads for _, reads in alone) + 1
     assert all(distance(one, tokens[0]) <= CLOSE for one, (tokens, _) in zip(together, alone))
 
 
 def test_captured_windows_give_the_same(tiny: NextStepPipeline) -> None:
-    wanted, reads = solved(tiny, job_of(tiny), 8)
+    wanted, reads = solved(tiny, job_of(tiny), 8, TOLERANCE)
     graphs = CPUGraphs(tiny.engine.model, TapeRecorder)
     caches = StepCaches(graphs)
     for _ in range(2):
-        tokens, again = solved(tiny, job_of(tiny), 8, caches=caches)
+        tokens, again = solved(tiny, job_of(tiny), 8, TOLERANCE, caches=caches)
         assert distance(tokens, wanted) <= 1e-4 and again == reads and not graphs.broken
 
 
@@ -153,7 +119,7 @@ def test_a_token_that_is_not_finite_is_an_error(tiny: NextStepPipeline, monkeypa
 
     monkeypatch.setattr(Windows, "read", poisoned)
     with pytest.raises(NextStepError, match=r"Token \d+ of 24"):
-        solved(tiny, job, 1)
+        solved(tiny, job, 1, TOLERANCE)
 
 
 def test_the_size_of_windows_follows_what_they_cost_and_bring() -> None:

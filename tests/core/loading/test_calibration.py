@@ -65,9 +65,9 @@ def test_conditions_are_what_the_tokens_were_drawn_from(
     seen: list[Tensor] = []
     sample = TokenSampler.__call__
 
-    def recorded(self: TokenSampler, hidden: Tensor, noise: Tensor, guidance: Tensor) -> Tensor:
+    def recorded(self: TokenSampler, hidden: Tensor, noise: Tensor, guidance: Tensor, steps: int) -> Tensor:
         seen.append(hidden.clone())
-        return sample(self, hidden, noise, guidance)
+        return sample(self, hidden, noise, guidance, steps)
 
     monkeypatch.setattr(TokenSampler, "__call__", recorded)
     again = pipeline.calibrate(TEXTS, **SIZE)
