@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,11 +21,13 @@ from .decoding.progress import Progress
 from .decoding.pruning import Pruning
 from .errors import NextStepError, check_choice, check_text, not_finite
 from .images.latents import Grid, LatentSpace
+from .images.preview import BACKGROUND
 from .images.rgb import ImageInput, picture_size, to_pixels
 from .images.tiling import check_tile, run_in_tiles
 from .loading.build import load_vae, plan_model
 from .loading.calibration import PROMPTS, Drawn
 from .loading.lora_file import find_lora, resolve_lora
+from .loading.shares import shared
 from .loading.store import resolve_source, vae_beside
 from .model.vae import AutoencoderKL, Runner
 from .ranges import Range
@@ -34,6 +36,7 @@ from .runtime.devices import capped, give_back
 from .runtime.interrupt import Check, checked, go_on, leaves
 from .runtime.lora import STRENGTH
 from .runtime.memory import MAX_MEMORY, check_room
+from .runtime.parallel import Ranks, not_shared
 from .runtime.placement import held_bytes, place, send_away
 from .runtime.quantization import RECIPES
 from .runtime.shortage import LOADING_ADVICE, told
@@ -83,6 +86,7 @@ class NextStepPipeline:
         cuda_graphs: bool = True,
         max_memory: int | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
+        ranks: Ranks | None = None,
         check: Check = go_on,
     ) -> NextStepPipeline:
         """Load from a checkpoint folder, a `.safetensors` file that carries its config or lies beside it, a hub id, or
@@ -98,14 +102,22 @@ class NextStepPipeline:
         `max_memory` is how many bytes of the device are taken at most; None, as many as there are. Weights that do not
         fit stay with the host and are streamed, and after each picture what is kept for the next is freed. On a CPU,
         where weights cannot be streamed, it bounds what is drawn at once, and what does not fit is refused.
+
+        With `ranks`, several processes draw each picture together, on their own device each, and this one reads its
+        share of the weights alone. All must ask for the same, and each gets the whole pictures. Nothing is streamed
+        then, there are no LoRAs, no `lookahead` and no "auto", and of a token the flow head's work alone is captured.
         """
         limit = None if max_memory is None else MAX_MEMORY.check(max_memory)
         if quantization is not None:
             check_choice("quantization", quantization, (*RECIPES, AUTO))
+        if ranks is not None:
+            check_alike(limit, quantization, loras)
+            device = ranks.device
         device = torch.empty(0, device=device).device  # with its index, as tensors on it will say
         path = resolve_source(path_or_hub_id)
         with told(Sentence("Loading {name}", name=path.name), device, advice=LOADING_ADVICE):
             plan = plan_model(path, None if quantization == AUTO else quantization, device)
+            plan = plan if ranks is None else shared(plan, ranks.share)
             found = [(find_lora(resolve_lora(file)).fitted(plan.config), STRENGTH.check(own)) for file, own in loras]
             vae_path = vae_beside(path, plan.config.vae_name_or_path) if vae is None else resolve_source(vae)
             autoencoder = load_vae(vae_path, device, dtype)
@@ -113,8 +125,13 @@ class NextStepPipeline:
             budget = Budget.of(device, limit, dtype, autoencoder)
             plan = budget.with_recipe(plan) if quantization == AUTO else plan
             home = budget.home(plan.tensor_bytes(plan.recipe.name if plan.recipe else None, dtype), plan.config)
+            if ranks is not None and home != device:
+                raise too_large()
             load = partial(plan.load_model, device, dtype, check, home)
             engine = NextStepEngine.assemble(plan, latents, load, cuda_graphs)
+            if ranks is not None:
+                ranks.exchange(engine.model)
+                engine = replace(engine, ranks=ranks)
             for lora, strength in found:
                 engine = engine.with_lora(lora, strength, check)
         return cls(engine, autoencoder, device, dtype, limit)
@@ -248,6 +265,16 @@ class NextStepPipeline:
             tokens = self._draw(job, callback, check)
         return Drawn(job.rows.ids, job.rows.valid, tokens.float().cpu(), job.grid)
 
+    @torch.inference_mode()
+    def look(self, progress: Progress, height: int, width: int, check: Check = go_on) -> Tensor:
+        """The pictures (B, H, W, 3) of a run of this size as far as they are drawn: gray below. For a `callback`."""
+        grid = self.engine.grid(height, width)
+        rows = max(1, progress.step.done // grid[1])
+        upper = self._finish(progress.tokens[:, : rows * grid[1]], (rows, grid[1]), None, check).images
+        whole = torch.full((len(upper), height, width, 3), BACKGROUND)
+        whole[:, : upper.shape[1]] = upper
+        return whole
+
     def release(self) -> None:
         """Free what is kept of the device's memory for the next run; it is taken again when it is needed. With
         `max_memory` this happens after each run by itself."""
@@ -279,6 +306,8 @@ class NextStepPipeline:
         plan = self._budget.plan(model, job.pictures, each, height, width, loras)
         if plan is None:
             return None
+        if self.engine.ranks is not None and plan.resident < model_bytes(model):
+            raise too_large()
         place(model, self.device, plan.resident)
         return plan.at_once
 
@@ -341,6 +370,23 @@ class NextStepPipeline:
             raise not_finite(Sentence("The picture that the VAE decoded"))
         images = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return GenerationOutput(images, latents.cpu(), tokens.float().cpu())
+
+
+def check_alike(limit: int | None, quantization: str | None, loras: Sequence[object]) -> None:
+    """NextStepError for options that processes which share a model cannot have, or of which each would make its own."""
+    if limit is not None:
+        raise not_shared("--max-memory")
+    if quantization == AUTO:
+        raise not_shared("--quantization auto")
+    if loras:
+        raise not_shared("--lora")
+
+
+def too_large() -> NextStepError:
+    """The error for a share that does not fit on its device; several processes stream nothing."""
+    return NextStepError(
+        "The share of the weights does not fit on each GPU. Start more processes, or use --quantization int8 or int4."
+    )
 
 
 def _as_list(images: ImageInput | Sequence[ImageInput] | None) -> list[ImageInput]:

@@ -37,6 +37,7 @@ from ..runtime.graphs import StepGraphs
 from ..runtime.interrupt import Check, checked, go_on
 from ..runtime.lora import STRENGTH, Adapter, Stack
 from ..runtime.memory import check_room, plan_host_memory, spare_bytes
+from ..runtime.parallel import Ranks, not_shared
 from ..runtime.shortage import reason_of, told
 from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream, Seeds
@@ -54,7 +55,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NextStepEngine:
-    """A loaded checkpoint without its VAE. Engines that differ in their `loras` alone share all else."""
+    """A loaded checkpoint without its VAE. Engines that differ in their `loras` alone share all else.
+
+    With `ranks` it has a share of the model, and draws in step with the others.
+    """
 
     config: NextStepConfig
     latents: LatentSpace
@@ -65,6 +69,7 @@ class NextStepEngine:
     caches: StepCaches = field(default_factory=StepCaches)
     loras: Stack = Stack()
     adapters: WeakValueDictionary[str, Adapter] = field(default_factory=WeakValueDictionary, compare=False)
+    ranks: Ranks | None = None
 
     @classmethod
     def assemble(
@@ -90,6 +95,8 @@ class NextStepEngine:
         A file that is in use already is not read again.
         """
         STRENGTH.check(strength)
+        if self.ranks is not None:
+            raise not_shared("--lora")
         key = lora.fingerprint
         adapter = self.adapters.get(key)
         if adapter is None:
@@ -151,6 +158,8 @@ class NextStepEngine:
         `check` may raise to stop.
         """
         settings.check()
+        if self.ranks is not None and settings.lookahead != OFF:  # each would choose windows by its own clock
+            raise not_shared("lookahead")
         PICTURES.check(len(captions) * images_per_caption)
         rows = build_rows(
             self.tokenizer,
@@ -229,7 +238,7 @@ class NextStepEngine:
 
         Where memory runs out, the batch is halved, each picture coming out as it would have in one batch; then prompts
         are read in shorter pieces; then `make_room` is asked to send weights away, and says whether it could.
-        OutOfMemory when nothing of this is left.
+        OutOfMemory when nothing of this is left, or where others have gone on already.
         """
         at = torch.empty(0, device=device).device
         width, height = self.latents.size(job.grid)
@@ -237,10 +246,13 @@ class NextStepEngine:
         work = Sentence("A picture of {width}x{height} pixels, on top of the weights,", width=width, height=height)
         with told(work, at, needed):
             start, wanted = 0, min(at_once or job.pictures, job.pictures)
-            piece = Piece(self._at_once(job, device, dtype, wanted), CHUNK)
+            fits = self._at_once(job, device, dtype, wanted)
+            piece = Piece(fits if self.ranks is None else self.ranks.agree(fits), CHUNK)
             tokens = torch.zeros(job.pictures, job.total, self.config.token_dim, device=device, dtype=dtype)
             while start < job.pictures:
                 start, shortage = yield from self._decode_pieces(job, tokens, start, piece, check)
+                if shortage is not None and self.ranks is not None:
+                    raise MemoryError(shortage)
                 if shortage is not None:
                     piece = self._reduced(piece, job, at, shortage, make_room)
 

@@ -55,13 +55,26 @@ class Derived:
     make: Callable[..., Tensor]
 
 
-Source: TypeAlias = Place | Derived
+@dataclass(frozen=True)
+class Slice:
+    """Of a tensor in a file, what lies from `start` to `stop` along an axis; nothing else of it is read."""
+
+    place: Place
+    axis: int
+    start: int
+    stop: int
+
+
+Source: TypeAlias = Place | Derived | Slice
 
 
 def places_of(sources: Iterable[Source]) -> Iterator[Place]:
     """Every place that is read for these sources."""
     for source in sources:
-        yield from source.places if isinstance(source, Derived) else (source,)
+        if isinstance(source, Slice):
+            yield source.place
+        else:
+            yield from source.places if isinstance(source, Derived) else (source,)
 
 
 @dataclass(frozen=True)
@@ -410,6 +423,11 @@ class _OpenFiles:
     def read(self, source: Source) -> Lying:
         if isinstance(source, Derived):
             return source.make(*map(self.read, source.places))
+        if isinstance(source, Slice):
+            whole = self.read(source.place)
+            assert isinstance(whole, Tensor), "GGUF files are refused before"
+            # The whole is a view of the mapped file, of which only what is copied here, or used later, is read.
+            return whole.narrow(source.axis, source.start, source.stop - source.start).contiguous()
         path, name = source
         with _readable(path):
             if path not in self._tensors:

@@ -119,7 +119,7 @@ def with_own_scales(files: TensorFiles, layers: Mapping[str, QuantizedLinear]) -
         return kinds[path][name] in KINDS
 
     for name, layer in wanted.items():
-        places = [source for source in files.locations[name] if not isinstance(source, Derived)]
+        places = [source for source in files.locations[name] if isinstance(source, tuple)]
         held = [is_int4(*place) for place in places]
         if len(places) < len(files.locations[name]) or not any(held):
             continue

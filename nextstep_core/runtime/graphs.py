@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 # A replay runs the same kernels on the same numbers; split reductions may still add up in another order.
 TOLERANCE = 0.02
 ON_AMD = "NEXTSTEP_GRAPHS_ON_AMD"
+RUNS_PLAIN = "runs_plain"  # an attribute of modules that wait for other processes, which no recording can
 
 
 class Step(Protocol):
@@ -94,7 +95,8 @@ class StepGraphs:
     def steps(self, key: Hashable, device: torch.device, make: Callable[[Callable[[Step], Step]], Any]) -> Any:
         """What `make` returned for an equal `key` before, else anew; `make` gets the wrap for its steps.
 
-        A step is captured where all that it reads is on `device`; of a model whose layers are streamed, the head's.
+        A step is captured where all that it reads is on `device` and waits for nobody; of a model whose layers are
+        streamed, or shared with other processes, the head's.
         """
         key = (key, device, tuple(tensor.data_ptr() for tensor in self._model.state_dict().values()))
         if key != self._key or self._state.short_of_memory:
@@ -104,7 +106,9 @@ class StepGraphs:
 
             def wrap(step: Step) -> Step:
                 weights = (tensor for module in step.reads for tensor in module.state_dict().values())
-                return Replayed(step, recorder, state) if all(w.device == device for w in weights) else step
+                plain = any(getattr(module, RUNS_PLAIN, False) for module in step.reads)
+                fits = not plain and all(weight.device == device for weight in weights)
+                return Replayed(step, recorder, state) if fits else step
 
             self._steps, self._key = make(wrap), key
         return self._steps

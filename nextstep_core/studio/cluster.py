@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,7 +159,7 @@ class Cluster:
         self._ray = import_ray()
         self._ours = not self._ray.is_initialized()
         if self._ours:
-            _connect(self._ray, self.where)
+            connect(self._ray, self.where)
         self._actor = _actor_class(self._ray, self.where, sent=self._ours)
         try:
             self._wanted, self._counted = self._count(), time.monotonic()
@@ -408,7 +409,7 @@ def import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, where: Where) -> None:
+def connect(ray: Any, where: Where) -> None:
     """Start Ray on this machine, or connect to a cluster."""
     options: dict[str, Any] = {
         "runtime_env": {"py_modules": [str(PACKAGE)]},
@@ -416,6 +417,8 @@ def _connect(ray: Any, where: Where) -> None:
         "logging_level": logging.ERROR,
     }
     if where.address is None:
+        for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+            os.environ.setdefault(name, value)  # Ray listens at every address of this machine, to whoever has the token
         options |= {"address": "local", "num_cpus": where.workers, "include_dashboard": False}
     else:
         options["address"] = where.address

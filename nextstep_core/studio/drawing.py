@@ -130,6 +130,10 @@ class PipelineArtist:
     def settle(self, order: Order) -> Settled:
         return settle(self.pipeline.engine, order)
 
+    def look(self, one: Settled, progress: Progress) -> Tensor:
+        """The pictures of the batch that is being drawn, of which `one` is any, as far as they are drawn."""
+        return self.pipeline.look(progress, one.height, one.width)
+
     def draw(self, orders: Sequence[Settled], report: Callable[[Progress], None], check: Check) -> Tensor:
         first = orders[0]
         images = [read_picture(path, first.width, first.height) for one in orders for path in one.order.images]

@@ -23,6 +23,7 @@ from ..pipeline import NextStepPipeline
 from ..request.parameters import lora_facts
 from ..runtime.devices import best_device
 from ..runtime.lora import STRENGTH
+from ..runtime.parallel import Ranks
 from ..runtime.quantization import RECIPES
 from ..sentences import all_of
 from .drawing import PipelineArtist
@@ -61,9 +62,9 @@ class ModelChoice:
         facts = {"Model": plan.documents.name, "Model hash": digest, "Weights": stored}
         return PreparedModel(path, device, dtype, recipe, limit, loras, facts, f"{digest} {stored} {dtype}")
 
-    def load(self, named: str | None = None) -> PipelineArtist:
-        """The same model with its weights."""
-        return self.prepare(named).load()
+    def load(self, named: str | None = None, ranks: Ranks | None = None) -> PipelineArtist:
+        """The same model with its weights, or the share of them that this one of `ranks` has."""
+        return self.prepare(named).load(ranks)
 
     def as_data(self, named: str | None = None) -> dict[str, Any]:
         """The choice for another process, perhaps on another machine: with the whole paths of what lies on this one."""
@@ -90,8 +91,8 @@ class PreparedModel:
     facts: dict[str, str]
     identity: str
 
-    def load(self) -> PipelineArtist:
-        """Read its weights."""
+    def load(self, ranks: Ranks | None = None) -> PipelineArtist:
+        """Read its weights, or the share of this one of `ranks`."""
         pipeline = NextStepPipeline.from_pretrained(
             self.path,
             device=self.device,
@@ -99,6 +100,7 @@ class PreparedModel:
             quantization=self.recipe,
             max_memory=self.max_memory,
             loras=self.loras,
+            ranks=ranks,
         )
         applied = pipeline.engine.loras
         identity = " ".join(filter(None, (self.identity, applied.key)))

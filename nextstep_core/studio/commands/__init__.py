@@ -5,5 +5,19 @@ from .calibrate import calibrate
 from .draw import batch, edit, generate
 from .files import convert, download
 from .machine import bench, doctor, status, test
+from .serve import serve
 
-__all__ = ["app", "batch", "bench", "calibrate", "convert", "doctor", "download", "edit", "generate", "status", "test"]
+__all__ = [
+    "app",
+    "batch",
+    "bench",
+    "calibrate",
+    "convert",
+    "doctor",
+    "download",
+    "edit",
+    "generate",
+    "serve",
+    "status",
+    "test",
+]

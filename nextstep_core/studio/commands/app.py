@@ -35,9 +35,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go: text for people, or one JSON object. Progress and remarks go to the other stream."""
+    """Where results go: text for people, or one JSON object. Progress and remarks go to the other stream. What is
+    `silent` leaves all of it to another process."""
 
     as_json: bool
+    silent: bool = False
 
     @property
     def remarks(self) -> Console:
@@ -46,6 +48,8 @@ class Output:
 
     def result(self, values: dict[str, Any], *lines: str) -> None:
         """The result, as JSON or as these lines."""
+        if self.silent:
+            return
         print(json.dumps(values, ensure_ascii=False, indent=2) if self.as_json else "\n".join(lines))
 
     def show(self, table: Any) -> None:
@@ -57,7 +61,9 @@ class Output:
         """A progress bar; call with the share that is done and a few words."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         console = self.remarks
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        with Progress(
+            *columns, console=console, transient=True, disable=self.silent or not console.is_terminal
+        ) as progress:
             task = progress.add_task(what, total=1.0)
 
             def show(share: float, words: str) -> None:

@@ -13,6 +13,7 @@ import typer
 from ...errors import NextStepError, check_choice
 from ...images.saving import FORMATS, save_picture
 from ...runtime.interrupt import go_on
+from ...runtime.parallel import Ranks
 from ...sampling.falling import STEPS_SCHEDULES
 from ...sampling.solvers import SAMPLERS
 from ...sentences import Sentence
@@ -30,6 +31,7 @@ from ..report import write_report, write_sheet
 from ..sets import SETS, set_path
 from .app import INCOMPLETE, STOPPED, Json, Output, command
 from .model import Device, Dtype, Loras, MaxMemory, ModelFolder, ModelName, Quantization
+from .ranks import TensorParallel, together
 
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
@@ -56,6 +58,7 @@ def stated(**values: Any) -> dict[str, Any]:
     'nextstep generate "a frosty mug on a wooden table" --preset standard --seed 1 --seed 2',
     'nextstep generate "a red circle on a blue background" 64 20 --model tiny',
     'nextstep generate "a red circle on a blue background" 64 --model tiny --lora night:0.8',
+    'torchrun --nproc-per-node 2 -m nextstep_core generate "a frosty mug" --tensor-parallel',
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in plain sentences.")],
@@ -79,6 +82,7 @@ def generate(
     lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tensor_parallel: TensorParallel = False,
     as_json: Json = False,
 ) -> None:
     """Draw a picture from text."""
@@ -92,9 +96,10 @@ def generate(
         preset=preset,
         negative_prompt=negative_prompt,
     )
-    orders = job_of_prompts([Prompt(prompt)], COMMAND, Wishes(wishes, tuple(seed or (0,)))).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
-    _draw(orders, choice, output, format, Output(as_json))
+    with together(tensor_parallel, device) as ranks:
+        orders = job_of_prompts([Prompt(prompt)], COMMAND, Wishes(wishes, tuple(seed or (0,)))).orders
+        choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
+        _draw(orders, choice, output, format, as_json, ranks)
 
 
 @command(
@@ -126,6 +131,7 @@ def edit(
     lora: Loras = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tensor_parallel: TensorParallel = False,
     as_json: Json = False,
 ) -> None:
     """Change a picture as an instruction says."""
@@ -139,24 +145,31 @@ def edit(
         sampler=sampler,
         negative_prompt=negative_prompt,
     )
-    pictures = [check_picture(path, COMMAND) for path in (picture, *(image or []))]
-    orders = job_of_prompts(
-        [Prompt(instruction)], COMMAND, Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
-    ).orders
-    choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
-    _draw(orders, choice, output, format, Output(as_json))
+    with together(tensor_parallel, device) as ranks:
+        pictures = [check_picture(path, COMMAND) for path in (picture, *(image or []))]
+        orders = job_of_prompts(
+            [Prompt(instruction)], COMMAND, Wishes(wishes, tuple(seed or (0,)), images=tuple(pictures))
+        ).orders
+        choice = ModelChoice(model, models, quantization, max_memory, device, dtype, tuple(lora or ()))
+        _draw(orders, choice, output, format, as_json, ranks)
 
 
-def _draw(orders: Sequence[Order], choice: ModelChoice, output: Path, format: str | None, out: Output) -> None:
-    """Draw orders that differ in their seeds alone, and save each."""
+def _draw(
+    orders: Sequence[Order], choice: ModelChoice, output: Path, format: str | None, as_json: bool, ranks: Ranks | None
+) -> None:
+    """Draw orders that differ in their seeds alone, and save each; the first alone of several `ranks` does so."""
+    silent = ranks is not None and not ranks.is_first
+    out = Output(as_json, silent)
     TOGETHER.check(len(orders))
     files = _files(orders, output, format)
     with out.bar("Loading the model") as show:
-        artist = choice.load()
+        artist = choice.load(ranks=ranks)
         settled = [artist.settle(order) for order in orders]
         started = time.monotonic()
         pictures = artist.draw(settled, lambda p: show(p.done / p.total, f"Token {p.done} of {p.total}"), go_on)
         seconds = time.monotonic() - started
+    if silent:
+        return
     kind = next(name for name, ending in FORMATS.items() if ending == files[0].suffix)
     for file, picture, one in zip(files, pictures, settled, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
