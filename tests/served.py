@@ -1,4 +1,4 @@
-"""A server of pictures for tests: in this process, with a model that draws flat ones and takes its time when asked to."""
+"""A server of pictures for tests, in this process, with a model that draws flat ones and is as slow as it is asked."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from nextstep_core.studio.serving.line import Draw, Line
 from nextstep_core.studio.serving.replica import Replica
 
 TOKENS = 10
+FLAT = Settings("flat")
 SLOW, FAILS, IMPOSSIBLE = "slow", "fail", "impossible"  # in a prompt
 
 
@@ -96,7 +97,7 @@ def several(replicas: Sequence[Replica]) -> Draw:
 
 @contextmanager
 def served(
-    draw: Draw, settings: Settings = Settings("flat"), workers: int = 1, places: int = 100, together: int = 4
+    draw: Draw, settings: Settings = FLAT, workers: int = 1, places: int = 100, together: int = 4
 ) -> Iterator[tuple[str, Line]]:
     """The address of a server, and its line."""
     line = Line(draw, workers, places, together)

@@ -262,11 +262,9 @@ def test_who_goes_away_frees_the_place_and_stops_the_work(stream: bool) -> None:
 def send(host: str, port: int, body: dict[str, Any]) -> socket.socket:
     """A request whose answer is not waited for."""
     content = json.dumps(body).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     found = socket.create_connection((host, port))
-    found.sendall(
-        b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(content)
-    )
-    found.sendall(content)
+    found.sendall(head.encode() + content)
     return found
 
 
@@ -311,9 +309,8 @@ def test_the_embedded_model_draws_as_it_does_alone() -> None:
     with served(replica.draw, Settings("tiny", limits=Limits(64, 8))) as (address, _):
         asked = {"prompt": "a red circle", "size": "48x32", "extra_body": {"seed": 3, "steps": 4}}
         *partial, whole = client(address).images.generate(**asked, stream=True, partial_images=1)
-        pixels = [
-            torch.tensor(list(Image.open(BytesIO(base64.b64decode(e.b64_json))).tobytes())) for e in (*partial, whole)
-        ]
+        files = [BytesIO(base64.b64decode(event.b64_json)) for event in (*partial, whole)]
+        pixels = [torch.tensor(list(Image.open(file).tobytes())) for file in files]
         expected = (picture.images[0] * 255).round().flatten()
         assert (pixels[-1] - expected).abs().max() <= 1
         upper = 48 * 16 * 3
