@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -156,7 +157,7 @@ class Cluster:
         self._idle: list[Member] = []
         self._running: dict[Any, tuple[Member, Task]] = {}
         self._false_starts, self._reason = 0, ""
-        self._ray = import_ray()
+        self._ray = import_ray(self.where.address is None)
         self._ours = not self._ray.is_initialized()
         if self._ours:
             connect(self._ray, self.where)
@@ -398,9 +399,15 @@ def _names(batches: Iterable[Batch]) -> str:
     return ", ".join(entry.file for batch in batches for entry in batch.entries)
 
 
-def import_ray() -> Any:
-    """Ray; NextStepError, with the line that installs it, where it is not there."""
+def import_ray(alone: bool = False) -> Any:
+    """Ray; NextStepError, with the line that installs it, where it is not there.
+
+    Ray listens at every address of this machine. Where it is to work `alone`, for this program, others are kept out by
+    a token, unless something has loaded it already, which is when it looks for one.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if alone and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     try:
         import ray
         import ray.exceptions
@@ -417,8 +424,6 @@ def connect(ray: Any, where: Where) -> None:
         "logging_level": logging.ERROR,
     }
     if where.address is None:
-        for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
-            os.environ.setdefault(name, value)  # Ray listens at every address of this machine, to whoever has the token
         options |= {"address": "local", "num_cpus": where.workers, "include_dashboard": False}
     else:
         options["address"] = where.address

@@ -21,7 +21,7 @@ class Fleet:
 
     def __init__(self, where: Where, choice: Mapping[str, Any], maker: Maker | None = None) -> None:
         self.where = where.check()
-        self._ray, self._serve = import_ray(), import_serve()
+        self._ray, self._serve = import_serve()
         self._ours = not self._ray.is_initialized()
         if self._ours:
             connect(self._ray, self.where)
@@ -71,8 +71,9 @@ class Fleet:
         return self.where.gpus or there
 
 
-def import_serve() -> Any:
-    """Ray Serve; NextStepError, with the line that installs it, where it is not there."""
+def import_serve() -> tuple[Any, Any]:
+    """Ray and Ray Serve; NextStepError, with the line that installs them, where they are not there."""
+    ray = import_ray(alone=True)
     try:
         import python_multipart  # noqa: F401 - of forms, which Starlette reads by it
         import starlette  # noqa: F401 - comes with Ray Serve, and so does the next
@@ -80,7 +81,7 @@ def import_serve() -> Any:
         from ray import serve
     except ImportError:
         raise NextStepError("A server needs Ray Serve. Install it: {command}", command=INSTALL) from None
-    return serve
+    return ray, serve
 
 
 def _deployment(serve: Any, where: Where, workers: int, sent: bool) -> Any:

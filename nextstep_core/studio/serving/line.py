@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import NextStepError
 from ...ranges import Range
+from ...sentences import Sentence
 
 Event = dict[str, Any]  # of a picture, by its number in a batch: see `replica`
 Draw = Callable[[Sequence[Any]], AsyncGenerator[Event, None]]
@@ -83,11 +84,12 @@ class Line:
 
     def full(self) -> Full:
         """The error for whoever comes when there is no place."""
-        return Full(
+        said = Sentence(
             "{count} pictures wait already, and there are {places} places. Try again later.",
             count=len(self._waiting),
             places=self.places,
         )
+        return Full.of(said)
 
     def leave(self, pictures: Sequence[Picture]) -> None:
         """Nobody wants these any more."""
