@@ -14,7 +14,7 @@ from scripts import templates
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ("ja", "ko", "zh")
-SHIPPED = [*sorted((ROOT / "nextstep_core").rglob("*.py")), *sorted((ROOT / "nodes").glob("*.py"))]
+SHIPPED = [*sorted((ROOT / "nextstep_core").rglob("*.py")), *sorted((ROOT / "nodes").rglob("*.py"))]
 SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in SHIPPED}
 SAID = {said.template: said for file, text in SOURCES.items() for said in said_in(text, file)}
 TITLES = {node: title for text in SOURCES.values() for node, title in titles_in(text).items()}

@@ -19,7 +19,7 @@ PLACE = re.compile(r"{[^{}]+}")
 
 def texts() -> list[str]:
     """Every sentence of the code, with … where a value is filled in."""
-    files = (*ROOT.glob("nextstep_core/**/*.py"), *ROOT.glob("nodes/*.py"))
+    files = (*ROOT.glob("nextstep_core/**/*.py"), *ROOT.glob("nodes/**/*.py"))
     said = (said for path in files for said in said_in(path.read_text(encoding="utf-8"), path.name))
     return [VALUES.sub("…", PLACE.sub("…", one.template)) for one in said]
 

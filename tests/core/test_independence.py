@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CORE = sorted((ROOT / "nextstep_core").rglob("*.py"))
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "execution"}
 DECLARED = {"torch", "tokenizers", "safetensors", "huggingface_hub", "filelock", "PIL", "numpy", "einops"}
-OPTIONAL = {"gguf", "ray", "starlette", "uvicorn", "python_multipart"}
+OPTIONAL = {"comfy_kitchen", "gguf", "ray", "starlette", "uvicorn", "python_multipart"}
 ITSELF = {"nextstep_core"}  # under its own name, where a class is sent to another process
 COMMANDS = {"typer", "rich"}  # the first brings the second
 
