@@ -185,8 +185,8 @@ class NextStepPipeline:
         `prune` pictures are begun, some are dropped, and those that go on come out, in the order that it chose, as they
         would have without it. Their first tokens are handed to the transformer at once.
         `lookahead` draws several tokens per read of the weights: "exact" within 0.1% of the tokens of "off", "fast"
-        with pictures that may differ; how many at a time is found by timing it on the device. `steps_schedule` lets
-        `steps` fall from token to token: "linear", "square" or "cubic"; "constant" keeps them.
+        with pictures that may differ; how many at a time is found by timing it on the device. `steps_schedule`
+        saves flow steps: "checked" where a token is settled early, "linear" and "square" in later tokens.
         `callback` gets a Progress after every token and stops the run by raising; so may `check`, which is called
         before every layer of the networks. Raises NextStepError for impossible requests before any long work.
         """

@@ -165,15 +165,15 @@ def lookahead_input() -> io.Input:
 
 
 def steps_schedule_input() -> io.Input:
-    """The widget for fewer flow steps towards the end."""
+    """The widget for fewer flow steps where they change little."""
     return io.Combo.Input(
         "steps_schedule",
         options=[AUTO, *STEPS_SCHEDULES],
         default=AUTO,
         optional=True,
-        tooltip="Fewer flow steps for later squares, which see most of the picture: falling evenly (linear), early "
-        "(square) or earlier still (cubic), from steps to a seventh of them. auto takes what the checkpoint was "
-        "published with.",
+        tooltip="Fewer flow steps where they change little. checked: a square is finished as soon as little of it is "
+        "undecided. linear, square: later squares take fewer, down to a seventh, falling evenly or early. auto takes "
+        "what the checkpoint was published with.",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -19,8 +20,9 @@ from ..model.positions import rotary_table
 from ..model.transformer import span_at
 from ..runtime.graphs import Step, StepGraphs
 from ..runtime.lora import Attachments
-from ..sampling.falling import merging, part_of
+from ..sampling.falling import CHECKED, merging, part_of
 from ..sampling.guidance import guide
+from ..sampling.settling import until_settled
 from ..sampling.solvers import SAMPLERS, normalize_token
 from ..sampling.updates import follow
 from .job import Job
@@ -44,6 +46,7 @@ class StepShape:
     """All that the work of a token depends on besides its inputs: jobs of one shape can share captured steps.
 
     rows are those of the transformer's batch, in so many guidance branches, of up to `positions` positions each.
+    `checked` finishes tokens as soon as they are settled.
     """
 
     rows: int
@@ -55,6 +58,7 @@ class StepShape:
     use_norm: bool
     device: torch.device
     dtype: torch.dtype
+    checked: bool = False
 
     @classmethod
     def of_job(cls, job: Job, device: torch.device, dtype: torch.dtype, beyond: int = 0) -> StepShape:
@@ -70,6 +74,7 @@ class StepShape:
             use_norm=job.settings.use_norm,
             device=device,
             dtype=dtype,
+            checked=job.settings.steps_schedule == CHECKED,
         )
 
 
@@ -238,7 +243,9 @@ class FlowIntegration:
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
-        token = updates.run(velocity, noise).to(self.shape.dtype)
+        draw = partial(updates.run, noise=noise)
+        token = until_settled(draw, velocity, self.times) if self.shape.checked else draw(velocity)
+        token = token.to(self.shape.dtype)
         return normalize_token(token) if self.shape.use_norm else token
 
 
@@ -248,6 +255,8 @@ class TokenSampler:
     def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
         self.noise_count, self.steps = SAMPLERS[shape.sampler].noise_count(shape.steps), shape.steps
         self._plain = integration = FlowIntegration(model, shape)
+        if shape.checked:
+            wrap = unwrapped  # how many steps there are is known only while they are made
         self._step = wrap(integration)
         self._windows = OfSizes(lambda _: wrap(integration))
 

@@ -1,4 +1,5 @@
-"""Fewer flow steps for later tokens, which see most of the picture and have less to decide (DiSA, arXiv 2505.20297).
+"""How many flow steps each token takes: the same for all, or fewer for later ones, which see most of the picture and
+have less to decide (DiSA, arXiv 2505.20297).
 
 A token with fewer steps walks over a part of the times of one with all of them, and each of its longer steps takes the
 noise of those that it stands for: the same path of noise, seen more coarsely. So pictures stay comparable, and no time
@@ -15,13 +16,13 @@ from torch import Tensor
 LEVELS = 8  # counts of steps in one picture: few, since a token's work is captured for each of them
 LEAST = 0.15  # of the steps, what the last tokens take
 
-CONSTANT = "constant"
+CONSTANT, CHECKED = "constant", "checked"
 # From 1 at the first token to 0 at the last, by the share of the picture that is done.
 STEPS_SCHEDULES: dict[str, Callable[[float], float]] = {
     CONSTANT: lambda done: 1.0,
+    CHECKED: lambda done: 1.0,  # at most: each token ends when it is settled
     "linear": lambda done: 1 - done,
     "square": lambda done: (1 - done) ** 2,
-    "cubic": lambda done: (1 - done) ** 3,
 }
 
 

@@ -63,6 +63,7 @@ def test_every_setting_arrives(pipeline, monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
     said = {"cfg": 2.5, "cfg_img": 1.5, "cfg_schedule": "linear", "steps": 7, "shift": 1.25, "sampler": "flow-sde"}
+    said |= {"lookahead": "fast", "steps_schedule": "checked"}
     others = {"seed": 9, "negative_prompt": "n", "positive_prompt": "p"}
     with pytest.raises(Seen) as caught:
         size = {"height": 32, "width": 48}

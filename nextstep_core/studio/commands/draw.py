@@ -36,7 +36,7 @@ from .ranks import TensorParallel, together
 Size = Annotated[str | None, typer.Option("--size", help='512, "768x512" or a ratio such as 16:9.')]
 Steps = Annotated[int | None, typer.Option("--steps", help="Sampling steps for each token.")]
 StepsSchedule = Annotated[
-    str | None, typer.Option("--steps-schedule", help=f"How steps fall over the picture: {', '.join(STEPS_SCHEDULES)}.")
+    str | None, typer.Option("--steps-schedule", help=f"Where flow steps are saved: {', '.join(STEPS_SCHEDULES)}.")
 ]
 Cfg = Annotated[float | None, typer.Option("--cfg", "--guidance", help="Guidance by the prompt.")]
 CfgImg = Annotated[float | None, typer.Option("--cfg-img", help="Guidance by the input picture.")]

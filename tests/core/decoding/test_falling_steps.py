@@ -17,6 +17,7 @@ from nextstep_core.sampling.solvers import SAMPLERS
 CLOSE, TOLERANCE = 1e-3, TOLERANCES["exact"]
 TEXTS = ["a red circle on a blue background", "a small yellow star on a black background"]
 FALLING = {"steps": 8, "steps_schedule": "linear"}
+CHECKED = {"steps": 12, "steps_schedule": "checked"}
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +60,35 @@ def test_the_first_tokens_stay_and_the_others_stay_near(tiny: NextStepPipeline, 
     assert 0 < distance(fewer, full) < 0.7 * distance(full.flip(0), full)
 
 
-@pytest.mark.parametrize("name", ["score-sde-1.0", "flow-heun"])
+@pytest.mark.parametrize("settings", [FALLING, FALLING | {"sampler": "flow-heun"}, CHECKED], ids=str)
 @pytest.mark.parametrize("size", SIZES[1:5])
-def test_windows_draw_the_same(tiny: NextStepPipeline, size: int, name: str) -> None:
-    options = FALLING | {"sampler": name}
-    tokens, reads = solved(tiny, job_of(tiny, **options), size, TOLERANCE)
-    assert distance(tokens, plainly(tiny, job_of(tiny, **options))) <= CLOSE and reads < 24
+def test_windows_draw_the_same(tiny: NextStepPipeline, size: int, settings: dict) -> None:
+    tokens, reads = solved(tiny, job_of(tiny, **settings), size, TOLERANCE)
+    assert distance(tokens, plainly(tiny, job_of(tiny, **settings))) <= CLOSE and reads < 24
 
 
-def test_a_part_that_is_known_leaves_the_rest_as_it_was(tiny: NextStepPipeline) -> None:
+@pytest.mark.parametrize("settings", [FALLING, CHECKED], ids=str)
+def test_a_part_that_is_known_leaves_the_rest_as_it_was(tiny: NextStepPipeline, settings: dict) -> None:
     """As when an interrupted picture is drawn to its end."""
-    whole = plainly(tiny, job_of(tiny, **FALLING))
+    whole = plainly(tiny, job_of(tiny, **settings))
     known = KnownTokens(whole, torch.arange(24) < 10, token_by_token=True)
-    assert torch.equal(plainly(tiny, job_of(tiny, known=known, **FALLING)), whole)
+    assert torch.equal(plainly(tiny, job_of(tiny, known=known, **settings)), whole)
 
 
-def test_captured_steps_draw_the_same(tiny: NextStepPipeline) -> None:
+def test_tokens_that_are_settled_are_finished(tiny: NextStepPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With most of the calls saved, and every picture of a batch as it is alone."""
+    head, job = tiny.engine.model.head, job_of(tiny, **CHECKED | {"steps": 20})
+    calls, velocity = [], head.velocity
+    monkeypatch.setattr(head, "velocity", lambda *inputs: calls.append(1) or velocity(*inputs))
+    alone = [plainly(tiny, job.part([n])) for n in range(2)]
+    assert 2 * 24 * 2 < len(calls) < 2 * 24 * 15
+    assert distance(plainly(tiny, job), torch.cat(alone)) <= CLOSE
+
+
+@pytest.mark.parametrize("settings", [FALLING, CHECKED], ids=str)
+def test_captured_steps_draw_the_same(tiny: NextStepPipeline, settings: dict) -> None:
     graphs = CPUGraphs(tiny.engine.model, TapeRecorder)
-    caches, wanted = StepCaches(graphs), plainly(tiny, job_of(tiny, **FALLING))
+    caches, wanted = StepCaches(graphs), plainly(tiny, job_of(tiny, **settings))
     for _ in range(2):
-        tokens, _ = solved(tiny, job_of(tiny, **FALLING), 4, TOLERANCE, caches=caches)
+        tokens, _ = solved(tiny, job_of(tiny, **settings), 4, TOLERANCE, caches=caches)
         assert distance(tokens, wanted) <= CLOSE and not graphs.broken

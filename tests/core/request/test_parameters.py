@@ -27,6 +27,8 @@ def test_only_what_differs_from_the_usual_is_added() -> None:
     assert "Image CFG scale: 2, CFG schedule: linear, Timestep shift: 1, Normalized tokens: yes" in text_of(
         "x", settings=editing
     )
+    quick = replace(SETTINGS, steps_schedule="checked", lookahead="fast")
+    assert "Timestep shift: 1, Steps schedule: checked, Lookahead: fast" in text_of("x", settings=quick)
 
 
 def test_no_prompt_can_pass_for_another_part() -> None:
