@@ -24,4 +24,5 @@ KINDS = (
     "limits",
     "scores",
     "clusters",
+    "requests",
 )
