@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .solvers import Velocity
 
-SPREAD = 0.3  # how much a token may still differ, by the root of the mean square of its numbers, to be finished
+SPREAD = 0.25  # how much a token may still differ, by the root of the mean square of its numbers, to be finished
 
 
 class _AllSettled(Exception):
