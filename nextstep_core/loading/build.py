@@ -22,6 +22,7 @@ from ..model.nextstep import NextStepModel, TextEmbedding
 from ..model.operations import DEFAULT, Operations
 from ..model.positions import grid_codes, grid_side
 from ..model.vae import AutoencoderKL
+from ..runtime.chosen import Switch
 from ..runtime.cpu import pack_linears
 from ..runtime.interrupt import Check, go_on
 from ..runtime.quantization import (
@@ -176,6 +177,7 @@ def plan_model(path: Path, quantization: str | None = None, device: torch.device
     config beside it. `quantization` names a recipe to store the weights in for computing on `device` (a GGUF file picks
     one by itself); NextStepError when they lie in another one already.
     """
+    Switch.set()  # what it says of fast paths may be wrong, too
     documents = find_documents(path)
     if quantization is None and is_file(path):
         quantization = reader_of(path).recipe(path)

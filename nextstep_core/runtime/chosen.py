@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import NextStepError
+from ..errors import NextStepError, shown
 from ..ranges import Range
 from .bandwidth import bandwidth
 from .interrupt import Check, go_on
@@ -69,7 +69,7 @@ class Switch:
                 "{switch} is {value}. Use plain, a number, or names with commas between them, all or none with a minus "
                 "sign; the names are {names}.",
                 switch=SWITCH,
-                value=text[:100],
+                value=shown(text),
                 names=", ".join(NAMES),
             )
         return cls(frozenset(only or set(NAMES) - without))
@@ -172,12 +172,16 @@ def table(outcomes: Sequence[Outcome], rate: float | None) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def say(chooser: Chooser) -> None:
-    """Log what was newly tried, as a table."""
-    if not chooser.tried:
-        return
+def measured(device: torch.device, outcomes: Sequence[Outcome]) -> str:
+    """The table of outcomes on a device, beside the rate at which it copies."""
     try:
-        rate = bandwidth(chooser.device, COPIED).bytes_per_second
+        rate = bandwidth(device, COPIED).bytes_per_second
     except RuntimeError:  # no memory left for the copy
         rate = None
-    log.info("Tried on %s:\n%s", chooser.device, table(chooser.tried, rate))
+    return table(outcomes, rate)
+
+
+def say(chooser: Chooser) -> None:
+    """Log what was newly tried, as a table."""
+    if chooser.tried:
+        log.info("Tried on %s:\n%s", chooser.device, measured(chooser.device, chooser.tried))

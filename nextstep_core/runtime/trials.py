@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,7 @@ ROUNDS = 5  # each of a candidate beside one of the plain path, so that a busy m
 PATIENCE = 0.5  # seconds; no more rounds after them
 HOPELESS = 3  # times slower in one round: not worth more of them
 MARGIN = 0.03  # by which a candidate is faster than what stands before it in the list, or it is not taken
+TINY = 1e-9  # seconds
 OUTLIER = 8  # times the tolerance that a single number may be off
 
 
@@ -132,8 +133,7 @@ class Outcome:
         for verdict in verdicts:
             if not isinstance(verdict.name, str) or not isinstance(verdict.reason, str):
                 raise ValueError("no name")
-            # inf stands where a candidate's numbers are not finite
-            if any(math.isnan(x) for x in (verdict.seconds, verdict.ratio, verdict.error) if x is not None):
+            if not all(math.isfinite(x) for x in (verdict.seconds, verdict.ratio, verdict.error) if x is not None):
                 raise ValueError("no numbers")
         if not {v.verdict for v in verdicts} <= set(VERDICTS) or sum(v.verdict == WON for v in verdicts) > 1:
             raise ValueError("no verdict")
@@ -184,7 +184,6 @@ def run(
     except Exception as reason:  # a device's own kinds of failure
         raise CannotTryError(_shortly(reason)) from reason
     verdicts: list[Verdict] = []
-    best, leader = 1.0, -1  # how fast, of the plain path's one, and whose verdict it is
     for candidate in candidates:
         check()
         lacks = candidate.missing(trial.device)
@@ -196,18 +195,10 @@ def run(
             with watch(candidate):
                 verdict = race.against(candidate)
                 _assert_alive(trial.device, candidate)
-        if verdict.verdict == WON:
-            ratio = verdict.ratio or 0.0
-            if ratio < (1 + MARGIN) * best:
-                verdict = _but(verdict, SLOWER)
-            else:
-                if leader >= 0:
-                    verdicts[leader] = _but(verdicts[leader], SLOWER)
-                best, leader = ratio, len(verdicts)
         verdicts.append(verdict)
     count = len(trial.inputs)
-    outcome = Outcome(trial.what, race.plain / count, trial.bytes / count, tuple(verdicts))
-    for verdict in verdicts:
+    outcome = Outcome(trial.what, race.plain / count, trial.bytes / count, _judged(verdicts, race.plain / count))
+    for verdict in outcome.verdicts:
         if verdict.verdict not in (WON, MISSING):
             log.info("%s: no %s (%s)", trial.what, verdict.name, in_words(verdict))
     return outcome
@@ -222,13 +213,26 @@ def in_words(verdict: Verdict) -> str:
     return f"{verdict.verdict}: {verdict.reason}"
 
 
+def _wrong(candidate: Candidate, error: float, when: str = "") -> Verdict:
+    if math.isfinite(error):
+        return Verdict(candidate.name, WRONG, error=error, reason=when)
+    return Verdict(candidate.name, WRONG, reason="numbers that are not finite")
+
+
 def _shortly(reason: Exception) -> str:
     said = str(reason).splitlines() or [""]
     return f"{type(reason).__name__}: {said[0]}"[:REASON]
 
 
-def _but(verdict: Verdict, said: str) -> Verdict:
-    return Verdict(verdict.name, said, verdict.seconds, verdict.ratio, verdict.error, verdict.reason)
+def _judged(verdicts: Sequence[Verdict], plain: float) -> tuple[Verdict, ...]:
+    """The verdicts with the winner among those that were timed: faster than the plain path's best time of the whole
+    trial, and than what stands before it, by more than times waver."""
+    best, leader = 1.0, -1
+    judged = [replace(v, ratio=plain / max(v.seconds, TINY)) if v.seconds is not None else v for v in verdicts]
+    for place, verdict in enumerate(judged):
+        if verdict.ratio is not None and verdict.ratio >= (1 + MARGIN) * best:
+            best, leader = verdict.ratio, place
+    return tuple(replace(verdict, verdict=WON) if place == leader else verdict for place, verdict in enumerate(judged))
 
 
 class _Race:
@@ -244,7 +248,7 @@ class _Race:
         self.plain: float = self._lap()[0]
 
     def against(self, candidate: Candidate) -> Verdict:
-        """The verdict on one candidate; `WON` where it is faster than the plain path."""
+        """The verdict on one candidate: its seconds, where it is right."""
         try:
             return self._tried(candidate)
         except Exception as reason:  # a compiler's, a library's or a device's own kinds of failure
@@ -258,26 +262,20 @@ class _Race:
         ]
         error = max(self._error(index, function(*inputs[index])) for index in self._checked)
         if not error <= trial.tolerance:
-            return Verdict(candidate.name, WRONG, error=error)
+            return _wrong(candidate, error)
         lap = self._stopwatch([_call(function, arguments) for arguments in inputs], trial.device)
         lap()  # compiles and warms up
         seconds, last = lap()
         error = max(error, self._error(self._checked[-1], last))
         if not error <= trial.tolerance:
-            return Verdict(candidate.name, WRONG, error=error, reason="when captured")
-        plain = [self.plain]
-        taken, rounds, started = [seconds], 1, time.monotonic()
-        while rounds < ROUNDS and time.monotonic() - started < PATIENCE and min(taken) < HOPELESS * min(plain):
-            taken.append(lap()[0])
-            if min(plain) < HOPELESS * min(taken):
-                plain.append(self._lap()[0])
+            return _wrong(candidate, error, "when captured")
+        taken, rounds, started = seconds, 1, time.monotonic()
+        while rounds < ROUNDS and time.monotonic() - started < PATIENCE and taken < HOPELESS * self.plain:
+            taken = min(taken, lap()[0])
+            if self.plain < HOPELESS * taken:
+                self.plain = min(self.plain, self._lap()[0])
             rounds += 1
-        # One lucky time of the plain path, long ago, says less than those taken beside the candidate's.
-        beside = plain[1:] or plain
-        self.plain = min(self.plain, *beside)
-        ratio = min(beside) / min(taken)
-        count = len(trial.inputs)
-        return Verdict(candidate.name, WON if ratio > 1 else SLOWER, min(taken) / count, ratio, error)
+        return Verdict(candidate.name, SLOWER, taken / len(trial.inputs), None, error)
 
     def _error(self, index: int, result: Tensor) -> float:
         """How far a result is off, in the norm or, by what single numbers are allowed, in its worst number."""

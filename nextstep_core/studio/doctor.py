@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import NextStepError
+from ..runtime.chosen import SWITCH, Switch, ledger_of
 from ..runtime.devices import best_device, device_name, host_bytes, kind_of
 from ..runtime.memory import format_bytes
 from .finding import OK, PROBLEM, WARNING, Finding
@@ -53,6 +55,7 @@ def doctor(
     return [
         *versions(),
         *processor(device),
+        *fast_paths(device),
         *folders(roots, output),
         *broken,
         *checkpoints(found, told, device),
@@ -131,6 +134,24 @@ def processor(device: torch.device) -> Iterator[Finding]:
     else:
         yield Finding(WARNING, f"{there}. There is no card, so a large model takes many minutes for a picture.",
                       "Use a computer with a card of 12 GB or more for the published models.")  # fmt: skip
+
+
+def fast_paths(device: torch.device) -> Iterator[Finding]:
+    """What was measured of the products that a device may multiply with, and which of them is not to be tried."""
+    try:
+        Switch.set()
+    except NextStepError as wrong:
+        yield Finding(PROBLEM, str(wrong), f"Unset {SWITCH}, or set it to one of these.")
+    ledger = ledger_of(device)
+    for name in sorted(ledger.lost):
+        yield Finding(
+            WARNING,
+            f"The fast path {name} took the process down when it was tried on this device, so it is not used.",
+            f"Update the driver and PyTorch. To have it tried again, delete {ledger.path}.",
+        )
+    if ledger.outcomes:
+        won = sum(outcome.winner is not None for outcome in ledger.outcomes.values())
+        yield Finding(OK, f"Fast paths: taken for {won} of {len(ledger.outcomes)} products measured on this device")
 
 
 def folders(roots: Sequence[Path], output: Path | None) -> Iterator[Finding]:

@@ -25,4 +25,5 @@ KINDS = (
     "scores",
     "clusters",
     "requests",
+    "products",
 )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ...errors import NextStepError
+from ...runtime.chosen import ledger_of, measured
 from ...runtime.memory import format_bytes
 from ..bench import bench as measure
 from ..doctor import doctor as examine
@@ -121,11 +122,16 @@ def doctor(
 ) -> None:
     """Look for the usual mistakes, and say what to do. Changes nothing."""
     out, folders = Output(as_json), model_folders(models)
-    findings = examine(folders, folders, output=output, device=pick_device(device))
+    computing = pick_device(device)
+    findings = examine(folders, folders, output=output, device=computing)
+    outcomes = list(ledger_of(computing).outcomes.values())
     if as_json:
-        out.result({"findings": [asdict(finding) for finding in findings]})
+        products = [outcome.as_data() for outcome in outcomes]
+        out.result({"findings": [asdict(finding) for finding in findings], "products": products})
     else:
         show_findings(out, findings)
+        if outcomes:
+            out.show(escape(measured(computing, outcomes)))
     if any(finding.verdict == PROBLEM for finding in findings):
         raise typer.Exit(FAILED)
 

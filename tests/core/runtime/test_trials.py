@@ -97,6 +97,7 @@ def test_the_fastest_that_is_right_wins(clock: FakeClock, caplog: pytest.LogCapt
     }
     assert outcome.winner is found["best"] and (outcome.plain, outcome.seconds, outcome.bytes) == (1.0, 0.25, 100)
     assert found["best"].ratio == 4 and found["best"].error == pytest.approx(0.001, rel=0.1)
+    assert found["nan"].error is None and "not finite" in found["nan"].reason
     assert found["slow"].ratio == 0.5 and found["absent"].reason == "not for cpu"
     dropped = [record.getMessage() for record in caplog.records]
     assert len(dropped) == 7 and not any("best" in line or "absent" in line for line in dropped), "a line each"
@@ -107,6 +108,24 @@ def test_what_is_hardly_faster_is_not_taken(clock: FakeClock) -> None:
     """Times waver; the preferred one stays."""
     outcome = run(trial(clock), [candidate("a shade", clock.taking(0.98, torch.matmul))], stopwatch=clock)
     assert outcome.winner is None and outcome.verdicts[0].verdict == SLOWER and outcome.seconds == 1.0
+
+
+def test_a_slow_moment_of_the_plain_path_makes_no_winner(clock: FakeClock) -> None:
+    """On a busy machine; its best time counts, whenever it was."""
+    times = iter([1.0, 1.0, *[9.0] * 20])
+    plain = trial(clock)
+
+    def stopwatch(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> Callable[[], tuple]:
+        lap = clock(calls, device)
+
+        def wavering() -> tuple[float, Tensor]:
+            seconds, result = lap()
+            return (next(times) * len(calls) if clock.seconds == 1.0 else seconds), result
+
+        return wavering
+
+    outcome = run(plain, [candidate("slow", clock.taking(2.0, torch.matmul))], stopwatch=stopwatch)
+    assert outcome.winner is None and outcome.plain == 1.0 and outcome.verdicts[0].ratio == 0.5
 
 
 def test_one_wrong_number_among_many_is_seen(clock: FakeClock) -> None:

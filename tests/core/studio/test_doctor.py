@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextstep_core.runtime import chosen, ledger
+from nextstep_core.runtime.trials import WON, Outcome, Verdict
 from nextstep_core.studio import doctor as doctors
 from nextstep_core.studio import model_files
 from nextstep_core.studio.doctor import PACKAGES, doctor, folders, host_memory, processor, versions
@@ -235,3 +237,18 @@ def test_what_only_looks_like_a_model_is_left_alone(root: Path) -> None:
     (root / "other" / INDEX).write_text("[")
     (root / "other" / "config.json").write_text("[")
     assert [f for f in model_files.files([root]) if f.verdict != OK] == []
+
+
+def test_fast_paths(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured, what took the process down, and a switch that says nothing."""
+    monkeypatch.setenv(ledger.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(chosen, "_ledgers", {})
+    assert not list(doctors.fast_paths(CPU)), "nothing to tell"
+    known = chosen.ledger_of(CPU)
+    won = Verdict(chosen.NAMES[0], WON, 1e-4, 2.0, 0.001)
+    known.outcomes |= {"a": Outcome("a", 2e-4, 1e6, (won,)), "b": Outcome("b", 2e-4, 1e6, ())}
+    told(doctors.fast_paths(CPU), OK, "taken for 1 of 2 products")
+    known.lost.add("deadly 1")
+    told(doctors.fast_paths(CPU), WARNING, "deadly 1 took the process down", "delete .*json")
+    monkeypatch.setenv(chosen.SWITCH, "faster")
+    told(doctors.fast_paths(CPU), PROBLEM, "NEXTSTEP_PRODUCTS is 'faster'", "Unset NEXTSTEP_PRODUCTS")
