@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.first_guesses import FIRST_GUESSES
 from benchmarks.sweep import need_matplotlib
 from benchmarks.tables import table
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.job import Job
-from nextstep_core.decoding.lookahead import MOST, SIZES, TOLERANCES, ahead
+from nextstep_core.decoding.lookahead import MOST, SIZES, TOLERANCES, Windows, ahead
 from nextstep_core.decoding.window_choice import WindowChoice
 from nextstep_core.request.layout import Caption
 from tests.window_runs import CPU, begun, distance, plainly
@@ -69,9 +70,17 @@ def job_of(pipe: NextStepPipeline, text: str, canvas: tuple[int, int], seed: int
 
 
 @torch.inference_mode()
-def solve(pipe: NextStepPipeline, job: Job, size: int, tolerance: float, wanted: Tensor, tally: Tally) -> None:
+def solve(
+    pipe: NextStepPipeline,
+    job: Job,
+    size: int,
+    tolerance: float,
+    wanted: Tensor,
+    tally: Tally,
+    kind: type[Windows] = Windows,
+) -> None:
     """Draw a picture with windows of one size, and count."""
-    windows = begun(pipe, job)
+    windows = begun(pipe, job, kind=kind)
     before = windows.first
     for step in ahead(windows, WindowChoice({size: 1.0}), tolerance):
         for place in range(min(step.done - before, size - 1)):
@@ -97,6 +106,16 @@ def tallied(
         for case, (size, tolerance) in cases.items():
             solve(pipe, job_of(pipe, text, canvas, seed, settings or {}), size, tolerance, wanted, tallies[case])
     return tallies
+
+
+def by_first_guess(pipe: NextStepPipeline, canvas: tuple[int, int], count: int) -> Iterator[tuple[str, ...]]:
+    """Tokens per read, and distances, for what windows may hold at first."""
+    tallies = {name: Tally() for name in FIRST_GUESSES}
+    for seed, (text, _, _) in enumerate(held_out_singles(count, 7, canvas)):
+        wanted = plainly(pipe, job_of(pipe, text, canvas, seed, {}))
+        for name, kind in FIRST_GUESSES.items():
+            solve(pipe, job_of(pipe, text, canvas, seed, {}), MOST // 2, EXACT, wanted, tallies[name], kind)
+    return ((name, *tally.cells()) for name, tally in tallies.items())
 
 
 def named(canvas: tuple[int, int]) -> str:
@@ -129,6 +148,8 @@ def sections(pipe: NextStepPipeline, count: int, plot_to: Path | None) -> Iterat
         if tally.examined[place]
     ]
     yield f"Right guesses by place in the window, where all before were right\n\n{table(['>place', '>right'], rows)}"
+    rows = list(by_first_guess(pipe, largest, count))
+    yield f"By first guess, {named(largest)}, window {MOST // 2}, exact\n\n{table(['at first', *titles[1:]], rows)}"
     rows = [(mode, *timed(pipe, largest, count, mode)) for mode in ("off", "exact", "fast")]
     yield f"Time of a picture, {named(largest)}\n\n{table(['lookahead', '>seconds', '>tokens per read'], rows)}"
 

@@ -23,14 +23,14 @@ def plainly(pipe: NextStepPipeline, job: Job) -> Tensor:
 
 
 @torch.inference_mode()
-def begun(pipe: NextStepPipeline, job: Job, caches: StepCaches | None = None) -> Windows:
+def begun(pipe: NextStepPipeline, job: Job, caches: StepCaches | None = None, kind: type[Windows] = Windows) -> Windows:
     """The windows of a job whose prompt is read."""
     tokens = torch.zeros(job.pictures, job.total, pipe.engine.config.token_dim, dtype=pipe.dtype)
     if job.known is not None:
         job.known.fill(tokens)
     embeds = pipe.engine.embed(job.rows, CPU, pipe.dtype)
     run = Run.start(pipe.engine.model, job, embeds, tokens, caches or StepCaches(), CHUNK, beyond=MOST)
-    windows = Windows(run, job.grid[1])
+    windows = kind(run, job.grid[1])
     for _ in windows.begin():
         pass
     return windows

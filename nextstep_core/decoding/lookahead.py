@@ -180,12 +180,16 @@ class Windows:
         return begin[:, None] + torch.arange(size, device=begin.device)
 
     def _guess_new(self, size: int) -> None:
-        """First guesses of the places that a window comes to: the token above or, in the first row, the one before."""
+        """Guess the places that a window comes to and that are not known."""
         for m, start in enumerate(self.done):
             for place in range(max(self.guessed[m], start), start + size):
                 if not (place < self.total and self.run.keep[place]):
-                    self.guess[m, place] = self.guess[m, place - (self.columns if place >= self.columns else 1)]
+                    self.guess[m, place] = self.first_guess(m, place)
             self.guessed[m] = max(self.guessed[m], start + size)
+
+    def first_guess(self, picture: int, place: int) -> Tensor:
+        """What stands in a place before it is drawn: the token above or, in the first row, the one before."""
+        return self.guess[picture, place - (self.columns if place >= self.columns else 1)]
 
     def _noise_of(self, picture: int, size: int) -> Tensor:
         """(count, size, token_dim) of a picture's window; beyond the end the last place's."""

@@ -66,19 +66,12 @@ def test_what_is_given_up_is_little(name: str) -> None:
 
 def test_rows_do_not_depend_on_each_other() -> None:
     sampler = SAMPLERS["flow-ode"]
-    _, together, _, calls = drawn("flow-ode", [1e-4, 1.0])
+    _, together, _, _ = drawn("flow-ode", [0.2, 1.0])
     times, generator = sampler.grid(28, 1.0), torch.Generator().manual_seed(0)
     mean = torch.randn(2, DIM, generator=generator)
     noise = torch.randn(1, 2, DIM, generator=generator)
-    for row, spread in enumerate((1e-4, 1.0)):
+    for row, spread in enumerate((0.2, 1.0)):
         one = slice(row, row + 1)
         integrate = partial(sampler.integrate, times=times, noise=noise[:, one], eta=ETA)
         alone = until_settled(integrate, toward(mean[one], torch.tensor([[spread]]), times, []), times)
         torch.testing.assert_close(together[one], alone)
-
-
-def test_what_is_not_finite_stays_so() -> None:
-    sampler = SAMPLERS["flow-ode"]
-    times, noise = sampler.grid(6, 1.0), torch.full((1, 1, DIM), float("nan"))
-    integrate = partial(sampler.integrate, times=times, noise=noise, eta=ETA)
-    assert until_settled(integrate, lambda x, i: x, times).isnan().all()
