@@ -69,6 +69,21 @@ def products(rows: Sequence[dict[str, Any]]) -> str:
     return table(["matrix", "stored as", "product", *(f">{n} rows" for n in counts), ">at most"], lines)
 
 
+def choice(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each trial: what won, its time beside the usual one's, and why each of the others did not."""
+    cells = []
+    for row in rows:
+        won = next((v for v in row["verdicts"] if v["verdict"] == "won"), None)
+        others = [
+            f"{v['name']} {v['verdict']}" + (f" {number(v['ratio'])}x" if v["ratio"] else "")
+            for v in row["verdicts"]
+            if v is not won
+        ]
+        taken = [won["name"], number(won["seconds"], " us", 1e6), number(won["error"])] if won else ["usual", "-", "-"]
+        cells.append([row["what"], number(row["plain"], " us", 1e6), *taken, ", ".join(others)])
+    return table(["matrix", ">usual", "taken", ">time", ">error", "others"], cells)
+
+
 def head(result: dict[str, Any]) -> str:
     """Milliseconds by steps, and what the line through them says."""
     rows = [[row["steps"], number(row["milliseconds"], " ms")] for row in result["samplings"]]
@@ -109,6 +124,7 @@ def window(rows: Sequence[dict[str, Any]]) -> str:
 
 PROBES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "products": ("Products by shape and number of rows", products),
+    "choice": ("What the chooser takes", choice),
     "attention": ("Attention by backend", attention),
     "head": ("The head by its steps", head),
     "streaming": ("Half of the layers on the host", streaming),

@@ -25,7 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 TAIL = 4000  # characters of a step's output that are kept
 FORMATS = ("none", "int4", "int8", "fp8")
 ALLOCATORS = ("native", "cudaMallocAsync")
-PROBES = {"products": 600, "attention": 180, "head": 180, "pair": 300, "streaming": 300, "window": 180}  # seconds
+PROBES = {
+    "products": 600,
+    "choice": 600,
+    "attention": 180,
+    "head": 180,
+    "pair": 300,
+    "streaming": 300,
+    "window": 180,
+}  # seconds
 
 
 @dataclass(frozen=True)

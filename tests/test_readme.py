@@ -42,6 +42,7 @@ def test_troubleshooting_quotes_the_code() -> None:
         "docs/samplers.md",
         "docs/single-files.md",
         "docs/gguf.md",
+        "docs/products.md",
         "docs/publishing.md",
     ],
 )

@@ -21,6 +21,7 @@ from nextstep_core.loading.checkpoint import DTYPES
 from nextstep_core.model.config import NextStepConfig
 
 from .attention import attention_times
+from .choice import choices
 from .head import head_times
 from .pair import pair_draws
 from .products import product_times
@@ -64,6 +65,11 @@ def products(options: Namespace, extent: Extent) -> Any:
     return product_times(config_of(options), extent.rows, extent.cache_bytes, device_of(options), options.repeat)
 
 
+def choice(options: Namespace, extent: Extent) -> Any:
+    """What the chooser takes."""
+    return choices(config_of(options), device_of(options), DTYPES[options.dtype], extent.cache_bytes)
+
+
 def head(options: Namespace, extent: Extent) -> Any:
     """The head by its steps."""
     return head_times(case_of(options, plain_subject(options)), extent.steps, options.repeat)
@@ -85,7 +91,7 @@ def window(options: Namespace, extent: Extent) -> Any:
 
 
 PROBES: dict[str, Callable[[Namespace, Extent], Any]] = {
-    run.__name__: run for run in (attention, products, head, streaming, pair, window)
+    run.__name__: run for run in (attention, products, choice, head, streaming, pair, window)
 }
 
 

@@ -25,6 +25,9 @@ from nextstep_core.images.preview import fit_latent_to_rgb, latents_to_rgb
 from nextstep_core.images.tiling import run_in_tiles
 from nextstep_core.request.layout import Caption
 from nextstep_core.request.masks import kept_tokens
+from nextstep_core.runtime.quantization import products
+from nextstep_core.runtime.quantization.formats import INT4
+from nextstep_core.runtime.quantization.layouts import Swapped
 from nextstep_core.sampling.solvers import SAMPLERS
 
 Load = Callable[..., NextStepPipeline]
@@ -136,6 +139,21 @@ def test_every_operator_has_an_mps_kernel_for_its_tensors(name: str, dtype: torc
 def test_the_packed_products_are_there_for_mps() -> None:
     """int4 packs with operators that a CPU lacks, so that the run above multiplies by dequantized weights instead."""
     assert {"_convert_weight_to_int4pack", "_weight_int4pack_mm", "_weight_int8pack_mm"} <= names_with_mps_kernel()
+
+
+@torch.inference_mode()
+def test_many_rows_undo_the_packed_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product goes through the weights once for each row. The layout is recognized from what PyTorch packs, for
+    which the one of its kernel for Apple GPUs stands here."""
+    weight, scale = INT4.quantize(torch.randn(32, 256, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(products, "_pack_for_gpu", Swapped("as PyTorch packs", 256, tiled=True).pack)
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+    with SimulatedMPS() as mps:
+        base = products.usual(INT4, "mps")[0]
+        many = {kernel.name: kernel for kernel in products.racing(INT4, base, weight.to(MPS))}["torch-int4-unpacked"]
+        found = many.run(x.to(MPS), many.packed(weight.to(MPS)), scale.to(MPS)).cpu()
+    assert many.lies == base.lies and not mps.problems, mps.problems
+    assert (found - x @ INT4.dequantize(weight, scale, x.dtype).T).abs().max() <= 1e-4
 
 
 REFUSED = {
