@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextstep_core.runtime.quantization import libraries, products
+from nextstep_core import NextStepPipeline
+from nextstep_core.runtime.quantization import libraries, products, quantized_linears
 from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_32, INT8, Format, Rotated
 from nextstep_core.runtime.quantization.kernel import Kernel, by_rows, of_rotated, padded, plain, unpacked
 from nextstep_core.runtime.quantization.layouts import Swapped, Tiles
@@ -167,3 +168,19 @@ def test_comfy_kitchens_products_are_the_product(rows: int) -> None:
         (kernel,) = libraries.kitchen(format)
         found = kernel.run(x, kernel.packed(weight), kernel.packed_scale(scale))
         assert found.dtype == x.dtype and relative(found, x @ matrix.T) <= 0.01, kernel.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "product"), [(INT8, "_int8_halves"), (FP8, "_fp8_halves")], ids=["int8", "fp8"])
+def test_pictures_by_halves_are_those_of_the_plain_product(format: Format, product: str) -> None:
+    """Forced on, in all of the embedded model: what they change is far less than what the format itself does."""
+    pictures = {}
+    for name in ("float", "plain", "halves"):
+        recipe = None if name == "float" else format.name
+        pipe = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32, quantization=recipe)
+        kernel = Kernel("halves", getattr(products, product)) if name == "halves" else plain(format)
+        for _, layer in quantized_linears(pipe.engine.model):
+            layer.kernel = kernel  # the weights of both formats lie on a CPU as they are stored
+        pictures[name] = pipe.generate("a red circle on a blue background", height=64, width=64, steps=4, seed=5).images
+    of_format = (pictures["plain"] - pictures["float"]).abs().mean()
+    assert (pictures["halves"] - pictures["plain"]).abs().mean() <= of_format / 5

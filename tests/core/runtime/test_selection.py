@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextstep_core import NextStepError
+from nextstep_core.loading.build import plan_model
+from nextstep_core.loading.store import ASSETS
 from nextstep_core.runtime import chosen, ledger
 from nextstep_core.runtime.chosen import Chooser
 from nextstep_core.runtime.quantization import QuantizedLinear, choose_kernels, quantized_linears, selection
@@ -206,3 +209,23 @@ def test_layers_of_one_shape_are_tried_together(monkeypatch: pytest.MonkeyPatch)
     choose_kernels(model, CPU, torch.float32)
     assert asked == [("int8", 32, 64, 2), ("int8", 64, 32, 1)]
     assert all(layer.kernel is not None for _, layer in quantized_linears(model))
+
+
+def test_where_nothing_can_be_tried_a_packed_product_is_taken_if_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card may be full while a model is loaded; the plain product would take several times as long from then on."""
+
+    def full(calls: object, device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(selection, "WIDE", 0)
+    monkeypatch.setattr(selection, "usual", lambda *_: [plain(INT8)])
+    for factor, name in ((1.0, "torch-int4"), (1.5, "plain")):
+        packed = Kernel("torch-int4", lambda x, w, s, factor=factor: factor * plain(INT8).run(x, w, s), same)
+        monkeypatch.setattr(selection, "racing", lambda *_, packed=packed: [kernel("kitchen-int4", None, same), packed])
+        assert choose(INT8, 64, 128, matrices(1), torch.float32, Chooser(CPU, stopwatch=full)).name == name
+
+
+def test_a_wrong_switch_is_told_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(chosen.SWITCH, "fastest")
+    with pytest.raises(NextStepError, match="NEXTSTEP_PRODUCTS is 'fastest'"):
+        plan_model(ASSETS / "tiny")
