@@ -172,7 +172,7 @@ def steps_schedule_input() -> io.Input:
         default=AUTO,
         optional=True,
         tooltip="Fewer flow steps where they change little. checked: a square is finished as soon as little of it is "
-        "undecided. linear, square: later squares take fewer, down to a seventh, falling evenly or early. auto takes "
+        "undecided. linear, square: later squares take fewer, down to two fifths, falling evenly or early. auto takes "
         "what the checkpoint was published with.",
     )
 

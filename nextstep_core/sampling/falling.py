@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 8  # counts of steps in one picture: few, since a token's work is captured for each of them
-LEAST = 0.15  # of the steps, what the last tokens take
+LEAST = 0.4  # of the steps, what the last tokens take
 
 CONSTANT, CHECKED = "constant", "checked"
 # From 1 at the first token to 0 at the last, by the share of the picture that is done.

@@ -68,6 +68,7 @@ class GenerationSettings:
         return step_counts(self.steps_schedule, self.steps, SAMPLERS[self.sampler].min_steps, total)
 
     def calls(self, total: int) -> int:
-        """Network calls of the head for one of `total` tokens, as their rounded mean."""
+        """Network calls of the head for one of `total` tokens, as their rounded mean: at most so many where they are
+        checked."""
         calls = SAMPLERS[self.sampler].calls
         return round(sum(map(calls, self.step_counts(total))) / total)

@@ -11,9 +11,9 @@ from nextstep_core.sampling.solvers import SAMPLERS
 
 def test_steps_fall_as_their_schedule_says() -> None:
     assert step_counts("constant", 28, 1, 5) == [28] * 5
-    assert step_counts("linear", 20, 1, 8) == [20, 18, 15, 13, 10, 8, 5, 3]
-    assert step_counts("square", 20, 1, 8) == [20, 15, 12, 9, 6, 4, 3, 3]
-    assert step_counts("linear", 20, 7, 8)[-1] == 7, "no fewer than the sampler can take"
+    assert step_counts("linear", 20, 1, 8) == [20, 18, 17, 15, 13, 11, 10, 8]
+    assert step_counts("square", 20, 1, 8) == [20, 17, 14, 12, 10, 9, 8, 8]
+    assert step_counts("linear", 4, 3, 8)[-1] == 3, "no fewer than the sampler can take"
 
 
 @pytest.mark.parametrize("schedule", STEPS_SCHEDULES)
