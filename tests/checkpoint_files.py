@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,9 +24,9 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({k: v for k, v in data.items() if v != "<remove>"}))
 
 
-def make_wide(folder: Path) -> tuple[int, int]:
-    """Float32 zeros of the folder's config in shards of one layer each; (bytes of the largest shard, bytes
-    of the model in bf16)."""
+def make_wide(folder: Path, fill: Callable[[tuple[int, ...]], torch.Tensor] = torch.zeros) -> tuple[int, int]:
+    """Float32 zeros, or what `fill` makes, of the folder's config in shards of one layer each; (bytes of the largest
+    shard, bytes of the model in bf16)."""
     config = NextStepConfig.from_dict(json.loads((folder / "config.json").read_text()))
     modules = (NextStepModel(config, device="meta"), TextEmbedding(config, device="meta"))
     shapes = published_shapes(shapes_of(modules[0]) | shapes_of(modules[1]), held=(), config=config)
@@ -34,7 +35,7 @@ def make_wide(folder: Path) -> tuple[int, int]:
         key = name.split(".")[1] if name.startswith("layers.") else "rest"
         shards.setdefault(f"model-{key}.safetensors", {})[name] = shape
     for file, held in shards.items():
-        save_file({name: torch.zeros(shape) for name, shape in held.items()}, folder / file)
+        save_file({name: fill(shape) for name, shape in held.items()}, folder / file)
     weight_map = {name: file for file, held in shards.items() for name in held}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     largest = max((folder / file).stat().st_size for file in shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Fleet:
 
 def import_serve() -> tuple[Any, Any]:
     """Ray and Ray Serve; NextStepError, with the line that installs them, where they are not there."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own, 15, starves replicas where other programs compute
     ray = import_ray(alone=True)
     try:
         import python_multipart  # noqa: F401 - of forms, which Starlette reads by it

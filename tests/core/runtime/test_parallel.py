@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import edit_json, make_wide
 from ranks import DTYPES, draw, drawn, together
 
 from nextstep_core import NextStepError, NextStepPipeline
@@ -30,7 +31,6 @@ from nextstep_core.sampling.solvers import SAMPLERS
 
 TINY = ASSETS / "tiny"
 ROOT = Path(__file__).resolve().parents[3]
-GOLDEN = ROOT / "tests" / "data" / "golden" / "tiny-a"
 ASKED: list[dict[str, Any]] = [
     {"sampler": name, "steps": max(4, SAMPLERS[name].min_steps), **more}
     for name in SAMPLERS
@@ -141,12 +141,15 @@ def numbers(plan: ModelPlan) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("source", [TINY, GOLDEN], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", ["tiny", "golden", "with biases"])
 @pytest.mark.parametrize("recipe", [None, "int8", "int4"])
 @torch.inference_mode()
-def test_shares_add_up_to_the_model(source: Path, recipe: str | None) -> None:
+def test_shares_add_up_to_the_model(source: str, recipe: str | None, checkpoint: Path) -> None:
     """Without any process: the parts that the shares of a layer give are added up here."""
-    plan = plan_model(source, recipe)
+    if source == "with biases":
+        edit_json(checkpoint / "config.json", attention_bias=True, o_attention_bias=True, mlp_bias=True)
+        make_wide(checkpoint, lambda shape: torch.randn(shape) / 8)
+    plan = plan_model(TINY if source == "tiny" else checkpoint, recipe)
     whole = plan.load_model("cpu", torch.float64) if recipe is None else None
     for count in counts(plan.config):
         models = [shared(plan, Share(n, count)).load_model("cpu", torch.float64) for n in range(count)]

@@ -34,6 +34,7 @@ pytest.importorskip("python_multipart", reason="python-multipart is not installe
 from served import FAILS, IMPOSSIBLE, SLOW, TOKENS, Flat, gray_of, served, several  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
+WEB = httpx.Client(timeout=500)  # a busy machine takes its time
 
 
 def client(address: str, **options: Any) -> Any:
@@ -131,7 +132,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "said"), BAD, ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_said_in_openais_form(server: str, fields: dict, said: str) -> None:
     asked = {"prompt": "a", **fields}
-    found = httpx.post(f"{server}/images/generations", content=json.dumps(asked), timeout=60)
+    found = WEB.post(f"{server}/images/generations", content=json.dumps(asked))
     if said == "ok":
         assert found.status_code == 200
         return
@@ -142,7 +143,7 @@ def test_what_is_wrong_is_said_in_openais_form(server: str, fields: dict, said: 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'"x"'])
 def test_a_body_that_is_no_json_object_is_refused(server: str, body: bytes) -> None:
-    assert "no JSON object" in httpx.post(f"{server}/images/generations", content=body).json()["error"]["message"]
+    assert "no JSON object" in WEB.post(f"{server}/images/generations", content=body).json()["error"]["message"]
 
 
 def bomb() -> bytes:
@@ -166,24 +167,24 @@ def bomb() -> bytes:
 )
 def test_uploads_that_are_refused(server: str, files: list, said: str) -> None:
     parts = [(name, ("x.png", data)) for name, data in files] or [("prompt2", (None, b"x"))]
-    found = httpx.post(f"{server}/images/edits", data={"prompt": "a"}, files=parts)
+    found = WEB.post(f"{server}/images/edits", data={"prompt": "a"}, files=parts)
     assert found.status_code == 400 and said in found.json()["error"]["message"], found.text
 
 
 def test_a_request_that_is_too_large_is_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app_module, "MOST_UPLOAD", 10_000)
     monkeypatch.setattr(app_module, "MOST_JSON", 10_000)
-    large = httpx.post(f"{server}/images/edits", data={"prompt": "a"}, files={"image": b"x" * 20_000})
+    large = WEB.post(f"{server}/images/edits", data={"prompt": "a"}, files={"image": b"x" * 20_000})
     assert large.status_code == 413 and "10,000" in large.json()["error"]["message"]
-    assert httpx.post(f"{server}/images/generations", content=b" " * 20_000).status_code == 413
-    assert httpx.get(f"{server}/nowhere").status_code == 404
+    assert WEB.post(f"{server}/images/generations", content=b" " * 20_000).status_code == 413
+    assert WEB.get(f"{server}/nowhere").status_code == 404
 
 
 def test_without_a_key_no_page_in_a_browser_may_ask(server: str) -> None:
     for headers in ({"origin": "http://evil.example"}, {"host": "evil.example:80"}, {"host": "evil.example"}):
-        found = httpx.get(f"{server}/models", headers=headers)
+        found = WEB.get(f"{server}/models", headers=headers)
         assert found.status_code == 403 and "error" in found.json()
-    assert httpx.get(f"{server}/models", headers={"host": "localhost:1"}).status_code == 200
+    assert WEB.get(f"{server}/models", headers={"host": "localhost:1"}).status_code == 200
 
 
 def test_a_key_is_asked_for() -> None:
@@ -194,7 +195,7 @@ def test_a_key_is_asked_for() -> None:
         headers = {"origin": "http://a.page", "host": "my.server"}
         assert keyed.images.generate(prompt="a", size="16x16", extra_headers=headers).data
         for given in ("", "Bearer", "Bearer a key", "Bearer \xe9", "Basic a key that is long"):
-            found = httpx.get(f"{address}/models", headers={"authorization": given.encode("latin-1")})
+            found = WEB.get(f"{address}/models", headers={"authorization": given.encode("latin-1")})
             assert found.status_code == 401, given
 
 
