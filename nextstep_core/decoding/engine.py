@@ -43,6 +43,7 @@ from ..runtime.streaming import weights_on
 from ..sampling.noise import NoiseStream, Seeds
 from ..sampling.settings import OFF, GenerationSettings
 from ..sentences import Sentence
+from .fused import OwnKernels
 from .job import PICTURES, Job, KnownTokens
 from .lookahead import MOST, look_ahead
 from .loop import decode
@@ -86,7 +87,7 @@ class NextStepEngine:
         """
         says, tokenizer = published(plan.documents, plan.config), NextStepTokenizer.load(plan.documents, plan.config)
         text_embedding, model = plan.load_text_embedding(), load_model()
-        caches = StepCaches(StepGraphs(model) if cuda_graphs else None)
+        caches = StepCaches(StepGraphs(model) if cuda_graphs else None, hasten=OwnKernels())
         return cls(plan.config, latents, says, tokenizer, text_embedding, model, caches)
 
     def with_lora(self, lora: FittedLora, strength: float, check: Check = go_on) -> NextStepEngine:

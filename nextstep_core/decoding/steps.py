@@ -6,7 +6,7 @@ Neither refers back to whoever calls it: dropping the caller frees the cache at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -24,7 +24,7 @@ from ..sampling.falling import CHECKED, merging, part_of
 from ..sampling.guidance import guide
 from ..sampling.settling import until_settled
 from ..sampling.solvers import SAMPLERS, normalize_token
-from ..sampling.updates import follow
+from ..sampling.updates import Updates, follow
 from .job import Job
 from .prefill import PrefillCache
 from .window_choice import WindowChoice
@@ -33,11 +33,18 @@ from .window_choice import WindowChoice
 CHUNK = 1024
 
 Wrap: TypeAlias = Callable[[Step], Step]
+# Gets the number of positions of each row, or the head's number of rows, as well.
+Hasten: TypeAlias = Callable[[Step, int], Step]
 Made = TypeVar("Made")
 
 
 def unwrapped(step: Step) -> Step:
     """The wrap that changes nothing."""
+    return step
+
+
+def unhurried(step: Step, count: int) -> Step:
+    """Leaves a step as it is."""
     return step
 
 
@@ -133,17 +140,19 @@ class WindowStep:
 class TokenSequence:
     """The growing sequence of all rows: prompt, then image tokens, through the transformer and its cache.
 
-    Its memory is made once for a shape and serves any number of runs. `wrap` may replace the step of one token by one
-    that does the same faster.
+    Its memory is made once for a shape and serves any number of runs. `hasten` and then `wrap` may replace the step of
+    one token, or of a window, by one that does the same faster.
     """
 
-    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
+    def __init__(
+        self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped, hasten: Hasten = unhurried
+    ) -> None:
         self.prompt_length = 0
         self.positions = torch.arange(shape.positions, device=shape.device)
         self._plain = plain = TransformerStep(model, shape)
-        self._step = wrap(plain)
+        self._step = wrap(hasten(plain, 1))
         # a captured step has one shape, so each length of a window is a step of its own
-        self._windows = OfSizes(lambda _: wrap(WindowStep(plain)))
+        self._windows = OfSizes(lambda length: wrap(hasten(WindowStep(plain), length)))
 
     def prefill(
         self, embeds: Tensor, valid: Tensor, prefilled: PrefillCache | None, key: str, chunk: int = CHUNK
@@ -183,6 +192,10 @@ class TokenSequence:
     def _run(self, embeds: Tensor, start: int) -> Tensor:
         end = start + embeds.shape[1]
         return self._plain.run(embeds, self.positions[start:end], bucketed(end))
+
+
+# Of what the solver does, the modulations of all its times, noise and guidance, the tokens (M, token_dim) in float32.
+Integrate: TypeAlias = Callable[[Updates, Sequence[Tensor], Tensor, Tensor], Tensor]
 
 
 class FlowPath:
@@ -230,13 +243,20 @@ class FlowIntegration:
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor, *, steps: int) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
+        return self.token(hidden, noise, guidance, steps, self._integrate)
+
+    def token(self, hidden: Tensor, noise: Tensor, guidance: Tensor, steps: int, integrate: Integrate) -> Tensor:
+        """The same with another way to integrate."""
         updates, codes = self.updates, self.time_codes
         if steps != self.shape.steps:
             path = self._paths[steps]
             updates, codes, noise = path.updates, path.codes(codes), path.noise(noise)
         # For all steps and branches at once, a tensor (N, branches * M, ...) for each block: no x enters them.
         modulations = self.head.modulations(codes, self.model.image_out_projector(hidden))
+        token = integrate(updates, modulations, noise, guidance).to(self.shape.dtype)
+        return normalize_token(token) if self.shape.use_norm else token
 
+    def _integrate(self, updates: Updates, modulations: Sequence[Tensor], noise: Tensor, guidance: Tensor) -> Tensor:
         def velocity(x: Tensor, i: int) -> Tensor:
             # x (M, token_dim) stays in float32 between the steps, as rounding it would add up over them; the network
             # sees it rounded, the same x in every branch.
@@ -244,21 +264,21 @@ class FlowIntegration:
             return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
         draw = partial(updates.run, noise=noise)
-        token = until_settled(draw, velocity, self.times) if self.shape.checked else draw(velocity)
-        token = token.to(self.shape.dtype)
-        return normalize_token(token) if self.shape.use_norm else token
+        return until_settled(draw, velocity, self.times) if self.shape.checked else draw(velocity)
 
 
 class TokenSampler:
-    """Samples one token per image from the flow head. `wrap` as in TokenSequence."""
+    """Samples one token per image from the flow head. `wrap` and `hasten` as in TokenSequence."""
 
-    def __init__(self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped) -> None:
+    def __init__(
+        self, model: NextStepModel, shape: StepShape, wrap: Wrap = unwrapped, hasten: Hasten = unhurried
+    ) -> None:
         self.noise_count, self.steps = SAMPLERS[shape.sampler].noise_count(shape.steps), shape.steps
         self._plain = integration = FlowIntegration(model, shape)
-        if shape.checked:
-            wrap = unwrapped  # how many steps there are is known only while they are made
-        self._step = wrap(integration)
-        self._windows = OfSizes(lambda _: wrap(integration))
+        if shape.checked:  # how many steps there are is known only while they are made
+            wrap, hasten = unwrapped, unhurried
+        self._step = wrap(hasten(integration, shape.rows))
+        self._windows = OfSizes(lambda rows: wrap(hasten(integration, rows)))
 
     def refresh(self) -> None:
         """See `FlowIntegration`."""
@@ -278,19 +298,20 @@ class StepCaches:
     each size cost and bring (`lookahead`).
 
     graphs None runs every step as it is; prefilled None reads every prompt anew. `adapters` are those of the run that
-    is under way.
+    is under way. `hasten` as in TokenSequence.
     """
 
     graphs: StepGraphs | None = None
     prefilled: PrefillCache | None = field(default_factory=PrefillCache)
     adapters: Attachments = field(default_factory=Attachments)
     windows: dict[tuple[StepShape, str], WindowChoice] = field(default_factory=dict)
+    hasten: Hasten = unhurried
 
     def steps(self, model: NextStepModel, shape: StepShape) -> tuple[TokenSequence, TokenSampler]:
         """The two halves of a token's work, captured ones where there are."""
 
         def make(wrap: Wrap) -> tuple[TokenSequence, TokenSampler]:
-            return TokenSequence(model, shape, wrap), TokenSampler(model, shape, wrap)
+            return TokenSequence(model, shape, wrap, self.hasten), TokenSampler(model, shape, wrap, self.hasten)
 
         if self.graphs is None or not self.graphs.supports(shape.device):
             return make(unwrapped)

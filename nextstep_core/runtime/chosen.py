@@ -39,6 +39,9 @@ NAMES = (
     "kitchen-int4",
     "padded-to-4",
     "padded-to-6",
+    "triton-rows",
+    "triton-head",
+    "triton-layers",
 )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..triton import support
 from .formats import INT4, TINY, Format, Int4, PerRow, Rotated
 from .kernel import Kernel, of_rotated, padded, plain, unpacked
 from .layouts import Layout, Swapped, Tiles, cpu_layout, inner_tiles
@@ -143,6 +144,21 @@ def _with_layout(kernel: Kernel, weight: Tensor) -> Kernel:
     return replace(kernel, layout=found)
 
 
+def own(format: Format) -> list[Kernel]:
+    """Our own kernel, which reads the weights once for all rows, as the format lays them out."""
+
+    def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        from ..triton.rows import Matrix, product
+
+        matrix = Matrix.of(format, weight, scale)
+        if matrix is None:
+            raise ValueError(f"no kernel for {format.name}")
+        return product(x, matrix)
+
+    version = f"{torch.__version__} {support.VERSION}"
+    return [Kernel("triton-rows", run, most_rows=support.MOST_ROWS, version=version, missing=support.missing)]
+
+
 def usual(format: Format, device_type: str) -> list[Kernel]:
     """What multiplies a matrix of `format` where nothing is measured, best first; the last works everywhere."""
     if isinstance(format, Rotated):
@@ -171,7 +187,7 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         found = [packed] if packed.lies != base.lies else []
         if packed.layout is not None:
             found.append(unpacked(packed, format, "torch-int4-unpacked"))
-        found += kitchen(format) if kind == "cuda" else []
+        found += [*kitchen(format), *own(format)] if kind == "cuda" else []
     elif isinstance(format, PerRow) and kind == "cuda":
         found.append(Kernel("torch-compiled", _compiled, most_rows=MOST_PACKED_ROWS, missing=_without_triton))
         if format.dtype == torch.int8:
@@ -181,4 +197,5 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         else:
             floats = _capability((8, 9), "product of fp8")
             found.append(Kernel("torch-fp8-halves", _fp8_halves, missing=floats))
+        found += own(format)
     return found
