@@ -6,9 +6,12 @@ less than that. So their number decides how fast the flow head is, and a good pa
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from launches import META, Launches
+from unasked import Unasked
 
 from benchmarks.subjects import PUBLISHED_CONFIG, SHAPES
 from nextstep_core.decoding.steps import StepShape, TokenSampler, TokenSequence
@@ -18,6 +21,7 @@ from nextstep_core.sampling.solvers import SAMPLERS
 
 CONFIG = NextStepConfig.from_dict(PUBLISHED_CONFIG | SHAPES["14b"])
 STEPS = 28
+TOKEN = {"dtype": torch.bfloat16, "device": META}
 
 TRANSFORMER = 828
 WINDOW = 974
@@ -31,6 +35,11 @@ HEAD = {  # by sampler, for two rows, which is a picture with guidance
     "flow-multistep": 2382,
 }
 
+# With our own kernels: layers of seven launches, flow steps of 27.
+FUSED_TRANSFORMER = 339
+FUSED_WINDOW = 341
+FUSED_HEAD = 30 * STEPS
+
 
 @pytest.fixture(scope="module")
 def model() -> NextStepModel:
@@ -41,15 +50,15 @@ def shape(sampler: str = "score-sde-1.1", branches: int = 2) -> StepShape:
     return StepShape(branches, branches, 1280, sampler, STEPS, 1.0, False, META, torch.bfloat16)
 
 
-def sequence(model: NextStepModel) -> TokenSequence:
-    made = TokenSequence(model, shape())
+def sequence(model: NextStepModel, **options: Any) -> TokenSequence:
+    made = TokenSequence(model, shape(), **options)
     made.prompt_length = 40
     return made
 
 
 @torch.inference_mode()
 def test_the_transformer(model: NextStepModel) -> None:
-    whole, token = sequence(model), torch.empty(1, 1, CONFIG.token_dim, dtype=torch.bfloat16, device=META)
+    whole, token = sequence(model), torch.empty(1, 1, CONFIG.token_dim, **TOKEN)
     with Launches() as launches:
         whole.feed(token, 600)
     assert not launches.problems
@@ -58,15 +67,15 @@ def test_the_transformer(model: NextStepModel) -> None:
 
 @torch.inference_mode()
 def test_the_transformer_over_a_window(model: NextStepModel) -> None:
-    whole, tokens = sequence(model), torch.empty(1, 8, CONFIG.token_dim, dtype=torch.bfloat16, device=META)
+    whole, tokens = sequence(model), torch.empty(1, 8, CONFIG.token_dim, **TOKEN)
     with Launches() as launches:
         whole.feed_window(tokens, torch.empty(1, 8, dtype=torch.long, device=META), 607)
     assert not launches.problems
     assert launches.total <= WINDOW, launches.counts
 
 
-def draw(model: NextStepModel, of: StepShape) -> Launches:
-    sample, rows = TokenSampler(model, of), of.branches
+def draw(model: NextStepModel, of: StepShape, **options: Any) -> Launches:
+    sample, rows = TokenSampler(model, of, **options), of.branches
     hidden = torch.empty(rows, CONFIG.hidden_size, dtype=torch.bfloat16, device=META)
     noise = torch.empty(sample.noise_count, 1, CONFIG.token_dim, device=META)
     with Launches() as launches:
@@ -80,3 +89,46 @@ def test_the_head(model: NextStepModel, sampler: str) -> None:
     launches = draw(model, shape(sampler))
     assert not launches.problems
     assert launches.total <= HEAD[sampler], launches.counts
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Our kernels are taken, and only counted: their names as they would be started."""
+    pytest.importorskip("triton", reason="Triton is not installed, whose kernels are counted")
+    from nextstep_core.runtime.triton import attention, head, rows, support
+
+    names: list[str] = []
+    for module in (attention, head, rows):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
+    monkeypatch.setattr(support, "missing", lambda device: None)
+    return names
+
+
+@torch.inference_mode()
+def test_the_transformer_in_our_kernels(model: NextStepModel, started: list[str]) -> None:
+    whole, token = sequence(model, hasten=Unasked().kernels), torch.empty(1, 1, CONFIG.token_dim, **TOKEN)
+    with Launches() as launches:
+        whole.feed(token, 600)
+    assert not launches.problems
+    assert started.count("attend") == CONFIG.num_hidden_layers
+    assert launches.total + len(started) <= FUSED_TRANSFORMER, (launches.counts, started[:10])
+
+
+@torch.inference_mode()
+def test_a_window_in_our_kernels(model: NextStepModel, started: list[str]) -> None:
+    whole, tokens = sequence(model, hasten=Unasked().kernels), torch.empty(1, 8, CONFIG.token_dim, **TOKEN)
+    with Launches() as launches:
+        whole.feed_window(tokens, torch.empty(1, 8, dtype=torch.long, device=META), 607)
+    assert not launches.problems
+    assert started.count("attend") == CONFIG.num_hidden_layers
+    assert launches.total + len(started) <= FUSED_WINDOW, (launches.counts, started[:10])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_head_in_our_kernels(model: NextStepModel, started: list[str], sampler: str) -> None:
+    launches = draw(model, shape(sampler), hasten=Unasked().kernels)
+    assert not launches.problems
+    calls = SAMPLERS[sampler].calls(STEPS)
+    assert len(started) == 27 * calls
+    assert launches.total + len(started) <= FUSED_HEAD * calls / STEPS, launches.counts
