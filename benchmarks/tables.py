@@ -122,7 +122,21 @@ def window(rows: Sequence[dict[str, Any]]) -> str:
     return table([">positions", ">a pass", ">times one position"], cells)
 
 
+def own(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each trial."""
+    cells = (
+        [
+            *(r["what"], r["kernel"], r["verdict"]),
+            *(number(r["microseconds"], " us"), number(r["plain"], " us"), number(r["error"], " %", 100)),
+            r["reason"].replace("|", "/"),
+        ]
+        for r in rows
+    )
+    return table(["of what", "kernel", "verdict", ">a pass", ">the plain one", ">off by", "and said"], cells)
+
+
 PROBES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "own": ("Our own kernels in their trials", own),
     "products": ("Products by shape and number of rows", products),
     "choice": ("What the chooser takes", choice),
     "attention": ("Attention by backend", attention),

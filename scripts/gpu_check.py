@@ -26,6 +26,7 @@ TAIL = 4000  # characters of a step's output that are kept
 FORMATS = ("none", "int4", "int8", "fp8")
 ALLOCATORS = ("native", "cudaMallocAsync")
 PROBES = {
+    "own": 400,
     "products": 600,
     "choice": 600,
     "attention": 180,

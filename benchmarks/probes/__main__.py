@@ -23,6 +23,7 @@ from nextstep_core.model.config import NextStepConfig
 from .attention import attention_times
 from .choice import choices
 from .head import head_times
+from .own import own_times
 from .pair import pair_draws
 from .products import product_times
 from .streaming import streaming_times
@@ -75,6 +76,11 @@ def head(options: Namespace, extent: Extent) -> Any:
     return head_times(case_of(options, plain_subject(options)), extent.steps, options.repeat)
 
 
+def own(options: Namespace, extent: Extent) -> Any:
+    """Our kernels in their trials."""
+    return own_times(case_of(options, plain_subject(options)), extent.positions)
+
+
 def streaming(options: Namespace, extent: Extent) -> Any:
     """Half of the layers on the host."""
     return streaming_times(case_of(options, plain_subject(options)), extent.tokens)
@@ -91,7 +97,7 @@ def window(options: Namespace, extent: Extent) -> Any:
 
 
 PROBES: dict[str, Callable[[Namespace, Extent], Any]] = {
-    run.__name__: run for run in (attention, products, choice, head, streaming, pair, window)
+    run.__name__: run for run in (own, attention, products, choice, head, streaming, pair, window)
 }
 
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from unasked import Unasked
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.steps import StepCaches
+from nextstep_core.runtime.graphs import StepGraphs
 from nextstep_core.runtime.quantization import RECIPES
 from nextstep_core.runtime.streaming import streamed_bytes, weights_on
 
@@ -36,6 +38,21 @@ def test_captured_steps_draw_the_same_tokens(dtype: torch.dtype, sampler: str, c
         difference = fast.generate(prompt, **options).tokens - plain.generate(prompt, **options).tokens
         assert difference.abs().max() <= ROUNDING[dtype]
     assert not fast.engine.caches.graphs.broken and not caplog.records, "captured, not given up"
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("options", [{}, {"lookahead": "exact"}], ids=["tokens", "windows"])
+def test_our_kernels_draw_the_same_tokens(dtype: torch.dtype, options: dict, caplog) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    plain, asked = load(dtype), Unasked()
+    graphs = StepGraphs(plain.engine.model)
+    engine = replace(plain.engine, caches=StepCaches(graphs, hasten=asked.kernels))
+    fast = NextStepPipeline(engine, plain.vae, plain.device, dtype)
+    caplog.set_level(logging.WARNING)
+    found = fast.generate("a red circle", **SMALL, **options).tokens
+    assert (found - plain.generate("a red circle", **SMALL, **options).tokens).abs().max() <= ROUNDING[dtype]
+    assert {"triton-layers", "triton-head"} <= set(asked.names)
+    assert not graphs.broken and not caplog.records, "nothing raised, and all was captured"
 
 
 def test_one_seed_draws_the_same_picture_as_on_the_cpu() -> None:
