@@ -157,3 +157,23 @@ def test_norm_over_a_patch() -> None:
     expected = (block - block.mean()) / block.var(correction=0).add(1e-6).sqrt()
     assert (normed[0, :, 2:4, 4:6] - expected).abs().max() <= 1e-5
     assert torch.equal(channel_norm(x, None), channel_norm(x, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_attention_gets_masks_of_floats(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With booleans, Apple GPUs compute the second row wrong in several versions of PyTorch, without an error."""
+    seen: list[torch.Tensor] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor) -> torch.Tensor:
+        seen.append(attn_mask)
+        return plain(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    q, k = torch.randn(2, 4, 3, 8).to(dtype), torch.randn(2, 2, 5, 8).to(dtype)
+    valid = torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
+    span = span_at(torch.arange(2, 5), torch.zeros(2, 5, 8, dtype=dtype), valid, 5)
+    grouped_attention(q, k, k, span.mask)
+    assert [mask.dtype for mask in seen] == [dtype]
+    assert sorted(set(seen[0].flatten().tolist())) == [-torch.inf, 0.0]
