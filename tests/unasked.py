@@ -12,6 +12,8 @@ from nextstep_core.decoding.fused import OwnKernels
 class Unasked:
     """A chooser that takes the first candidate that it is offered, and remembers its name."""
 
+    tried = ()
+
     def __init__(self) -> None:
         self.names: list[str] = []
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import is_out_of_memory
 from ..model.transformer import span_at
-from ..runtime.chosen import Chooser
+from ..runtime.chosen import Chooser, say
 from ..runtime.graphs import Step
 from ..runtime.quantization import QuantizedLinear
 from ..runtime.trials import Candidate, Trial
@@ -129,9 +129,11 @@ class OwnKernels:
         device = step.shape.device if isinstance(step, FlowIntegration) else _within(step).valid.device
         if support.missing(device) is not None:
             return step
-        if isinstance(step, FlowIntegration):
-            return self._flow(step, count)
-        return self._layers(step, count)
+        try:
+            return self._flow(step, count) if isinstance(step, FlowIntegration) else self._layers(step, count)
+        except (ImportError, AttributeError, TypeError) as reason:  # a Triton that is broken, or another than we know
+            log.warning("This Triton is of no use here (%s: %s)", type(reason).__name__, str(reason)[:200])
+            return step
 
     def _layers(self, plain: Any, length: int) -> Step:
         from ..runtime.triton.layers import Layers
@@ -148,8 +150,8 @@ class OwnKernels:
         )
         candidate = _candidate(LAYERS, lambda: partial(through, layers, step))
         with _last_positions(step, length):
-            won = self.chooser(device).decide(what, [candidate], lambda: _layers_trial(what, step, length))
-        return plain if won is None else Guarded(FusedLayers(plain, layers), plain, LAYERS)
+            won = self._decide(device, what, candidate, lambda: _layers_trial(what, step, length))
+        return plain if not won else Guarded(FusedLayers(plain, layers), plain, LAYERS)
 
     def _flow(self, plain: FlowIntegration, rows: int) -> Step:
         from ..runtime.triton.head import HeadWeights
@@ -165,8 +167,14 @@ class OwnKernels:
             f"{rows} rows, {branches} branches, {_name(dtype)}"
         )
         candidate = _candidate(HEAD, lambda: partial(_fused_step, weights, plain))
-        won = self.chooser(device).decide(what, [candidate], lambda: _flow_trial(what, plain, rows))
-        return plain if won is None else Guarded(FusedFlow(plain, weights), plain, HEAD)
+        won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
+        return plain if not won else Guarded(FusedFlow(plain, weights), plain, HEAD)
+
+    def _decide(self, device: torch.device, what: str, candidate: Candidate, trial: Callable[[], Trial]) -> bool:
+        chooser = self.chooser(device)
+        won = chooser.decide(what, [candidate], trial)
+        say(chooser)
+        return won is not None
 
 
 def _within(step: Any) -> TransformerStep:

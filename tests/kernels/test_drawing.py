@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,14 @@ from unasked import Unasked
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.decoding.fused import FusedFlow, FusedLayers, Guarded, OwnKernels
-from nextstep_core.decoding.steps import StepCaches, StepShape, TokenSampler, TokenSequence
+from nextstep_core.decoding.steps import (
+    FlowIntegration,
+    StepCaches,
+    StepShape,
+    TokenSampler,
+    TokenSequence,
+    TransformerStep,
+)
 from nextstep_core.request.layout import Caption
 from nextstep_core.runtime.trials import SLOWER, WON, Candidate, Outcome, Trial, run
 from nextstep_core.sampling.solvers import SAMPLERS
@@ -91,6 +99,8 @@ def test_a_window(pipeline: NextStepPipeline) -> None:
 class Timeless:
     """A chooser that keeps trials instead of running them."""
 
+    tried = ()
+
     def __init__(self) -> None:
         self.made: list[tuple[str, Candidate, Trial]] = []
 
@@ -159,6 +169,18 @@ def test_one_that_raises_gives_way_with_one_line(pipeline: NextStepPipeline, cap
         results = [fused(*arguments) for _ in range(2)]
     assert all(torch.equal(result, plain(*arguments)) for result in results)
     assert len(caplog.records) == 1 and "illegal instruction" in caplog.text
+
+
+def test_a_triton_that_is_broken_is_left_alone(pipeline: NextStepPipeline, caplog, monkeypatch) -> None:
+    for name in ("layers", "head"):
+        monkeypatch.setitem(sys.modules, f"nextstep_core.runtime.triton.{name}", None)
+    taken: list[Any] = []
+    with caplog.at_level(logging.WARNING):
+        for made in (TokenSequence, TokenSampler):
+            wrap = lambda step: taken.append(step) or step  # noqa: E731
+            made(pipeline.engine.model, shape(), wrap=wrap, hasten=OwnKernels())
+    assert [type(step) for step in taken] == [TransformerStep, FlowIntegration]
+    assert len(caplog.records) == 2
 
 
 def test_want_of_memory_is_the_engines_to_handle() -> None:
