@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SWITCH = "NEXTSTEP_PRODUCTS"
 FIRST = Range(SWITCH, 0, 1000)
-PLAIN = "plain"
+PLAIN, USUAL = "plain", "usual"
 COPIED = 1 << 27  # bytes, for the bandwidth that times are compared with
 # Every fast path that may be named, in the order in which the switch counts them.
 NAMES = (
@@ -164,13 +164,13 @@ def _key(what: str, candidates: Sequence[Candidate]) -> str:
 def table(outcomes: Sequence[Outcome], rate: float | None) -> str:
     """A line for each: what it is, which path is taken, its time and the plain path's, the share of `rate` bytes per
     second, and its error."""
-    lines = [("", "path", "time", "plain", "of bandwidth", "error")]
+    lines = [("", "taken", "time", "usual", "of bandwidth", "error")]
     for one in outcomes:
         won = one.winner
         share = f"{one.bytes / one.seconds / rate:.0%}" if rate and one.seconds and one.bytes else ""
         error = "" if won is None or won.error is None else f"{won.error:.2%}"
         times = f"{1e6 * one.seconds:.0f} us", f"{1e6 * one.plain:.0f} us"
-        lines.append((one.what, PLAIN if won is None else won.name, *times, share, error))
+        lines.append((one.what, USUAL if won is None else won.name, *times, share, error))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

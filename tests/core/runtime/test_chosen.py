@@ -280,7 +280,7 @@ def test_the_table(caplog: pytest.LogCaptureFixture) -> None:
     lines = table([outcome, Outcome("int4", 3e-4, 0, ())], 2e10).splitlines()
     assert lines[1].split("  ")[0] == "int8, 2 rows"
     assert [word in lines[1] for word in (FAST, "100 us", "200 us", "50%", "0.40%")] == [True] * 5
-    assert "plain" in lines[2] and "300 us" in lines[2] and "%" not in lines[2]
+    assert "usual" in lines[2] and "300 us" in lines[2] and "%" not in lines[2]
     chooser = Chooser(CPU, stopwatch=stopwatch)
     say(chooser)
     assert not caplog.records, "where nothing was tried"
