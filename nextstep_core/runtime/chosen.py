@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from ..errors import NextStepError, shown
 from ..ranges import Range
@@ -117,7 +118,7 @@ class Chooser:
     def outcome(self, what: str, candidates: Sequence[Candidate], trial: Callable[[], Trial]) -> Outcome | None:
         """All that a trial shows, or has shown before; None where there is nothing to try, or it could not be tried."""
         able = [one for one in candidates if one.name in self.switch and one.missing(self.device) is None]
-        if not able:
+        if not able or of_several():
             return None
         ledger, key = ledger_of(self.device), _key(what, able)
         found = self._known(ledger, key, able)
@@ -154,6 +155,11 @@ class Chooser:
             ledger.keep(key, found)
         self.tried.append(found)
         return found
+
+
+def of_several() -> bool:
+    """Whether several processes draw one picture: they have to compute alike, and each would decide for itself."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _key(what: str, candidates: Sequence[Candidate]) -> str:

@@ -70,6 +70,15 @@ def decide(made: list[str], *candidates: Candidate) -> Candidate | None:
     return Chooser(CPU, stopwatch=stopwatch).decide("things", candidates, trial(made))
 
 
+def test_processes_that_draw_one_picture_take_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for processes, name in ((2, None), (1, FAST)):
+        monkeypatch.setattr(chosen.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(chosen.dist, "get_world_size", lambda processes=processes: processes)
+        taken = decide(made, candidate(made))
+        assert (None if taken is None else taken.name) == name
+
+
 def test_the_second_start_tries_nothing(cache: Path) -> None:
     made: list[str] = []
     first = decide(made, candidate(made))
