@@ -144,7 +144,7 @@ def compare(studio: Studio) -> Image.Image:
 
 
 def lora(studio: Studio) -> Image.Image:
-    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=1)
+    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=5)
     height = SIDE * drawn.height // drawn.width
     return sheet((drawn, (0, (SIDE - height) // 2, SIDE, (SIDE + height) // 2)))
 

@@ -500,7 +500,7 @@ def sampler(
     on_interrupt: str = "discard",
     fed: dict[str, tuple[str, int]] | None = None,
 ) -> Node:
-    values = [*seed, steps, cfg, "constant", shift, "auto", "auto", 2.0, on_interrupt, "off"]
+    values = [*seed, steps, cfg, "constant", shift, "auto", "auto", 2.0, on_interrupt, "off", "auto"]
     links = {
         "model": ("model", 0),
         "positive": (encoded, 0),
@@ -733,7 +733,7 @@ def lora() -> Template:
         [
             [*notes("LoRA", 200), group("Model", loader(EMBEDDED), changed), group("Picture", size(64, 64))],
             [group("Prompt", positive("a red circle on a blue background"), negative("")), group("Settings", table)],
-            [group("Draw", sampler(steps=20, cfg=3.0, seed=(7, "fixed"), fed=settings), decode(300))],
+            [group("Draw", sampler(steps=20, cfg=3.0, seed=(2, "fixed"), fed=settings), decode(300))],
             [group("Result", enlarge(), grid, save("lora", "grid", 270))],
         ],
         [("positive", "prompt"), ("lora", "lora_name"), ("compare", "strength"), ("sampler", "seed")],
