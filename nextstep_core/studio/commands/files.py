@@ -18,6 +18,7 @@ from ...loading.download import download as fetch
 from ...loading.meter import Meter
 from ...loading.single_file import save_model, save_vae
 from ...loading.store import vae_beside
+from ...runtime.memory import format_bytes
 from ...runtime.quantization import RECIPES
 from ...runtime.shortage import told
 from ...sentences import Sentence
@@ -117,7 +118,7 @@ def convert(
             reading = fitted.read if fitted is not None else None
             size = save_model(plan, to, DTYPES[dtype], at, show_tensors, reading=reading)
     values: dict[str, object] = {"file": str(to), "bytes": size}
-    lines = [f"{to}: {size / 1e9:.2f} GB"]
+    lines = [f"{to}: {format_bytes(size)}"]
     if found is not None and fitted is not None and fitted.error is not None:
         values |= {"calibration": str(found[0]), "error": fitted.error}
         lines.append(f"Fitted to {found[0]}: the error of the conditions is {fitted.error:.1%}")
