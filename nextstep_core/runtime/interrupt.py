@@ -14,10 +14,16 @@ import torch
 from torch import nn
 
 Check: TypeAlias = Callable[[], None]
+STOPS = "stops_long_work"  # an attribute of what a check raised
 
 
 def go_on() -> None:
     """The check that stops nothing."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether a check raised this on the way through a network: no failure of the work, and nobody's to swallow."""
+    return getattr(error, STOPS, False)
 
 
 def leaves(network: nn.Module) -> Iterator[nn.Module]:
@@ -36,7 +42,11 @@ class Hook:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return
         self.stopped = True
-        self._check()
+        try:
+            self._check()
+        except BaseException as error:
+            setattr(error, STOPS, True)
+            raise
         self.stopped = False
 
 

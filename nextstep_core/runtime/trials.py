@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import REASON, is_out_of_memory
 from .bandwidth import wait
-from .interrupt import Check, go_on
+from .interrupt import Check, go_on, is_stop
 from .stopwatch import Lap, captures
 
 log = logging.getLogger(__name__)
@@ -176,12 +176,15 @@ def run(
     """Try all candidates, the preferred first.
 
     `lost` tells those that never came back from an earlier trial: they are passed over. `watch` is entered around all
-    that is run of a candidate. `check` is called before each and may raise to stop.
+    that is run of a candidate. `check` is called before each and may raise to stop; so may what checks the layers of a
+    network that is tried.
     """
     try:
         trial = trial() if callable(trial) else trial
         race = _Race(trial, stopwatch)
     except Exception as reason:  # a device's own kinds of failure
+        if is_stop(reason):
+            raise
         raise CannotTryError(_shortly(reason)) from reason
     verdicts: list[Verdict] = []
     for candidate in candidates:
@@ -252,6 +255,8 @@ class _Race:
         try:
             return self._tried(candidate)
         except Exception as reason:  # a compiler's, a library's or a device's own kinds of failure
+            if is_stop(reason):
+                raise
             verdict = CRAMPED if is_out_of_memory(reason) else RAISED
             return Verdict(candidate.name, verdict, reason=_shortly(reason))
 

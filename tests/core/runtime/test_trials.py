@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextstep_core.runtime import trials
+from nextstep_core.runtime.interrupt import checked
 from nextstep_core.runtime.trials import LOST, MISSING, RAISED, SLOWER, WON, WRONG, Candidate, Outcome, Trial, run
 
 CPU = torch.device("cpu")
@@ -198,6 +199,25 @@ def test_it_can_be_stopped_between_candidates(clock: FakeClock) -> None:
     two = [candidate(name, clock.taking(0.5, torch.matmul)) for name in "ab"]
     with pytest.raises(KeyboardInterrupt):
         run(trial(clock), two, stopwatch=clock, check=check)
+
+
+@pytest.mark.parametrize("allowed", range(6))
+def test_what_stops_a_network_that_is_tried_is_no_failure_of_anything(clock: FakeClock, allowed: int) -> None:
+    """Neither of the plain path, which is run alone at first, nor of the candidate that it runs beside."""
+    asked, network, x = [], nn.Linear(8, 8), torch.randn(2, 8)
+
+    class Interrupted(Exception):
+        pass
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > allowed:
+            raise Interrupted
+
+    plain = Trial("a network", clock.taking(1.0, network), [(x,)], TOLERANCE, CPU)
+    with pytest.raises(Interrupted), checked([network], check):
+        run(plain, [candidate("good", clock.taking(0.5, network.forward))], stopwatch=clock)
+    assert len(asked) == allowed + 1
 
 
 def test_outcomes_are_written_and_read(clock: FakeClock) -> None:
