@@ -28,7 +28,7 @@ TOLERANCES = {"exact": 1e-5, "fast": 0.05}
 SIZES = (1, 2, 4, 8, 16, 32)  # of windows, in places: few, since each is captured once
 MOST = SIZES[-1]
 WORTH = 0.9  # of the cost of a place, what it must fall to for a window of twice the size to be tried at all
-QUICK, REPEATED = 0.1, 3  # seconds; what takes longer is not timed again, and what does not, so often
+QUICK, REPEATED = 0.1, 3  # seconds; of what takes longer the second call counts, of what does not the best of so many
 
 
 def look_ahead(
@@ -73,9 +73,10 @@ def measured(read_one: Callable[[], Tensor], read: Callable[[int], Tensor]) -> d
 
 
 def _seconds(read: Callable[[], Tensor]) -> float:
-    """The least of a few calls, of which the first may have captured the work, or compiled it."""
+    """The least of a few calls. The first may have tried kernels, compiled them or captured the work, which can take
+    longer than a picture's worth of reads, so it never stands alone."""
     seconds: list[float] = []
-    while len(seconds) < REPEATED and (not seconds or seconds[-1] < QUICK):
+    while len(seconds) < 2 or (len(seconds) < REPEATED and seconds[-1] < QUICK):
         started = time.perf_counter()
         read().flatten()[0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)

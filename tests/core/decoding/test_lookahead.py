@@ -147,6 +147,19 @@ def test_only_sizes_that_may_pay_are_timed(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(measured(lambda: read(1), read)) == [1, 2, 4, 8] and set(asked) == {1, 2, 4, 8}
 
 
+def test_what_the_first_read_of_a_size_prepares_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU kernels are tried, compiled and captured in it, for seconds."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(lookahead.time, "perf_counter", lambda: clock[0])
+
+    def read(size: int) -> Tensor:
+        clock[0] += 0.01 if size in asked else 5.0 / size
+        asked.append(size)
+        return torch.zeros(1)
+
+    assert measured(lambda: read(1), read) == pytest.approx(dict.fromkeys(SIZES, 0.01))
+
+
 def test_where_windows_do_not_pay_the_next_run_goes_token_by_token(tiny: NextStepPipeline, monkeypatch) -> None:
     engine = replace(tiny.engine, caches=StepCaches())
     pipe = NextStepPipeline(engine, tiny.vae, CPU, torch.float32)
