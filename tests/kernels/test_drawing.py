@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from unasked import Unasked
 
 from nextstep_core import NextStepPipeline
@@ -149,6 +150,21 @@ def test_layers_with_something_hooked_to_them_are_left_alone(pipeline: NextStepP
         for handle in handles:
             handle.remove()
     assert asked.names == []
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8"])
+def test_what_a_host_sends_away_is_not_held(recipe: str | None) -> None:
+    """ComfyUI moves a part of the layers to make room for other models, and tells nobody."""
+    pipe = NextStepPipeline.from_pretrained("tiny", quantization=recipe, dtype=torch.float32)
+    asked, model = Unasked(), pipe.engine.model
+    made = TokenSequence(model, shape(), hasten=asked.kernels), TokenSampler(model, shape(), hasten=asked.kernels)
+    assert asked.names == ["triton-layers", "triton-head"] and made
+    gone = []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            gone.append(StorageWeakRef(parameter.untyped_storage()))
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+    assert all(storage.expired() for storage in gone)
 
 
 def test_one_that_raises_gives_way_with_one_line(pipeline: NextStepPipeline, caplog, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...model.flow_head import NORM_EPS, FlowHead
 from .reading import Linear, is_plain, linear, vector
 from .rows import INT4, fp8_to_float
-from .support import MOST_ROWS, launch, power_of_two
+from .support import MOST_ROWS, bits, launch, power_of_two
 
 WIDEST = 4096  # columns of a matrix, of which a program holds whole rows
 TILE = 4  # rows of a matrix in a program
@@ -221,7 +221,7 @@ def _held(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Linear 
 
 def _tensors(weights: Linear) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, scale and bias; where there is none, the weight stands for it."""
-    weight, scale = weights.matrix.weight, weights.matrix.scale
+    weight, scale = bits(weights.matrix.weight), weights.matrix.scale
     return weight, weight if scale is None else scale, weight if weights.bias is None else weights.bias
 
 

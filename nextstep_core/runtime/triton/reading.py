@@ -1,4 +1,7 @@
-"""A linear layer's weights as the kernels take them, where the layer does nothing else with them."""
+"""A linear layer's weights as the kernels take them, where the layer does nothing else with them.
+
+What is held is the layer's own parameters, not what lies in them: a host that sends a layer away frees its memory.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,14 @@ def linear(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Linear
         lies_otherwise = layer.kernel is not None and layer.kernel.lies != (None, None)
         if layer.layout is not None or lies_otherwise or layer.weight.device != device:
             return None
-        matrix = Matrix.of(layer.format, layer.weight.data, layer.weight_scale.data)
+        matrix = Matrix.of(layer.format, layer.weight, layer.weight_scale)
     elif isinstance(layer, nn.Linear) and layer.weight.dtype == dtype and layer.weight.device == device:
-        matrix = Matrix.of(None, layer.weight.data, None)
+        matrix = Matrix.of(None, layer.weight, None)
     else:
         return None
-    return None if matrix is None else Linear(matrix, bias.data if isinstance(bias, Tensor) else None)
+    return None if matrix is None else Linear(matrix, bias if isinstance(bias, Tensor) else None)
 
 
 def vector(parameter: Tensor | None, device: torch.device) -> Tensor | None:
     """A norm's weight or bias, where it lies on `device`."""
-    return parameter.data if isinstance(parameter, Tensor) and parameter.device == device else None
+    return parameter if isinstance(parameter, Tensor) and parameter.device == device else None

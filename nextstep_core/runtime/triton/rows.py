@@ -187,7 +187,7 @@ class Matrix:
         if scale is None or not weight.is_contiguous():
             return None
         if isinstance(format, PerRow) and format.dtype in (torch.int8, torch.float8_e4m3fn):
-            return cls(bits(weight), scale, len(weight), weight.shape[1], INT8 if format.dtype == torch.int8 else FP8)
+            return cls(weight, scale, len(weight), weight.shape[1], INT8 if format.dtype == torch.int8 else FP8)
         if isinstance(format, Int4) and format.group in (32, 64, 128):
             return cls(weight, scale, len(weight), 2 * weight.shape[1], INT4, format.group)
         return None
@@ -212,12 +212,13 @@ def product(
     tile, numbers = TILES[dot], 4096 if matrix.code == FLOATS else 8192
     # On the way a program holds a sum for every number of its tile and every row, and must not run out of registers.
     wide = 128 if dot else min(512, max(64, numbers // (8 * padded)))
+    weight = bits(matrix.weight)
     launch(
         few_rows,
         (triton.cdiv(rows, tile),),
         x.contiguous(),
-        matrix.weight,
-        matrix.weight if matrix.scale is None else matrix.scale,
+        weight,
+        weight if matrix.scale is None else matrix.scale,
         x if bias is None else bias,
         x if norm is None else norm,
         x if plus is None else plus,
