@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ...errors import NextStepError
@@ -118,20 +118,18 @@ class Line:
         return batch
 
     async def _draw_batch(self, batch: list[Picture]) -> None:
-        events = self._draw([picture.data for picture in batch])
         reason = ""
         try:
-            async for event in events:
-                batch[event["picture"]].tell(event)
-                if all(picture.is_done or picture.has_left for picture in batch):
-                    break
+            async with aclosing(self._draw([picture.data for picture in batch])) as events:
+                async for event in events:
+                    batch[event["picture"]].tell(event)
+                    if all(picture.is_done or picture.has_left for picture in batch):
+                        break
         except Lost as error:
             reason = str(error)
         except Exception as error:  # of whatever draws; the line goes on
             log.warning("A batch failed: %s", error)
             reason = type(error).__name__
-        finally:
-            await events.aclose()
         for picture in reversed(batch):
             if picture.is_done or picture.has_left:
                 continue

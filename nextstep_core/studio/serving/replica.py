@@ -115,7 +115,8 @@ class Partials:
         self.shown = self.shown or [0] * len(self.batch)
         if time.monotonic() - self.told > PROGRESS_SECONDS:
             self.told = time.monotonic()
-            self.tell(0, {"kind": "progress", "done": progress.done, "total": progress.total})
+            for n in range(len(self.batch)):  # a stream waits for each
+                self.tell(n, {"kind": "progress", "done": progress.done, "total": progress.total})
         look: Any = getattr(self.artist, "look", None)
         if look is None or len(progress.tokens) != len(self.batch):  # drawn one by one, after the batch failed
             return

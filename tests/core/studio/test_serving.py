@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 
 from nextstep_core import NextStepError
+from nextstep_core.runtime.interrupt import go_on
 from nextstep_core.studio.cluster import Where
 from nextstep_core.studio.model_choice import ModelChoice
 from nextstep_core.studio.serving import app as app_module
 from nextstep_core.studio.serving.app import Settings
-from nextstep_core.studio.serving.asked import Limits
+from nextstep_core.studio.serving.asked import Limits, picture_data, wanted
 from nextstep_core.studio.serving.line import Lost
-from nextstep_core.studio.serving.replica import Replica
+from nextstep_core.studio.serving.replica import Replica, draw_batch
 
 openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
 pytest.importorskip("uvicorn", reason="Ray Serve is not installed")
@@ -301,6 +302,32 @@ def test_a_picture_whose_worker_is_lost_is_drawn_alone_once_more() -> None:
         events = client(address).images.generate(prompt="harm", size="16x16", stream=True)
         with pytest.raises(openai.APIError, match="2 workers were lost"):
             list(events)
+
+
+def test_a_worker_that_fails_while_it_is_left_goes_on() -> None:
+    """As a connection to it may, that is to be told that nobody waits any more."""
+    replica, failed = Replica(lambda _: Flat(), {}), []
+
+    async def failing(pictures: Sequence[Any]) -> AsyncGenerator[Any, None]:
+        try:
+            async for event in replica.draw(pictures):
+                yield event
+        finally:
+            if not failed:
+                failed.append(1)
+                raise ConnectionError("gone")
+
+    with served(failing) as (address, _):
+        assert [seen(draw(address, seed=seed).data[0])[1] for seed in (3, 4)] == [3, 4]
+    assert failed
+
+
+def test_every_picture_of_a_batch_is_told_how_far_it_is() -> None:
+    asked = wanted({"prompt": SLOW, "n": 2, "size": "16x16"}, (), "flat")
+    told: list[dict[str, Any]] = []
+    draw_batch(Flat(), [picture_data(asked, n) for n in range(2)], told.append, go_on)
+    assert {event["picture"] for event in told if event["kind"] == "progress"} == {0, 1}
+    assert [event["picture"] for event in told if event["kind"] == "done"] == [0, 1]
 
 
 def test_the_embedded_model_draws_as_it_does_alone() -> None:
