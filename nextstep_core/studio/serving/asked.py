@@ -141,8 +141,8 @@ def _size(size: object, pictures: Sequence[tuple[bytes, tuple[int, int]]], limit
 
 
 def _png(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """An uploaded picture as a PNG of our own, and its (width, height)."""
-    from PIL import Image
+    """An uploaded picture, the way up that it says, as a PNG of our own, and its (width, height)."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -154,7 +154,8 @@ def _png(data: bytes) -> tuple[bytes, tuple[int, int]]:
                     height=size[1],
                     most=MOST_UPLOADED_PIXELS,
                 )
-            plain = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            plain = ImageOps.exif_transpose(image.convert("RGBA" if has_alpha else "RGB"))
     except NextStepError:
         raise
     except Exception as error:  # whatever is wrong with whichever kind of file
@@ -163,7 +164,7 @@ def _png(data: bytes) -> tuple[bytes, tuple[int, int]]:
         ) from None
     file = BytesIO()
     plain.save(file, "PNG", compress_level=1)
-    return file.getvalue(), size
+    return file.getvalue(), plain.size
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

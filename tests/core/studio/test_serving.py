@@ -84,6 +84,20 @@ def test_edits_take_several_pictures_and_no_name_of_a_file(server: str) -> None:
     assert answer.size == "736x352", "the trained ratio that is nearest to the first picture's"
 
 
+def test_an_upload_is_seen_the_way_up_that_it_says() -> None:
+    """As phones write pictures: lying, with a note that they stand."""
+    lying, file, says = Image.new("RGB", (40, 16), "red"), BytesIO(), Image.Exif()
+    lying.paste("blue", (0, 0, 20, 16))
+    says[0x0112] = 6  # to be turned to the right
+    lying.save(file, "JPEG", exif=says, quality=100, subsampling=0)
+    asked = wanted({"prompt": "a"}, [file.getvalue()], "flat")
+    ((_, data),) = asked.orders[0]["images"]
+    with Image.open(BytesIO(data)) as image:
+        assert image.size == (16, 40) and asked.width < asked.height
+        red, _, blue = image.convert("RGB").getpixel((8, 5))
+        assert blue > 200 > 50 > red, "what lay at the left is above"
+
+
 @pytest.mark.parametrize("partial", [0, 1, 3])
 @pytest.mark.parametrize("editing", [False, True])
 def test_a_picture_is_shown_while_it_is_drawn(server: str, partial: int, editing: bool) -> None:
