@@ -20,6 +20,7 @@ from ..errors import is_out_of_memory
 from ..model.transformer import span_at
 from ..runtime.chosen import Chooser, say
 from ..runtime.graphs import Step
+from ..runtime.interrupt import is_stop
 from ..runtime.quantization import QuantizedLinear
 from ..runtime.trials import Candidate, Trial
 from ..runtime.triton import support
@@ -110,7 +111,7 @@ class Guarded:
             try:
                 return self._fast(*inputs, **variant)
             except Exception as reason:  # a compiler's or a device's own kinds of failure
-                if isinstance(reason, RuntimeError) and is_out_of_memory(reason):
+                if is_stop(reason) or (isinstance(reason, RuntimeError) and is_out_of_memory(reason)):
                     raise
                 said = (str(reason).splitlines() or [""])[0]
                 log.warning("%s is off from here on (%s: %s)", self._name, type(reason).__name__, said[:200])

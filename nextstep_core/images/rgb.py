@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # One picture: PIL, or an array or tensor (H, W, C) in [0, 1].
 ImageInput: TypeAlias = Union["Image.Image", np.ndarray, Tensor]
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # where EXIF says which way up a picture is, and what lays it on its side
 SPARE = 4  # times what will be seen of a picture's side is resized at most
 
 
@@ -83,7 +84,7 @@ def picture_size(image: ImageInput) -> tuple[int, int]:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return image.height, image.width
+        return seen_size(image)[::-1]
     if not _is_array(image):
         raise _no_picture(image)
     if isinstance(image, Tensor):
@@ -94,10 +95,27 @@ def picture_size(image: ImageInput) -> tuple[int, int]:
     return height, width
 
 
+def seen_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of `as_seen`, before any of it is read."""
+    # A PNG that does not say so at its start would be read to its end.
+    turned = "exif" in image.info and image.getexif().get(ORIENTATION) in LYING
+    return (image.height, image.width) if turned else image.size
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture as viewers show it: the way up that its file says, RGB or RGBA, in eight bits."""
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith("I;16"):  # which PIL turns into white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    return ImageOps.exif_transpose(image.convert("RGBA" if has_alpha else "RGB"))
+
+
 def _read(image: Image.Image) -> np.ndarray:
     """A picture as fractions (H, W, 3 or 4); its file is read only now."""
     try:
-        return np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"), dtype=np.float32) / 255
+        return np.asarray(as_seen(image), dtype=np.float32) / 255
     except Exception as error:  # whatever is wrong with whichever kind of file
         if is_out_of_memory(error):
             raise

@@ -16,7 +16,7 @@ from .. import __version__
 from ..decoding.engine import NextStepEngine
 from ..decoding.progress import Progress
 from ..errors import NextStepError
-from ..images.rgb import cover, to_pixels
+from ..images.rgb import cover, seen_size, to_pixels
 from ..pipeline import NextStepPipeline
 from ..request.layout import IMAGE_SLOT
 from ..request.parameters import PRODUCT, parameters_text
@@ -107,7 +107,7 @@ def _size(order: Order) -> tuple[int, int]:
         from PIL import Image
 
         with Image.open(order.images[0]) as image:
-            return ratio_size(nearest_ratio(*image.size), BASE)
+            return ratio_size(nearest_ratio(*seen_size(image)), BASE)
     return BASE, BASE
 
 

@@ -18,6 +18,7 @@ DECLARED = {"torch", "tokenizers", "safetensors", "huggingface_hub", "filelock",
 OPTIONAL = {"comfy_kitchen", "gguf", "ray", "starlette", "uvicorn", "python_multipart"}
 ITSELF = {"nextstep_core"}  # under its own name, where a class is sent to another process
 COMMANDS = {"typer", "rich"}  # the first brings the second
+IN_ROOMS = {"commands": COMMANDS, "triton": {"triton"}}  # of whole folders, which are imported only when they are used
 
 
 def imported(path: Path) -> list[tuple[str, bool]]:
@@ -34,7 +35,7 @@ def imported(path: Path) -> list[tuple[str, bool]]:
 
 def test_the_engine_imports_only_what_is_declared() -> None:
     for path in CORE:
-        allowed = DECLARED | OPTIONAL | ITSELF | (COMMANDS if path.parent.name == "commands" else set())
+        allowed = DECLARED | OPTIONAL | ITSELF | IN_ROOMS.get(path.parent.name, set())
         outside = {name for name, _ in imported(path)} - set(sys.stdlib_module_names) - allowed
         assert not outside, f"{path.name} imports {outside}"
         assert not {name for name, _ in imported(path)} & HOST_MODULES

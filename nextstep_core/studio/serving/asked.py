@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import Any
 
 from ...errors import NextStepError, check_choice, check_text, shown
+from ...images.rgb import as_seen
 from ...images.saving import FORMATS, QUALITY
 from ...ranges import Range
 from ...request.sizes import nearest_ratio, ratio_size
@@ -103,7 +104,7 @@ def wanted(fields: Mapping[str, Any], images: Sequence[bytes], model: str, limit
     settings = {name: SETTINGS[name].check(WHERE, fields[name]) for name in OURS if name in fields}
     if "steps" in settings:
         Range("steps", STEPS.minimum, limits.steps).check(settings["steps"])
-    pictures = [_png(data) for data in images]
+    pictures = [_png(data, limits.side) for data in images]
     width, height = _size(fields.get("size", AUTO), pictures, limits)
     stream = fields.get("stream", False)
     check_choice("stream", stream, (False, True))
@@ -140,9 +141,13 @@ def _size(size: object, pictures: Sequence[tuple[bytes, tuple[int, int]]], limit
     return width, height
 
 
-def _png(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """An uploaded picture, the way up that it says, as a PNG of our own, and its (width, height)."""
-    from PIL import Image, ImageOps
+def _png(data: bytes, side: int) -> tuple[bytes, tuple[int, int]]:
+    """An uploaded picture, the way up that it says, as a PNG of our own, and its (width, height).
+
+    No picture is drawn with a longer side than `side`, so one whose shorter side is longer is waiting in the size in
+    which it is needed.
+    """
+    from PIL import Image
 
     try:
         with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -154,14 +159,16 @@ def _png(data: bytes) -> tuple[bytes, tuple[int, int]]:
                     height=size[1],
                     most=MOST_UPLOADED_PIXELS,
                 )
-            has_alpha = "A" in image.getbands() or "transparency" in image.info
-            plain = ImageOps.exif_transpose(image.convert("RGBA" if has_alpha else "RGB"))
+            plain = as_seen(image)
     except NextStepError:
         raise
     except Exception as error:  # whatever is wrong with whichever kind of file
         raise NextStepError(
             "An input image cannot be read ({reason}). Save it anew as PNG.", reason=type(error).__name__
         ) from None
+    if (shorter := min(plain.size)) > side:
+        width, height = (max(side, round(own * side / shorter)) for own in plain.size)
+        plain = plain.resize((width, height), Image.Resampling.LANCZOS)
     file = BytesIO()
     plain.save(file, "PNG", compress_level=1)
     return file.getvalue(), plain.size

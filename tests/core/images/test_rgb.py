@@ -140,6 +140,24 @@ def test_every_kind_of_picture_is_the_same_pixels() -> None:
     assert (to_pixels(gray) - expected[:, :1]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_the_way_up_that_its_file_says(orientation: int) -> None:
+    picture, file, says = Image.new("RGB", (4, 2), "red"), io.BytesIO(), Image.Exif()
+    picture.paste("blue", (0, 0, 2, 2))
+    says[0x0112] = orientation
+    picture.save(file, "PNG", exif=says)
+    with Image.open(file) as image:
+        size = picture_size(image)
+        pixels = to_pixels(image)
+    assert size == tuple(pixels.shape[2:]) == ((4, 2) if orientation > 4 else (2, 4))
+    assert (pixels[0, 2, 0, 0] > 0) == (orientation in (1, 4, 5, 6)), "what was at the left"
+
+
+def test_gray_of_sixteen_bits_is_gray() -> None:
+    picture = Image.fromarray(np.full((2, 3), 0x8000, np.uint16))
+    assert picture.mode == "I;16" and to_pixels(picture).abs().max() < 0.01
+
+
 def test_a_file_that_is_cut_off_is_one_sentence() -> None:
     """PIL reads a file when its pixels are asked for."""
     file = io.BytesIO()

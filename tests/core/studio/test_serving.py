@@ -98,6 +98,15 @@ def test_an_upload_is_seen_the_way_up_that_it_says() -> None:
         assert blue > 200 > 50 > red, "what lay at the left is above"
 
 
+def test_a_large_upload_waits_in_the_size_that_can_be_drawn() -> None:
+    file = BytesIO()
+    Image.new("RGB", (4000, 3000), "red").save(file, "JPEG")
+    asked = wanted({"prompt": "a"}, [file.getvalue()], "flat", Limits(side=512))
+    ((_, data),) = asked.orders[0]["images"]
+    with Image.open(BytesIO(data)) as image:
+        assert image.size == (683, 512)
+
+
 @pytest.mark.parametrize("partial", [0, 1, 3])
 @pytest.mark.parametrize("editing", [False, True])
 def test_a_picture_is_shown_while_it_is_drawn(server: str, partial: int, editing: bool) -> None:
