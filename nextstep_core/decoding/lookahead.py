@@ -24,7 +24,7 @@ from .steps import StepCaches, StepShape
 from .window_choice import WindowChoice
 
 # How far a guess may be from the token that is drawn in its place, relative to that token's length, to count as right.
-TOLERANCES = {"exact": 1e-5, "fast": 0.05}
+TOLERANCES = {"exact": 1e-5, "fast": 0.1}
 SIZES = (1, 2, 4, 8, 16, 32)  # of windows, in places: few, since each is captured once
 MOST = SIZES[-1]
 WORTH = 0.9  # of the cost of a place, what it must fall to for a window of twice the size to be tried at all
