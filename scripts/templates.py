@@ -508,7 +508,7 @@ def sampler(
         "negative": ("negative", 0),
         **(fed or {}),
     }
-    return Node("sampler", "NextStepSampler", (300, 628), values, links)
+    return Node("sampler", "NextStepSampler", (300, 652), values, links)
 
 
 def decode(width: int = 340) -> Node:

@@ -178,13 +178,14 @@ def test_without_a_folder_it_is_decided_for_the_process(cache: Path, caplog: pyt
 
 CHILD = """
 import os, sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))  # by which CPUs are told apart
 from nextstep_core.runtime.chosen import Chooser, NAMES
 from nextstep_core.runtime.trials import Candidate, Trial
 
 def deadly():
-    if sys.argv[1] == "dies":
+    if sys.argv[2] == "dies":
         os._exit(9)
-    open(sys.argv[2], "w").close()
+    open(sys.argv[3], "w").close()
     time.sleep(60)
 
 plain = torch.ones(2)
@@ -196,7 +197,8 @@ print("survived")
 
 
 def child(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", CHILD, str(torch.get_num_threads()), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
 
 
 def test_one_that_kills_the_process_is_skipped_at_the_next_start(caplog: pytest.LogCaptureFixture) -> None:
