@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nextstep_core.images.latents import PUBLISHED_LATENTS
 from nextstep_core.model.vae import AutoencoderKL
+from nextstep_core.request.masks import kept_tokens
 
 from .progress import load_if_there, pick_device, save_atomically
 from .scenes import (
@@ -39,6 +40,7 @@ from .scenes import (
     Scene,
     caption,
     edits_among,
+    mask_of,
     place_single,
     place_single_freely,
     render,
@@ -258,15 +260,8 @@ class Examples:
 
 
 def masked_tokens(scene: Scene, wider: float) -> Tensor:
-    """(T,), True at tokens that the square around the only object touches, when it is so many pixels `wider`."""
-    (thing,) = scene.objects
-    reach = thing.radius + wider
-    rows, columns = (torch.arange(count) * TOKEN_PIXELS for count in grid_of(scene))
-    down, across = (
-        (starts < center + reach) & (starts + TOKEN_PIXELS > center - reach)
-        for starts, center in ((rows, thing.y), (columns, thing.x))
-    )
-    return (down[:, None] & across[None, :]).flatten()
+    """(T,), True at tokens that are drawn anew when the only object is masked, with so many pixels around it."""
+    return ~kept_tokens(torch.from_numpy(mask_of(scene, wider)), grid_of(scene))
 
 
 def as_people_write(rng: random.Random, text: str) -> str:

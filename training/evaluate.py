@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from nextstep_core.decoding.job import KnownTokens
 from nextstep_core.pipeline import NextStepPipeline
@@ -38,6 +37,7 @@ from training.scenes import (
     Scene,
     caption,
     edit_between,
+    mask_of,
     place_freely,
     place_single,
     place_single_freely,
@@ -212,7 +212,7 @@ def measure_inpainting(
     for number in range(count):
         color, shape, background = rng.choice(wanted)
         before = masked_scene(rng, color, shape, background)
-        source, keep = render(before), kept_tokens(mask_of(before), (4, 4))
+        source, keep = render(before), kept_tokens(torch.from_numpy(mask_of(before)), (4, 4))
         encoded = pipeline.encode_image(Image.fromarray(source))
         asked = replace(before, objects=(replace(before.objects[0], color=color, shape=shape),))
         edit = edit_between(before, asked)
@@ -242,15 +242,6 @@ def masked_scene(rng: random.Random, color: str, shape: str, background: str) ->
         scene = place_single_freely(rng, triple, held_out=True)
         if scene.objects[0].radius <= SMALL_ENOUGH:
             return scene
-
-
-def mask_of(scene: Scene) -> Tensor:
-    """(height, width), 1 on the square around the only object."""
-    (thing,) = scene.objects
-    mask = torch.zeros(scene.height, scene.width)
-    left, top = (max(0, math.floor(center - thing.radius)) for center in (thing.x, thing.y))
-    mask[top : math.ceil(thing.y + thing.radius), left : math.ceil(thing.x + thing.radius)] = 1
-    return mask
 
 
 def psnr(image: np.ndarray, ideal: np.ndarray) -> float:

@@ -198,6 +198,16 @@ def coverage(shape: str, radius: float, x: float, y: float, width: int, height: 
     return mask
 
 
+def mask_of(scene: Scene, wider: float = 0.0) -> np.ndarray:
+    """(height, width) float32, 1 on the square around the only object, made `wider` by so many pixels on each side."""
+    (thing,) = scene.objects
+    reach = thing.radius + wider
+    mask = np.zeros((scene.height, scene.width), np.float32)
+    left, top = (max(0, math.floor(center - reach)) for center in (thing.x, thing.y))
+    mask[top : math.ceil(thing.y + reach), left : math.ceil(thing.x + reach)] = 1
+    return mask
+
+
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene, anti-aliased, as (height, width, 3) uint8."""
     image = np.empty((scene.height, scene.width, 3), np.float32)

@@ -74,12 +74,9 @@ class FusedFlow:
         known: dict[tuple[str, int], Tensor] = {("noise", i): one for i, one in enumerate(noise)}
         (first,) = updates.calls[0].state
         known["state", 0] = known[first.kind, first.index]
-        totals = [*(call.state for call in updates.calls[1:]), updates.token]
         x = known["state", 0]
-        for number, (call, terms) in enumerate(zip(updates.calls, totals)):
+        for number, (call, (own, others)) in enumerate(zip(updates.calls, updates.after)):
             raw = velocities(self._weights, x, [m[call.time] for m in modulations], dtype)
-            own = sum(term.factor for term in terms if (term.kind, term.index) == ("velocity", number))
-            others = [t for t in terms if (t.kind, t.index) != ("velocity", number)]
             pairs = [(known[term.kind, term.index], term.factor) for term in others]
             known["velocity", number], x = guide_and_advance(raw, branches, guidance, own, pairs)
             known["state", number + 1] = x
@@ -90,11 +87,8 @@ def can_integrate(updates: Updates) -> bool:
     """Whether a kernel takes all tensors that enter a step of this solver at once."""
     from ..runtime.triton.head import MOST_TERMS
 
-    totals = [*(call.state for call in updates.calls[1:]), updates.token]
     first = updates.calls[0].state
-    few = all(
-        len([t for t in terms if t.kind != "velocity" or t.index != n]) < MOST_TERMS for n, terms in enumerate(totals)
-    )
+    few = all(len(others) < MOST_TERMS for _, others in updates.after)
     return few and len(first) == 1 and first[0].factor == 1
 
 

@@ -52,8 +52,7 @@ class Share:
     def of(self, config: NextStepConfig) -> NextStepConfig:
         """The config of the share; NextStepError where the layers cannot be cut into so many."""
         heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-        shared = kv_heads % self.count and self.count % kv_heads  # neither a part of them each, nor each by several
-        if heads % self.count or inner % self.count or shared:
+        if not _can_be_cut(config, self.count):
             raise NextStepError(
                 "{count} processes cannot share this model: it has {heads} attention heads in {groups} groups, and "
                 "{inner} columns in its MLP. Start {possible} instead.",
@@ -94,10 +93,13 @@ class Share:
 
 def counts(config: NextStepConfig) -> Iterator[int]:
     """How many processes can share a model, from 2 on."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    for count in range(2, heads + 1):
-        if not (heads % count or config.intermediate_size % count or (kv_heads % count and count % kv_heads)):
-            yield count
+    return (count for count in range(2, config.num_attention_heads + 1) if _can_be_cut(config, count))
+
+
+def _can_be_cut(config: NextStepConfig, count: int) -> bool:
+    kv_heads = config.num_key_value_heads
+    of_keys = kv_heads % count == 0 or count % kv_heads == 0  # a part of them each, or each by several
+    return of_keys and config.num_attention_heads % count == 0 and config.intermediate_size % count == 0
 
 
 def exchanged_bytes(config: NextStepConfig, rows: int, dtype: torch.dtype) -> int:

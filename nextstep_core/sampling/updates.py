@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -41,6 +42,17 @@ class Updates:
 
     calls: tuple[Call, ...]
     token: tuple[Term, ...]
+
+    @cached_property
+    def after(self) -> tuple[tuple[float, tuple[Term, ...]], ...]:
+        """What each call's state gives way to, the next state or at last the token: how much of this call's velocity
+        enters it, and the other terms."""
+        sums = [*(call.state for call in self.calls[1:]), self.token]
+        found = []
+        for number, terms in enumerate(sums):
+            own = [term for term in terms if (term.kind, term.index) == ("velocity", number)]
+            found.append((sum(term.factor for term in own), tuple(term for term in terms if term not in own)))
+        return tuple(found)
 
     def run(self, velocity: Velocity, noise: Tensor) -> Tensor:
         """The token, integrated out of `noise`, as the solver would."""

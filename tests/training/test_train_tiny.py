@@ -17,7 +17,6 @@ from nextstep_core.request.masks import kept_tokens
 from nextstep_core.request.tokenizer import NextStepTokenizer
 from training import data
 from training.data import Example, Examples, LatentPool, Shard, grid_of, masked_tokens, prompt_text
-from training.evaluate import mask_of
 from training.export import model_config
 from training.model_training import Trainee, checkpoint_tensors
 from training.optim import orthogonalize
@@ -29,6 +28,7 @@ from training.scenes import (
     WIDE,
     caption,
     is_held_out,
+    mask_of,
     place_is_held_out,
     place_single,
     place_single_freely,
@@ -151,7 +151,7 @@ def test_what_is_masked_in_training_is_what_inpainting_draws():
     rng = random.Random(0)
     for _ in range(20):
         scene = place_single_freely(rng, rng.choice(triples(held_out=False)))
-        drawn = [not kept for kept in kept_tokens(mask_of(scene), grid_of(scene))]
+        drawn = [not kept for kept in kept_tokens(torch.from_numpy(mask_of(scene)), grid_of(scene))]
         assert masked_tokens(scene, wider=0.0).tolist() == drawn
         assert masked_tokens(scene, wider=64.0).all()
 

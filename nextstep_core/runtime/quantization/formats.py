@@ -70,6 +70,12 @@ class PerRow:
         return weight.to(dtype) * scale.to(dtype)[:, None]
 
 
+def row_steps(x: Tensor, top: float) -> Tensor:
+    """(M, 1): what each row of float32 x (M, columns) is divided by so that its greatest magnitude becomes `top`."""
+    greatest: Tensor = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+    return greatest.clamp_min(TINY) / top
+
+
 @dataclass(frozen=True)
 class Int4:
     """Groups of `group` columns share a scale and a zero: weight (rows, columns / 2) uint8 holds two values in a byte,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import TINY, Format, Int4, PerRow
+from .formats import INT8, Format, Int4, PerRow, row_steps
 from .kernel import OWN_VERSION, Kernel
 from .layouts import Swapped
 
@@ -64,7 +64,7 @@ def _apart(scale: Tensor) -> Tensor:
 def int8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Its int8 product, of two rows to each of x: it rounds rows to int8 itself, and the second is what that loses."""
     x32 = x.float()
-    step = torch.linalg.vector_norm(x32, torch.inf, dim=1, keepdim=True).clamp_min(TINY) / 127
+    step = row_steps(x32, INT8.top)
     first = (x32 / step).round() * step
     both = torch.cat([first, x32 - first])
     out: Tensor = _kitchen().int8_linear(both, weight, scale.float(), out_dtype=torch.float32)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..triton import support
-from .formats import INT4, TINY, Format, Int4, PerRow, Rotated
+from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
 from .kernel import Kernel, of_rotated, padded, plain, unpacked
 from .layouts import Layout, Swapped, Tiles, cpu_layout, inner_tiles
 from .libraries import kitchen
@@ -64,7 +64,7 @@ def halves(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     beside a large one, is in the second. A product that reads its weights once for all rows has them at no cost.
     """
     x = x.float()
-    step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).clamp_min(TINY) / 127
+    step = row_steps(x, INT8.top)
     scaled = x / step
     first = scaled.round()
     out = torch.zeros(max(rows, 2 * len(x)), x.shape[1], dtype=torch.int8, device=x.device)
@@ -84,7 +84,7 @@ def _int8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def _fp8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The same with 8-bit floats: two of them hold what bfloat16 does."""
     wide = x.float()
-    step = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True).clamp_min(TINY) / 448
+    step = row_steps(wide, FP8.top)
     scaled = wide / step
     first = scaled.to(weight.dtype)
     second = ((scaled - first.float()) * FINER[1]).to(weight.dtype)

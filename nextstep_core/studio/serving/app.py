@@ -10,8 +10,8 @@ import hmac
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -141,10 +141,16 @@ class Server:
             one = await asyncio.to_thread(wanted, asked, images, self.settings.model, self.settings.limits)
         return await self._draw(request, one, EDIT)
 
-    def _arrival(self) -> _Arrival:
+    @contextmanager
+    def _arrival(self) -> Iterator[None]:
+        """Counts a request while it is read: what is uploaded takes memory before it has a place."""
         if self.line.waiting >= self.line.places or self._arriving >= self.line.places:
             raise self.line.full()
-        return _Arrival(self)
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
 
     async def _draw(self, request: Request, one: Wanted, kind: str) -> Response:
         from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -182,19 +188,6 @@ class Server:
             yield _event("error", _failure(event).as_data())
         finally:
             self.line.leave([picture])
-
-
-class _Arrival:
-    """Counts a request while it is read: what is uploaded takes memory before it has a place."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def __enter__(self) -> None:
-        self._server._arriving += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._server._arriving -= 1
 
 
 def _facts(one: Wanted) -> dict[str, str]:
