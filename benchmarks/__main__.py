@@ -100,7 +100,8 @@ def plain_subject(options: argparse.Namespace) -> Subject:
     """The model that the command line names, as it is loaded."""
     device, dtype = device_of(options), DTYPES[options.dtype]
     if options.random:
-        return random_subject(options.random, device, dtype)
+        stored = None if options.reference else options.quantization  # the reference reads floats
+        return random_subject(options.random, device, dtype, stored)
     return load_subject(options.model, device, dtype, options.quantization)
 
 

@@ -20,7 +20,14 @@ from nextstep_core.model.nextstep import NextStepModel, TextEmbedding
 from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.request.tokenizer import NextStepTokenizer
 from nextstep_core.runtime.graphs import StepGraphs
-from nextstep_core.runtime.quantization import quantize_model, quantized_linears
+from nextstep_core.runtime.quantization import (
+    QuantizedLinear,
+    find_recipe,
+    quantize_model,
+    quantized_linears,
+    replace_linears,
+)
+from nextstep_core.runtime.quantization.formats import PIECE
 from nextstep_core.sampling.settings import GenerationSettings
 
 BIAS_STD = 0.02
@@ -118,13 +125,17 @@ def load_subject(source: str, device: torch.device, dtype: torch.dtype, quantiza
     return Subject(source, plan.documents.read(CONFIG), engine, vae)
 
 
-def random_subject(shape: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A model of `SHAPES[shape]` with random weights, made where they stay."""
+def random_subject(shape: str, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> Subject:
+    """A model of `SHAPES[shape]` with random weights, made where they stay, as they are stored."""
     description = PUBLISHED_CONFIG | SHAPES[shape]
     config = NextStepConfig.from_dict(description)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        model = randomized(NextStepModel(config, dtype=dtype, device="meta"), device)
+        model = NextStepModel(config, dtype=dtype, device="meta")
+        if quantization is not None:
+            like = NextStepModel(config, dtype=dtype, device="meta")
+            replace_linears(model, like, find_recipe(quantization, device), QuantizedLinear)
+        randomized(model, device)
         text_embedding = randomized(TextEmbedding(config, dtype=dtype, device="meta"), torch.device("cpu"))
         vae = randomized(AutoencoderKL(PUBLISHED_VAE_CONFIG, dtype=dtype, device="meta"), device)
     latents = LatentSpace.from_configs(config, PUBLISHED_VAE_CONFIG)
@@ -139,13 +150,26 @@ def randomized(module: nn.Module, device: torch.device) -> nn.Module:
     """A meta-device module with memory on `device` and normal weights of GAIN / sqrt(inputs)."""
     module = module.to_empty(device=device).eval().requires_grad_(False)
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layer.weight.normal_(std=GAIN * layer.weight[0].numel() ** -0.5)
+        if isinstance(layer, (nn.Linear, nn.Conv2d, QuantizedLinear)):
+            if isinstance(layer, QuantizedLinear):
+                _fill(layer)
+            else:
+                layer.weight.normal_(std=GAIN * layer.weight[0].numel() ** -0.5)
             if layer.bias is not None:
                 layer.bias.normal_(std=BIAS_STD)
         elif hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
     return module
+
+
+def _fill(layer: QuantizedLinear) -> None:
+    """Random weights without the floats, for which a whole model has no room: the rows of a piece again and again."""
+    device = layer.weight.device
+    piece = torch.randn(min(PIECE, layer.rows), layer.columns, device=device) * GAIN * layer.columns**-0.5
+    weight, scale = layer.format.quantize(piece)
+    taken = torch.randint(len(piece), (layer.rows,), device=device)
+    layer.weight.copy_(weight[taken])
+    layer.weight_scale.copy_(scale[taken] if scale.ndim == 1 else scale[:, taken])
 
 
 def ready(subject: Subject, quantization: str | None, device: torch.device, dtype: torch.dtype) -> Subject:

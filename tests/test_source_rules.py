@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from source_rules import CHILD, faults
+from source_rules import CHILD, COMPILING, faults
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [
@@ -85,3 +85,13 @@ def test_what_only_looks_alike_is_allowed(source: str) -> None:
 def test_the_downloads_child_has_a_command_line_of_its_own(source: str) -> None:
     assert (not faults(POPEN + source, CHILD[0])) is CHILDREN[source]
     assert faults(POPEN + source, "nextstep_core/loading/store.py"), "and nobody else has one"
+
+
+def test_only_our_own_c_is_compiled() -> None:
+    compiles = "import ctypes, subprocess\nsubprocess.run(['cc'])\nctypes.CDLL(path)"
+    assert not faults(compiles, COMPILING[0])
+    assert faults(compiles, "nextstep_core/runtime/trials.py"), "nobody else does"
+    assert faults("import subprocess\nsubprocess.run('cc', shell=True)", COMPILING[0])
+    assert faults("import subprocess\nsubprocess.Popen(['cc'])", COMPILING[0])
+    sources = {path.name for path in (ROOT / "nextstep_core").rglob("*.c")}
+    assert sources == {"rows.c"}, "and the rules were made for what they know"

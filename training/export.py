@@ -59,7 +59,7 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "mlp_bias": False,
         "num_attention_heads": 4,
-        "num_hidden_layers": 5,
+        "num_hidden_layers": 7,
         "num_key_value_heads": 2,
         "o_attention_bias": False,
         "pad_token_id": tokenizer.token_to_id(PAD),

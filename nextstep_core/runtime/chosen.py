@@ -43,6 +43,7 @@ NAMES = (
     "triton-rows",
     "triton-head",
     "triton-layers",
+    "native-rows",
 )
 
 

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native import compiler
+from ..native import rows as native
 from ..triton import support
 from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
 from .kernel import Kernel, of_rotated, padded, plain, unpacked
-from .layouts import Layout, Swapped, Tiles, cpu_layout, inner_tiles
+from .layouts import Layout, RowBlocks, Swapped, Tiles, cpu_layout, inner_tiles
 from .libraries import kitchen
 
 WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
@@ -159,6 +161,25 @@ def own(format: Format) -> list[Kernel]:
     return [Kernel("triton-rows", run, most_rows=support.MOST_ROWS, version=version, missing=support.missing)]
 
 
+def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
+    """Our own product for CPUs with what `base`, PyTorch's packed one, reads; none where it is for no such matrix."""
+    rows, columns = len(weight), weight.shape[1]
+    if isinstance(format, Int4) and isinstance(base.layout, RowBlocks) and format.scale_dtype == torch.bfloat16:
+        whole, group = rows % base.layout.rows == 0, format.group
+
+        def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+            return native.library().int4(x, weight, scale, group)
+    elif isinstance(format, PerRow) and format.dtype == torch.int8 and format.scale_dtype == torch.bfloat16:
+        whole = rows % native.INT8_ROWS == 0 and columns % native.INT8_COLUMNS == 0
+
+        def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+            return native.library().int8(x, weight, scale)
+    else:
+        return []
+    own = replace(base, name="native-rows", run=run, version=native.VERSION, missing=compiler.missing, most_rows=None)
+    return [own] if whole else []
+
+
 def usual(format: Format, device_type: str) -> list[Kernel]:
     """What multiplies a matrix of `format` where nothing is measured, best first; the last works everywhere."""
     if isinstance(format, Rotated):
@@ -179,7 +200,8 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         return [of_rotated(kernel, format.rotated) for kernel in racing(format.inner, inner, weight)]
     kind = weight.device.type
     if kind == "cpu":
-        return [padded(base, rows, f"padded-to-{rows}") for rows in (4, 6)] if base.pack is not None else []
+        paddings = [padded(base, rows, f"padded-to-{rows}") for rows in (4, 6)] if base.pack is not None else []
+        return [*paddings, *in_c(format, base, weight)]
     found: list[Kernel] = []
     if isinstance(format, Int4):
         packed = base if base.name == "torch-int4" else _packed_int4(format, kind)

@@ -125,8 +125,8 @@ def test_what_races_where() -> None:
     for format in (INT8, FP8, INT4, INT4_32, Rotated(INT8, 16)):
         weight, _, _ = stored(format)
         names[format.name] = [kernel.name for kernel in racing(format, usual(format, "cpu")[0], weight)]
-    both = ["padded-to-4", "padded-to-6"]
-    assert names == {"int8": both, "fp8": [], "int4": both, "int4-g32": both, "int8, rotated": both}
+    all_three = ["padded-to-4", "padded-to-6", "native-rows"]
+    assert names == {name: [] if name == "fp8" else all_three for name in names}
 
 
 def test_kernels_of_one_layout_are_told_to_be() -> None:
@@ -146,6 +146,8 @@ def test_a_rotated_matrix_is_raced_with_rotated_inputs() -> None:
     base = usual(format, "cpu")[0]
     x = torch.randn(2, 256)
     for kernel in racing(format, base, weight):
+        if kernel.missing(CPU) is not None:
+            continue
         assert relative(kernel.run(x, kernel.packed(weight), scale), x @ matrix.T) <= 0.01
     assert relative(of_rotated(plain(INT8), 16).run(x, weight, scale), x @ matrix.T) <= 1e-5
 

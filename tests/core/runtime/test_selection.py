@@ -145,7 +145,8 @@ def test_a_whole_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     some = matrices(3)
     found = choose(INT8, 64, 128, some, torch.float32, Chooser(CPU, stopwatch=clock))
     assert found.name == "padded-to-4 up to 2 rows, padded-to-4 up to 3 rows, torch-int8"
-    assert {rows for _, rows in clock.asked} == {2, 3, 4}, "more than six have nothing to be padded to"
+    padded = {rows for name, rows in clock.asked if name.startswith("padded")}
+    assert padded == {2, 3, 4}, "more than six have nothing to be padded to"
     weight, scale = some[0]()
     x = torch.randn(2, 128)
     matrix = INT8.dequantize(weight, scale, x.dtype)

@@ -1,0 +1,118 @@
+"""The C compiler of this machine: a source of this package becomes a library for the processor that it has.
+
+A library lies in the cache folder under a name that hangs on the source, the compiler and the processor, so it is made
+once. Nothing is downloaded or installed: without a compiler there is no library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..ledger import cache_folder
+
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+PATIENCE = 120.0  # seconds for a compiler
+CPU_INFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
+OPENMP = "libgomp"
+
+
+def missing(device: torch.device) -> str | None:
+    """What this machine lacks for a library; None where nothing."""
+    if device.type != "cpu":
+        return "for CPUs"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "for Linux on x86 processors"
+    flags = cpu_flags()
+    if not {"avx2", "fma"} <= flags or ("avx512bw" in flags and "avx512_vnni" not in flags):
+        return "the processor has neither AVX-512 VNNI nor AVX2 alone"
+    return f"no C compiler is installed ({', '.join(COMPILERS)})" if compiler() is None else None
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, by Linux' names; empty where it does not say."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def compiler() -> str | None:
+    """The compiler that is found first."""
+    return next((path for path in map(shutil.which, COMPILERS) if path is not None), None)
+
+
+def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """The library made of a C source, compiled if it is not there; RuntimeError with what the compiler says."""
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no C compiler")
+    told = _output([command, "--version"]) + platform.processor() + " ".join(sorted(cpu_flags()))
+    digest = hashlib.sha256(source.read_bytes() + f"{command} {flags} {told}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "native"
+    path = folder / f"{source.stem}-{digest}.so"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_ours(path):
+            return ctypes.CDLL(str(path))
+        with tempfile.TemporaryDirectory(dir=folder) as room:
+            made = _compiled(command, flags, source, Path(room))
+            made.replace(path)
+    except OSError as reason:
+        raise RuntimeError(f"{path} cannot be made ({reason})") from reason
+    return ctypes.CDLL(str(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a library is there that nobody else could have written: it will run as a part of this process."""
+    if not path.exists():
+        return False
+    for part in (path, path.parent):
+        found = part.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise RuntimeError(f"others may write {part}")
+    return True
+
+
+def _compiled(command: str, flags: tuple[str, ...], source: Path, room: Path) -> Path:
+    # PyTorch brings OpenMP under a name of its own; a second one beside it would have threads of its own.
+    object_file, made = room / "object.o", room / "library.so"
+    _output([command, *(flag for flag in flags if flag != "-shared"), "-c", str(source), "-o", str(object_file)])
+    openmp = _loaded(OPENMP)
+    linked = ["-shared", str(object_file), *([str(openmp)] if openmp else ["-fopenmp"]), "-lm", "-o", str(made)]
+    _output([command, *linked])
+    made.chmod(0o700)
+    return made
+
+
+def _loaded(name: str) -> Path | None:
+    """The library of this name that the process has loaded already."""
+    for line in MAPS.read_text(encoding="utf-8").splitlines():
+        path = Path(line.split(maxsplit=5)[5]) if line.count("/") else None
+        if path is not None and path.name.startswith(name) and path.exists():
+            return path
+    return None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as reason:
+        raise RuntimeError(f"the C compiler did not run ({reason})") from reason
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise RuntimeError(f"the C compiler refused: {said}")
+    return done.stdout

@@ -1,0 +1,233 @@
+"""The products in C: their numbers for every kind of processor that this one can stand for, and when there are none."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextstep_core import NextStepPipeline
+from nextstep_core.runtime import chosen, ledger
+from nextstep_core.runtime.chosen import Chooser
+from nextstep_core.runtime.native import compiler, rows
+from nextstep_core.runtime.quantization import quantized_linears, selection
+from nextstep_core.runtime.quantization.formats import INT4, INT4_32, INT4_128, INT8, Format
+from nextstep_core.runtime.quantization.layouts import LAYOUTS
+from nextstep_core.runtime.quantization.products import in_c, usual
+from nextstep_core.runtime.trials import difference
+
+CPU = torch.device("cpu")
+# Kinds of processors by the compiler's names, and what Linux says that they can do beyond AVX2.
+KINDS = {
+    "haswell": set(),
+    "alderlake": {"avx_vnni"},
+    "cascadelake": {"avx512bw", "avx512_vnni"},
+    "icelake-server": {"avx512bw", "avx512_vnni", "avx512vbmi"},
+}
+FORMATS = (INT8, INT4, INT4_32, INT4_128)
+needs_compiler = pytest.mark.skipif(compiler.missing(CPU) is not None, reason=str(compiler.missing(CPU)))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(ledger.CACHE, str(tmp_path / "cache"))
+    monkeypatch.delenv(chosen.SWITCH, raising=False)
+    monkeypatch.setattr(chosen, "_ledgers", {})
+    rows.library.cache_clear()
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=KINDS)
+def built(request: pytest.FixtureRequest, tmp_path: Path) -> rows.Library:
+    """The library as a kind of processor would have it."""
+    if not KINDS[request.param] <= compiler.cpu_flags():
+        pytest.skip("this processor cannot stand for it")
+    return rows.Library(compiler.library(rows.SOURCE, tuple(
+        flag if flag != "-march=native" else f"-march={request.param}" for flag in compiler.FLAGS
+    )))  # fmt: skip
+
+
+def product(library: rows.Library, format: Format, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    if format is INT8:
+        return library.int8(x, weight, scale)
+    layout = next(layout for layout in LAYOUTS.values() if layout.rows == library.block)
+    return library.int4(x, layout.pack(weight), scale, format.group)
+
+
+@needs_compiler
+def test_they_are_the_product(built: rows.Library) -> None:
+    """Over random shapes, numbers of rows and sizes of what goes in, a massive activation and an empty row among it."""
+    rng = random.Random(0)
+    for turn in range(40):
+        format = FORMATS[turn % len(FORMATS)]
+        count, columns = rng.choice((1, 2, 3, 4, 5, 8, 17)), 128 * rng.randint(1, 9)
+        height = 4 * rng.randint(1, 40) if format is INT8 else built.block * rng.randint(1, 5)
+        torch.manual_seed(turn)
+        weight, scale = format.quantize(torch.randn(height, columns) * 10 ** rng.uniform(-3, 1))
+        x = (torch.randn(count, columns) + rng.choice((0, 0.5))) * 10 ** rng.uniform(-4, 3)
+        x[:, rng.randrange(columns)] *= rng.choice((1, 100))
+        x[rng.randrange(count)] *= rng.choice((0, 1, 1))
+        x = x.to(rng.choice((torch.float32, torch.bfloat16)))
+        expected = x.float() @ format.dequantize(weight, scale, torch.float32).T
+        found = product(built, format, x, weight, scale)
+        assert found.dtype == x.dtype and found.shape == (count, height)
+        rounding = 1e-3 if x.dtype == torch.float32 else 4e-3
+        assert (found.float() - expected).norm() <= rounding * expected.norm(), (format.name, count, columns, height)
+        assert not found[~x.any(dim=1)].any(), "an empty row gives nothing"
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_none(built: rows.Library, wrong: float) -> None:
+    """A fault before it is found where results are looked at, and does not become a gray picture."""
+    for format in FORMATS:
+        weight, scale = format.quantize(torch.randn(128, 256))
+        x = torch.randn(3, 256)
+        x[1, 200] = wrong
+        found = product(built, format, x, weight, scale)
+        assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all(), format.name
+
+
+@needs_compiler
+def test_threads_change_nothing() -> None:
+    weight, scale = INT8.quantize(torch.randn(96, 256))
+    x, before, found = torch.randn(5, 256), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(rows.library().int8(x, weight, scale))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_compiler
+def test_nothing_but_what_it_was_written_for_gets_to_c() -> None:
+    """It would read beyond the end of a tensor."""
+    library = rows.library()
+    weight, scale = INT8.quantize(torch.randn(64, 256))
+    packed, pairs = INT4.quantize(torch.randn(64, 256))
+    x = torch.randn(2, 256)
+    wrong = [
+        partial(library.int8, torch.randn(2, 128), weight, scale),
+        partial(library.int8, x, weight[:63], scale[:63]),
+        partial(library.int8, x, weight, scale[:32]),
+        partial(library.int8, x, weight, scale.float()),
+        partial(library.int8, x, weight.t().contiguous().t(), scale),
+        partial(library.int8, x, packed, scale),
+        partial(library.int4, torch.randn(2, 512), packed, pairs, 64),
+        partial(library.int4, x, packed[:32], pairs[:, :32], 64),
+        partial(library.int4, x, packed, pairs[:2], 64),
+        partial(library.int4, x, packed, pairs, 32),
+        partial(library.int4, x, packed, pairs.float(), 64),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="no product in C"):
+            call()
+
+
+def test_matrices_that_it_is_not_for_are_left_to_others() -> None:
+    odd, _ = INT8.quantize(torch.randn(64, 250))
+    assert in_c(INT8, usual(INT8, "cpu")[0], odd) == []
+    few, _ = INT4.quantize(torch.randn(16, 256))
+    assert in_c(INT4, usual(INT4, "cpu")[0], few) == []
+    assert in_c(INT4, usual(INT4, "cpu")[-1], INT4.quantize(torch.randn(64, 256))[0]) == [], "no layout known"
+
+
+@needs_compiler
+def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler.library(rows.SOURCE)
+    (made,) = (cache / "native").iterdir()
+    assert made.stat().st_mode & 0o077 == 0, "it runs as a part of this process, so nobody else may write it"
+    monkeypatch.setattr(compiler, "_compiled", lambda *_: pytest.fail("again"))
+    compiler.library(rows.SOURCE)
+    made.chmod(0o777)
+    with pytest.raises(RuntimeError, match="others may write"):
+        compiler.library(rows.SOURCE)
+
+
+@needs_compiler
+def test_another_source_or_compiler_is_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.library(rows.SOURCE)
+    other = tmp_path / "rows.c"
+    other.write_text(rows.SOURCE.read_text(encoding="utf-8") + "\n/* another */\n", encoding="utf-8")
+    compiler.library(other)
+    compiler.library(other, (*compiler.FLAGS, "-DOTHER"))
+    assert len(list((cache / "native").iterdir())) == 3
+
+
+@needs_compiler
+def test_one_thread_pool() -> None:
+    """A second OpenMP beside PyTorch's would fight with it for the processors."""
+    code = (
+        "import torch; from pathlib import Path; from nextstep_core.runtime.native import rows;"
+        "weight, scale = torch.ones(64, 64, dtype=torch.int8), torch.ones(64).bfloat16();"
+        "torch.randn(512, 512) @ torch.randn(512, 512); rows.library().int8(torch.ones(2, 64), weight, scale);"
+        "maps = Path('/proc/self/maps').read_text().splitlines();"
+        "print(len({line.split()[5] for line in maps if 'libgomp' in line}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler.missing(torch.device("cuda")) == "for CPUs"
+    monkeypatch.setattr(compiler.sys, "platform", "win32")
+    assert compiler.missing(CPU) == "for Linux on x86 processors"
+    monkeypatch.setattr(compiler.sys, "platform", "linux")
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"sse4_2"}))
+    assert "AVX2" in str(compiler.missing(CPU))
+    monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    assert compiler.missing(CPU) == "no C compiler is installed (cc, gcc, clang)"
+
+
+@needs_compiler
+@pytest.mark.parametrize("does", ["exit 1", "[ $1 = --version ] || exit 1", "exit 0"])
+def test_a_compiler_that_fails_costs_only_the_candidate(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+    broken.chmod(0o755)
+    monkeypatch.setattr(compiler, "COMPILERS", (str(broken),))
+    with pytest.raises(RuntimeError, match="compiler|cannot be made"):
+        compiler.library(rows.SOURCE)
+    monkeypatch.setattr(selection, "WIDE", 0)
+    pair = INT8.quantize(torch.randn(64, 128))
+    found = selection.choose(INT8, 64, 128, [lambda: pair], torch.float32, Chooser(CPU))
+    assert "native-rows" not in found.name
+
+
+@needs_compiler
+def test_pictures_are_those_of_the_plain_product() -> None:
+    """Forced on, in all of the embedded model's matrices that it is for: closer than the usual packed product."""
+    for quantization in ("int8", "int4"):
+        pictures = {}
+        for name in ("plain", "usual", "native"):
+            pipe = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32, quantization=quantization)
+            forced = 0
+            for _, layer in quantized_linears(pipe.engine.model):
+                plain = usual(layer.format, "cpu")[-1]
+                own = in_c(layer.format, layer.kernel, layer.own_weight(CPU)) if name == "native" else []
+                if name == "plain":
+                    layer.weight.data, layer.layout = layer.own_weight(CPU), None
+                    layer.kernel = plain
+                elif own:
+                    layer.kernel, forced = own[0], forced + 1
+            assert forced >= 20 or name != "native"
+            images = pipe.generate("a red circle on a blue background", height=64, width=64, steps=4, seed=5).images
+            pictures[name] = images
+        plain = pictures["plain"]
+        assert difference(pictures["native"], plain) <= difference(pictures["usual"], plain), quantization
+        assert (pictures["native"] - plain).abs().mean() <= 1e-3, quantization
