@@ -34,6 +34,7 @@ from benchmarks.report import benchmark, context, settings_of, show
 from benchmarks.subjects import SHAPES, Subject, load_subject, random_subject, ready
 from benchmarks.sweep import need_matplotlib, plot, sweep
 from benchmarks.timing import Case
+from nextstep_core.decoding.fused import OwnKernels
 from nextstep_core.decoding.steps import StepCaches
 from nextstep_core.errors import NextStepError
 from nextstep_core.images.latents import PUBLISHED_LATENTS
@@ -120,7 +121,7 @@ def case_of(options: argparse.Namespace, plain: Subject) -> Case:
     device, dtype = device_of(options), DTYPES[options.dtype]
     subject = ready(plain, options.quantization, device, dtype)
     graphs = None if options.no_graphs else subject.engine.caches.graphs
-    caches = StepCaches(graphs, prefilled=None)  # every run reads its prompt
+    caches = StepCaches(graphs, prefilled=None, hasten=OwnKernels())  # every run reads its prompt
     settings = settings_for(options, subject)
     return Case(subject, *options.size, options.batch, settings, options.prompt_length, device, dtype, caches)
 

@@ -21,7 +21,7 @@ FORBIDDEN_BEGINNINGS = ("os.exec", "os.spawn", "os.posix_spawn", "subprocess.", 
 CHILD = ("nextstep_core/loading/download.py", "subprocess.Popen")
 CHILD_PIPES = {"subprocess.PIPE", "subprocess.DEVNULL"}
 # Our own C, which the user's compiler makes a library of: nothing that was given to us is compiled or loaded.
-NATIVE = {"nextstep_core/runtime/native/compiler.py", "nextstep_core/runtime/native/rows.py"}
+NATIVE = {f"nextstep_core/runtime/native/{name}.py" for name in ("compiler", "rows", "head")}
 COMPILING = (
     "nextstep_core/runtime/native/compiler.py",
     {"subprocess.run", "subprocess.TimeoutExpired"},

@@ -1,4 +1,4 @@
-"""A token's work with our own kernels, where a trial on the device has shown them to be right and faster.
+"""A token's work with our own kernels and C, where a trial on the device has shown them to be right and faster.
 
 Whatever raises in them later is said once, and the plain steps go on.
 """
@@ -21,18 +21,21 @@ from ..model.transformer import span_at
 from ..runtime.chosen import Chooser, say
 from ..runtime.graphs import Step
 from ..runtime.interrupt import is_stop
+from ..runtime.native import compiler
+from ..runtime.native import head as native
 from ..runtime.quantization import QuantizedLinear
 from ..runtime.trials import Candidate, Trial
 from ..runtime.triton import support
 from ..sampling.guidance import guide
 from ..sampling.updates import Updates
-from .steps import FlowIntegration, TransformerStep, WindowStep
+from .steps import FlowIntegration, Network, TransformerStep, WindowStep
 
 log = logging.getLogger(__name__)
 
 # Of a result's norm: what two ways of rounding make of it on the way through all layers, or through one flow step.
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-LAYERS, HEAD = "triton-layers", "triton-head"
+LAYERS, HEAD, NATIVE = "triton-layers", "triton-head", "native-head"
+WIDE = 1024  # of a head; a narrower one has nothing to gain that a trial would not cost
 
 
 class FusedLayers:
@@ -83,6 +86,17 @@ class FusedFlow:
         return x
 
 
+class NativeFlow:
+    """A token's sampling with the head's network in C."""
+
+    def __init__(self, plain: FlowIntegration, network: Network) -> None:
+        self._plain, self._network, self.reads = plain, network, plain.reads
+
+    def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor, *, steps: int) -> Tensor:
+        """As the plain step."""
+        return self._plain.token(hidden, noise, guidance, steps, partial(self._plain.integrate, self._network))
+
+
 def can_integrate(updates: Updates) -> bool:
     """Whether a kernel takes all tensors that enter a step of this solver at once."""
     from ..runtime.triton.head import MOST_TERMS
@@ -123,7 +137,7 @@ class OwnKernels:
         """`step`, or one that does the same faster: for `count` positions of each row, or, of the head, rows."""
         device = step.shape.device if isinstance(step, FlowIntegration) else _within(step).valid.device
         if support.missing(device) is not None:
-            return step
+            return self._native(step, count) if isinstance(step, FlowIntegration) else step
         try:
             return self._flow(step, count) if isinstance(step, FlowIntegration) else self._layers(step, count)
         except (ImportError, AttributeError, TypeError) as reason:  # a Triton that is broken, or another than we know
@@ -153,17 +167,25 @@ class OwnKernels:
 
         device, dtype = plain.shape.device, plain.shape.dtype
         weights = HeadWeights.of(plain.head, device, dtype)
-        if weights is None or dtype not in TOLERANCES or rows > support.MOST_ROWS or not can_integrate(plain.updates):
+        few = rows <= support.MOST_ROWS and dtype in TOLERANCES
+        if weights is None or not few or plain.shape.checked or not can_integrate(plain.updates):
             return plain
-        size = weights.input.matrix.rows
-        formats, branches = _formats(plain.head.res_blocks), plain.shape.branches
-        what = (
-            f"head of {len(weights.blocks)} blocks of {size}, {formats}, "
-            f"{rows} rows, {branches} branches, {_name(dtype)}"
-        )
+        what = _flow_name(plain, rows)
         candidate = _candidate(HEAD, lambda: partial(_fused_step, weights, plain))
         won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
         return plain if not won else Guarded(FusedFlow(plain, weights), plain, HEAD)
+
+    def _native(self, plain: FlowIntegration, rows: int) -> Step:
+        device, dtype = plain.shape.device, plain.shape.dtype
+        if compiler.missing(device) is not None or plain.model.config.fm_head_dim < WIDE:
+            return plain
+        head = native.NativeHead.of(plain.head, dtype)
+        if head is None:
+            return plain
+        what, network = _flow_name(plain, rows), head.velocity
+        candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), compiler.missing)
+        won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
+        return plain if not won else Guarded(NativeFlow(plain, network), plain, NATIVE)
 
     def _decide(self, device: torch.device, what: str, candidate: Candidate, trial: Callable[[], Trial]) -> bool:
         chooser = self.chooser(device)
@@ -184,6 +206,14 @@ def _name(dtype: torch.dtype) -> str:
 def _formats(module: torch.nn.Module) -> str:
     found = {layer.format.name for layer in module.modules() if isinstance(layer, QuantizedLinear)}
     return "+".join(sorted(found)) or "floats"
+
+
+def _flow_name(plain: FlowIntegration, rows: int) -> str:
+    size, formats = plain.model.config.fm_head_dim, _formats(plain.head.res_blocks)
+    return (
+        f"head of {len(plain.head.res_blocks)} blocks of {size}, {formats}, "
+        f"{rows} rows, {plain.shape.branches} branches, {_name(plain.shape.dtype)}"
+    )
 
 
 def _candidate(name: str, make: Callable[[], Callable[..., Tensor]]) -> Candidate:
@@ -225,6 +255,17 @@ def _fused_step(weights: Any, plain: FlowIntegration, x: Tensor, guidance: Tenso
     return guide_and_advance(raw, plain.shape.branches, guidance, 1.0, [(x, 1.0)])[1]
 
 
+def _flow_step(plain: FlowIntegration, network: Network) -> Callable[..., Tensor]:
+    """A step of a solver that takes the velocity as it is."""
+    shape = plain.shape
+
+    def step(x: Tensor, guidance: Tensor, *modulations: Tensor) -> Tensor:
+        velocity = network(x.to(shape.dtype).repeat(shape.branches, 1), list(modulations))
+        return x + guide(velocity, shape.branches, *guidance)
+
+    return step
+
+
 def _flow_trial(what: str, plain: FlowIntegration, rows: int) -> Trial:
     shape, config = plain.shape, plain.model.config
     generator = torch.Generator().manual_seed(rows)
@@ -233,11 +274,7 @@ def _flow_trial(what: str, plain: FlowIntegration, rows: int) -> Trial:
     # Little guidance: much of it would make the difference of two roundings large.
     guidance = torch.tensor([1.5, 1.25], device=shape.device)
     modulations = plain.head.modulations(plain.time_codes[:1], plain.model.image_out_projector(hidden))
-
-    def step(x: Tensor, guidance: Tensor, *modulations: Tensor) -> Tensor:
-        velocity = plain.head.velocity(x.to(shape.dtype).repeat(shape.branches, 1), list(modulations))
-        return x + guide(velocity, shape.branches, *guidance)
-
+    step = _flow_step(plain, plain.head.velocity)
     read = sum(tensor.nbytes for tensor in plain.head.res_blocks.state_dict().values())
     arguments = (x, guidance, *(modulation[0] for modulation in modulations))
     return Trial(what, step, [arguments], TOLERANCES[shape.dtype], shape.device, read)

@@ -196,6 +196,8 @@ class TokenSequence:
 
 # Of what the solver does, the modulations of all its times, noise and guidance, the tokens (M, token_dim) in float32.
 Integrate: TypeAlias = Callable[[Updates, Sequence[Tensor], Tensor, Tensor], Tensor]
+# The head's velocity of rows (M, token_dim), with the modulations of one time.
+Network: TypeAlias = Callable[[Tensor, list[Tensor]], Tensor]
 
 
 class FlowPath:
@@ -243,7 +245,7 @@ class FlowIntegration:
 
     def __call__(self, hidden: Tensor, noise: Tensor, guidance: Tensor, *, steps: int) -> Tensor:
         """Tokens (M, token_dim); arguments as in TokenSampler."""
-        return self.token(hidden, noise, guidance, steps, self._integrate)
+        return self.token(hidden, noise, guidance, steps, partial(self.integrate, self.head.velocity))
 
     def token(self, hidden: Tensor, noise: Tensor, guidance: Tensor, steps: int, integrate: Integrate) -> Tensor:
         """The same with another way to integrate."""
@@ -256,12 +258,16 @@ class FlowIntegration:
         token = integrate(updates, modulations, noise, guidance).to(self.shape.dtype)
         return normalize_token(token) if self.shape.use_norm else token
 
-    def _integrate(self, updates: Updates, modulations: Sequence[Tensor], noise: Tensor, guidance: Tensor) -> Tensor:
+    def integrate(
+        self, network: Network, updates: Updates, modulations: Sequence[Tensor], noise: Tensor, guidance: Tensor
+    ) -> Tensor:
+        """A token (M, token_dim) in float32, with `network` for the head's velocity of rows and their modulations."""
+
         def velocity(x: Tensor, i: int) -> Tensor:
             # x (M, token_dim) stays in float32 between the steps, as rounding it would add up over them; the network
             # sees it rounded, the same x in every branch.
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
-            return guide(self.head.velocity(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
+            return guide(network(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
         draw = partial(updates.run, noise=noise)
         return until_settled(draw, velocity, self.times) if self.shape.checked else draw(velocity)
@@ -276,7 +282,7 @@ class TokenSampler:
         self.noise_count, self.steps = SAMPLERS[shape.sampler].noise_count(shape.steps), shape.steps
         self._plain = integration = FlowIntegration(model, shape)
         if shape.checked:  # how many steps there are is known only while they are made
-            wrap, hasten = unwrapped, unhurried
+            wrap = unwrapped
         self._step = wrap(hasten(integration, shape.rows))
         self._windows = OfSizes(lambda rows: wrap(hasten(integration, rows)))
 

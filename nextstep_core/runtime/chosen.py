@@ -44,6 +44,7 @@ NAMES = (
     "triton-head",
     "triton-layers",
     "native-rows",
+    "native-head",
 )
 
 

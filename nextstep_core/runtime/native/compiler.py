@@ -61,7 +61,8 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     if command is None:
         raise RuntimeError("no C compiler")
     told = _output([command, "--version"]) + platform.processor() + " ".join(sorted(cpu_flags()))
-    digest = hashlib.sha256(source.read_bytes() + f"{command} {flags} {told}".encode()).hexdigest()[:16]
+    texts = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    digest = hashlib.sha256(texts + f"{command} {flags} {told}".encode()).hexdigest()[:16]
     folder = cache_folder() / "native"
     path = folder / f"{source.stem}-{digest}.so"
     try:

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ...model.flow_head import NORM_EPS, FlowHead
-from .reading import Linear, is_plain, linear, vector
+from ..layers import is_plain
+from .reading import Linear, linear, vector
 from .rows import INT4, fp8_to_float
 from .support import MOST_ROWS, bits, launch, power_of_two
 

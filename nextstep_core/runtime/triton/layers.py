@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...model.nextstep import NextStepModel
+from ..layers import is_plain
 from .attention import MOST_QUERIES, attention
-from .reading import Linear, is_plain, linear, vector
+from .reading import Linear, linear, vector
 from .rows import product
 from .support import MOST_ROWS, power_of_two
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layers import is_plain
 from ..quantization import QuantizedLinear
 from .rows import Matrix
 
@@ -20,12 +21,6 @@ class Linear:
 
     matrix: Matrix
     bias: Tensor | None
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer gives what its weights say: nothing is hooked to it, and no host changes its weights."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return not hooked and not getattr(layer, "weight_function", ()) and not getattr(layer, "bias_function", ())
 
 
 def linear(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Linear | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextstep_core import NextStepPipeline
+from nextstep_core.model.flow_head import FlowHead
 from nextstep_core.runtime import chosen, ledger
 from nextstep_core.runtime.chosen import Chooser
 from nextstep_core.runtime.native import compiler, rows
-from nextstep_core.runtime.quantization import quantized_linears, selection
+from nextstep_core.runtime.native.head import NativeHead
+from nextstep_core.runtime.quantization import QuantizedLinear, quantized_linears, selection
 from nextstep_core.runtime.quantization.formats import INT4, INT4_32, INT4_128, INT8, Format
 from nextstep_core.runtime.quantization.layouts import LAYOUTS
 from nextstep_core.runtime.quantization.products import in_c, usual
@@ -109,6 +112,73 @@ def test_threads_change_nothing() -> None:
 
 
 @needs_compiler
+def test_bfloat16_is_the_float_result_rounded() -> None:
+    weight, scale = INT8.quantize(torch.randn(64, 256))
+    x = torch.randn(300, 256).bfloat16()
+    assert torch.equal(rows.library().int8(x, weight, scale), rows.library().int8(x.float(), weight, scale).bfloat16())
+
+
+def random_head(dim: int, dtype: torch.dtype) -> FlowHead:
+    """A head of the published kind with int8 matrices, whose norms, gates and biases are not idle."""
+    torch.manual_seed(dim)
+    head = FlowHead(64, 32, dim, 3).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    for name, layer in list(head.named_modules()):
+        if isinstance(layer, nn.Linear) and ".mlp." in name and "res_blocks" in name:
+            stored = QuantizedLinear(INT8, dim, dim, True)
+            stored.weight.data, stored.weight_scale.data = INT8.quantize(layer.weight)
+            stored.bias.data = layer.bias
+            stored.pack(usual(INT8, "cpu")[-1], CPU)
+            head.set_submodule(name, stored)
+    for parameter in head.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return head
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("dim", [64, 192, 320])
+def test_a_flow_step_in_c_is_the_flow_step(count: int, dim: int) -> None:
+    plain = random_head(dim, torch.float32)
+    x, condition = torch.randn(count, 64), torch.randn(count, 32)
+    modulations = [
+        one[0] for one in plain.modulations(plain.time_embed(torch.tensor([0.3]), x.dtype)[:, None], condition)
+    ]
+    expected = plain.velocity(x, modulations)
+    found = NativeHead.of(plain, x.dtype).velocity(x, modulations)
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+    halves = random_head(dim, torch.bfloat16)
+    narrow = [one.bfloat16() for one in modulations]
+    found = NativeHead.of(halves, torch.bfloat16).velocity(x.bfloat16(), narrow)
+    assert found.dtype == torch.bfloat16 and (found.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@needs_compiler
+def test_a_flow_step_that_is_no_number_stays_none() -> None:
+    head = random_head(64, torch.float32)
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    modulations = [one[0] for one in head.modulations(torch.zeros(1, 1, 64), torch.randn(3, 32))]
+    found = NativeHead.of(head, x.dtype).velocity(x, modulations)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match="no flow step in C"):
+        NativeHead.of(head, x.dtype).velocity(x, modulations[:-1])
+    with pytest.raises(ValueError, match="no flow step in C"):
+        NativeHead.of(head, x.dtype).velocity(x, [one.bfloat16() for one in modulations])
+
+
+def test_heads_that_c_cannot_stand_in_for() -> None:
+    """Whatever changes a layer, as an adapter or a host does, is not in the weights that C reads."""
+    head = random_head(64, torch.float32)
+    assert NativeHead.of(head, torch.float16) is None
+    head.res_blocks[1].mlp[0].register_forward_hook(lambda *_: None)
+    assert NativeHead.of(head, torch.float32) is None
+    assert NativeHead.of(FlowHead(64, 32, 64, 2), torch.float32) is None, "floats are multiplied by PyTorch"
+
+
+@needs_compiler
 def test_nothing_but_what_it_was_written_for_gets_to_c() -> None:
     """It would read beyond the end of a tensor."""
     library = rows.library()
@@ -154,14 +224,13 @@ def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_compiler
-def test_another_source_or_compiler_is_another_library(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_source_or_compiler_is_another_library(cache: Path, tmp_path: Path) -> None:
     compiler.library(rows.SOURCE)
-    other = tmp_path / "rows.c"
-    other.write_text(rows.SOURCE.read_text(encoding="utf-8") + "\n/* another */\n", encoding="utf-8")
-    compiler.library(other)
-    compiler.library(other, (*compiler.FLAGS, "-DOTHER"))
+    folder = shutil.copytree(rows.SOURCE.parent, tmp_path / "native")
+    with (folder / "integers.h").open("a", encoding="utf-8") as header:
+        header.write("/* another */\n")
+    compiler.library(folder / rows.SOURCE.name)
+    compiler.library(folder / rows.SOURCE.name, (*compiler.FLAGS, "-DOTHER"))
     assert len(list((cache / "native").iterdir())) == 3
 
 
