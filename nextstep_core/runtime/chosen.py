@@ -140,6 +140,8 @@ class Chooser:
         return found
 
     def _try(self, ledger: Ledger, key: str, able: Sequence[Candidate], trial: Callable[[], Trial]) -> Outcome | None:
+        if not self.tried:
+            log.info("Finding the fastest products on %s, which takes up to a minute or two, once.", self.device)
         try:
             found = run(
                 trial, able, lost=ledger.is_lost, watch=ledger.watch, stopwatch=self.stopwatch, check=self.check

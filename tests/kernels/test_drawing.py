@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -33,7 +34,8 @@ from nextstep_core.sampling.solvers import SAMPLERS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 RECORDS = json.loads((GOLDEN / "cases.json").read_text())
-TOKENS = 2  # of each recorded picture: the interpreter takes seconds for one
+# Of each recorded picture: the interpreter takes seconds for one. NEXTSTEP_TOKENS=64 draws them whole, in half an hour.
+TOKENS = int(os.environ.get("NEXTSTEP_TOKENS", "2"))
 CPU = torch.device("cpu")
 
 
