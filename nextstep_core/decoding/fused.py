@@ -183,7 +183,7 @@ class OwnKernels:
         if head is None:
             return plain
         what, network = _flow_name(plain, rows), head.velocity
-        candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), compiler.missing)
+        candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), native.missing)
         won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
         return plain if not won else Guarded(NativeFlow(plain, network), plain, NATIVE)
 

@@ -102,8 +102,13 @@ def _parts(layer: QuantizedLinear) -> list[Tensor]:
     return [layer.weight.detach(), layer.weight_scale.detach(), bias]
 
 
+def missing(device: torch.device) -> str | None:
+    """What a device lacks for this step."""
+    return compiler.missing_for(SOURCE, device)
+
+
 @cache
 def _function() -> ctypes._NamedFuncPointer:
-    found = compiler.library(SOURCE).nextstep_velocity
+    found = compiler.loaded(SOURCE).nextstep_velocity
     found.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float]
     return found

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..native import compiler
 from ..native import rows as native
 from ..triton import support
 from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
@@ -164,8 +163,10 @@ def own(format: Format) -> list[Kernel]:
 def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
     """Our own product for CPUs with what `base`, PyTorch's packed one, reads; none where it is for no such matrix."""
     rows, columns = len(weight), weight.shape[1]
+    version = native.VERSION
     if isinstance(format, Int4) and isinstance(base.layout, RowBlocks) and format.scale_dtype == torch.bfloat16:
-        whole, group = rows % base.layout.rows == 0, format.group
+        whole, group = rows % base.layout.rows == 0 and not base.layout.neighbours, format.group
+        version += f" {base.layout.name}"  # PyTorch may be told to compute in another one, which C would read wrongly
 
         def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
             return native.library().int4(x, weight, scale, group)
@@ -176,7 +177,7 @@ def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
             return native.library().int8(x, weight, scale)
     else:
         return []
-    own = replace(base, name="native-rows", run=run, version=native.VERSION, missing=compiler.missing, most_rows=None)
+    own = replace(base, name="native-rows", run=run, version=version, missing=native.missing, most_rows=None)
     return [own] if whole else []
 
 
