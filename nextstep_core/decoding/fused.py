@@ -182,8 +182,9 @@ class OwnKernels:
         head = native.NativeHead.of(plain.head, dtype)
         if head is None:
             return plain
-        what, network = _flow_name(plain, rows), head.velocity
-        candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), compiler.missing)
+        # What the plain step multiplies with decides who is faster, and by how much they differ.
+        what, network = f"{_flow_name(plain, rows)}, by {_kernels(plain.head)}", head.velocity
+        candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), native.missing)
         won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
         return plain if not won else Guarded(NativeFlow(plain, network), plain, NATIVE)
 
@@ -214,6 +215,11 @@ def _flow_name(plain: FlowIntegration, rows: int) -> str:
         f"head of {len(plain.head.res_blocks)} blocks of {size}, {formats}, "
         f"{rows} rows, {plain.shape.branches} branches, {_name(plain.shape.dtype)}"
     )
+
+
+def _kernels(module: torch.nn.Module) -> str:
+    layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+    return "+".join(sorted({layer.kernel.name for layer in layers if layer.kernel is not None})) or "PyTorch"
 
 
 def _candidate(name: str, make: Callable[[], Callable[..., Tensor]]) -> Candidate:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -21,11 +22,13 @@ import torch
 
 from ..ledger import cache_folder
 
-COMPILERS = ("cc", "gcc", "clang")
+log = logging.getLogger(__name__)
+
+COMPILERS = ("cc", "gcc")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
 PATIENCE = 120.0  # seconds for a compiler
 CPU_INFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
-OPENMP = "libgomp"
+OPENMP = ("libgomp", "libiomp5", "libomp")  # as PyTorch has it from its own wheels, or from conda
 
 
 def missing(device: torch.device) -> str | None:
@@ -36,7 +39,7 @@ def missing(device: torch.device) -> str | None:
         return "for Linux on x86 processors"
     flags = cpu_flags()
     if not {"avx2", "fma"} <= flags or ("avx512bw" in flags and "avx512_vnni" not in flags):
-        return "the processor has neither AVX-512 VNNI nor AVX2 alone"
+        return "the processor has no AVX2, or AVX-512 without VNNI"
     return f"no C compiler is installed ({', '.join(COMPILERS)})" if compiler() is None else None
 
 
@@ -55,37 +58,61 @@ def compiler() -> str | None:
     return next((path for path in map(shutil.which, COMPILERS) if path is not None), None)
 
 
+def missing_for(source: Path, device: torch.device) -> str | None:
+    """What this machine lacks for the library of a source, which is made to find out."""
+    lacks = missing(device)
+    if lacks is not None:
+        return lacks
+    found = attempt(source)
+    return str(found) if isinstance(found, RuntimeError) else None
+
+
+def loaded(source: Path) -> ctypes.CDLL:
+    """The library made of a source, once in a process; RuntimeError with what the compiler says."""
+    found = attempt(source)
+    if isinstance(found, RuntimeError):
+        raise RuntimeError(str(found))
+    return found
+
+
+@cache
+def attempt(source: Path) -> ctypes.CDLL | RuntimeError:
+    """The library, or why there is none: a compiler that fails or hangs is not called again."""
+    try:
+        return library(source)
+    except RuntimeError as reason:
+        log.info("No library of %s: %s", source.name, reason)
+        return reason.with_traceback(None)
+
+
 def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     """The library made of a C source, compiled if it is not there; RuntimeError with what the compiler says."""
     command = compiler()
     if command is None:
         raise RuntimeError("no C compiler")
-    told = _output([command, "--version"]) + platform.processor() + " ".join(sorted(cpu_flags()))
+    told = _output([command, "--version"]) + " ".join(sorted(cpu_flags()))
     texts = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     digest = hashlib.sha256(texts + f"{command} {flags} {told}".encode()).hexdigest()[:16]
     folder = cache_folder() / "native"
     path = folder / f"{source.stem}-{digest}.so"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_ours(path):
-            return ctypes.CDLL(str(path))
-        with tempfile.TemporaryDirectory(dir=folder) as room:
-            made = _compiled(command, flags, source, Path(room))
-            made.replace(path)
+        _refuse_others(folder)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as room:
+                made = _compiled(command, flags, source, Path(room))
+                made.replace(path)
+        _refuse_others(path)
+        return ctypes.CDLL(str(path))
     except OSError as reason:
         raise RuntimeError(f"{path} cannot be made ({reason})") from reason
-    return ctypes.CDLL(str(path))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a library is there that nobody else could have written: it will run as a part of this process."""
-    if not path.exists():
-        return False
-    for part in (path, path.parent):
-        found = part.stat()
-        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
-            raise RuntimeError(f"others may write {part}")
-    return True
+def _refuse_others(path: Path) -> None:
+    """RuntimeError where somebody else could have written what will run as a part of this process."""
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+        raise RuntimeError(f"others may write {path}")
 
 
 def _compiled(command: str, flags: tuple[str, ...], source: Path, room: Path) -> Path:
@@ -99,18 +126,18 @@ def _compiled(command: str, flags: tuple[str, ...], source: Path, room: Path) ->
     return made
 
 
-def _loaded(name: str) -> Path | None:
-    """The library of this name that the process has loaded already."""
-    for line in MAPS.read_text(encoding="utf-8").splitlines():
+def _loaded(names: tuple[str, ...]) -> Path | None:
+    """The library of one of these names that the process has loaded already."""
+    for line in MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         path = Path(line.split(maxsplit=5)[5]) if line.count("/") else None
-        if path is not None and path.name.startswith(name) and path.exists():
+        if path is not None and path.name.startswith(names) and path.exists():
             return path
     return None
 
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired) as reason:
         raise RuntimeError(f"the C compiler did not run ({reason})") from reason
     if done.returncode:

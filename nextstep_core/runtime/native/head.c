@@ -30,7 +30,7 @@ INLINE float exp_of_minus(float x) {
     value = value * rest + 1.6666665459e-1f;
     value = value * rest + 5.0000001201e-1f;
     value = value * rest * rest + rest + 1;
-    const int32_t bits = ((int32_t)whole + 127) << 23;
+    const uint32_t bits = ((uint32_t)(int32_t)whole + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return value * power;

@@ -67,7 +67,11 @@ class NativeHead:
         count, x = len(x), x.contiguous()
         held = [modulation.contiguous() for modulation in modulations]
         widths = [3 * self.dim] * len(self._blocks) + [2 * self.dim]
-        if [one.shape for one in held] != [(count, width) for width in widths] or x.shape[1] != self.token:
+        if (
+            [one.shape for one in held] != [(count, width) for width in widths]
+            or x.shape[1] != self.token
+            or not x.is_cpu
+        ):
             raise ValueError(f"no flow step in C for {tuple(x.shape)} and {[tuple(one.shape) for one in held]}")
         if x.dtype not in DTYPES or any(one.dtype != x.dtype for one in held):
             raise ValueError(f"no flow step in C for {x.dtype} and {held[0].dtype}")
@@ -102,8 +106,13 @@ def _parts(layer: QuantizedLinear) -> list[Tensor]:
     return [layer.weight.detach(), layer.weight_scale.detach(), bias]
 
 
+def missing(device: torch.device) -> str | None:
+    """What a device lacks for this step."""
+    return compiler.missing_for(SOURCE, device)
+
+
 @cache
 def _function() -> ctypes._NamedFuncPointer:
-    found = compiler.library(SOURCE).nextstep_velocity
+    found = compiler.loaded(SOURCE).nextstep_velocity
     found.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 6 + [ctypes.c_float]
     return found

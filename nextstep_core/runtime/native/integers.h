@@ -74,6 +74,7 @@ static inline int32_t SUM(ints v) {
 #define AHEAD_IN_ROWS (HEIGHT * columns) /* the same of an int8 matrix: in the next rows */
 #define TOP 127
 #define FINER 254
+#define LEAST 1e-30f /* smaller rows count as empty: what brings them to 127 may be more than a float holds */
 #define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
 
@@ -114,7 +115,7 @@ INLINE Rounded rounded(const float *x, int8_t *first, int8_t *second, int64_t co
         found.step = NAN;
         return found;
     }
-    const float inverse = found.step > 0 ? TOP / most : 0;
+    const float inverse = most > LEAST ? TOP / most : 0;
     for (int64_t k = 0; k < columns; k++) {
         const float scaled = x[k] * inverse, whole = rintf(scaled);
         const int32_t a = (int32_t)whole, b = (int32_t)rintf((scaled - whole) * FINER);

@@ -21,6 +21,7 @@ _Function: TypeAlias = "ctypes._NamedFuncPointer"
 VERSION = "1"  # raise it with any change to the source, and machines try it again
 SOURCE = Path(__file__).with_name("rows.c")
 INT8_COLUMNS, INT8_ROWS = 64, 4  # of which an int8 matrix has whole numbers
+AT_ONCE = 32  # rows: no slower than all at once, and a long prompt takes a few MB beside the result, not hundreds
 
 
 class Library:
@@ -41,7 +42,7 @@ class Library:
         rows, columns = len(weight), x.shape[1]
         whole = rows % self.block == 0 and columns % group == 0 and group % 4 == 0
         shapes = weight.shape == (rows, columns // 2) and scale.shape == (columns // group, rows, 2)
-        _check(whole and shapes and weight.dtype == torch.uint8, weight, scale)
+        _check(x.is_cpu and whole and shapes and weight.dtype == torch.uint8, weight, scale)
         return self._product(self._int4, x, weight, scale, 12 * columns // group, group)
 
     def int8(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -49,27 +50,34 @@ class Library:
         rows, columns = len(weight), x.shape[1]
         whole = rows % INT8_ROWS == 0 and columns % INT8_COLUMNS == 0
         shapes = weight.shape == (rows, columns) and scale.shape == (rows,)
-        _check(whole and shapes and weight.dtype == torch.int8, weight, scale)
+        _check(x.is_cpu and whole and shapes and weight.dtype == torch.int8, weight, scale)
         return self._product(self._int8, x, weight, scale, 12)
 
     def _product(self, function: _Function, x: Tensor, weight: Tensor, scale: Tensor, sums: int, *more: int) -> Tensor:
         (count, columns), rows = x.shape, len(weight)
         inputs = x.contiguous() if x.dtype in (torch.float32, torch.bfloat16) else x.float().contiguous()
         out = torch.empty(count, rows, dtype=inputs.dtype)
-        room = torch.empty(count * (6 * columns + 4 * rows + sums) + 64, dtype=torch.uint8)
-        pointers = (tensor.data_ptr() for tensor in (weight, scale, inputs, out, room))
-        halves = inputs.dtype == torch.bfloat16
-        function(*pointers, count, rows, columns, torch.get_num_threads(), halves, *more)
+        room = torch.empty(min(count, AT_ONCE) * (6 * columns + 4 * rows + sums) + 64, dtype=torch.uint8)
+        sizes = rows, columns, torch.get_num_threads(), inputs.dtype == torch.bfloat16
+        for some, results in zip(inputs.split(AT_ONCE), out.split(AT_ONCE)):
+            pointers = (tensor.data_ptr() for tensor in (weight, scale, some, results, room))
+            function(*pointers, len(some), *sizes, *more)
         return out.to(x.dtype)
 
 
 def _check(fits: bool, weight: Tensor, scale: Tensor) -> None:
     """C reads what it is told to read, so nothing but what it was written for gets there."""
-    if not (fits and weight.is_contiguous() and scale.is_contiguous() and scale.dtype == torch.bfloat16):
+    lies = weight.is_cpu and scale.is_cpu and weight.is_contiguous() and scale.is_contiguous()
+    if not (fits and lies and scale.dtype == torch.bfloat16):
         raise ValueError(f"no product in C for a matrix {tuple(weight.shape)} {weight.dtype}, {scale.dtype}")
+
+
+def missing(device: torch.device) -> str | None:
+    """What a device lacks for these products."""
+    return compiler.missing_for(SOURCE, device)
 
 
 @cache
 def library() -> Library:
     """The library for this processor, compiled at the first call; RuntimeError where that fails."""
-    return Library(compiler.library(SOURCE))
+    return Library(compiler.loaded(SOURCE))

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..native import compiler
 from ..native import rows as native
 from ..triton import support
 from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
@@ -20,6 +19,7 @@ from .layouts import Layout, RowBlocks, Swapped, Tiles, cpu_layout, inner_tiles
 from .libraries import kitchen
 
 WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
+MOST_ROWS_IN_C = 256  # of int8; above, as when a long prompt is read, floats made once are multiplied as fast
 MOST_PACKED_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
 LEAST_INT_ROWS, FEWEST_FLOAT_ROWS = 32, 16  # that the products of integers and of 8-bit floats take at once on CUDA
 FINER = 254, 16  # what the second halves are multiplied by, of integers and of 8-bit floats
@@ -164,8 +164,10 @@ def own(format: Format) -> list[Kernel]:
 def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
     """Our own product for CPUs with what `base`, PyTorch's packed one, reads; none where it is for no such matrix."""
     rows, columns = len(weight), weight.shape[1]
+    version = native.VERSION
     if isinstance(format, Int4) and isinstance(base.layout, RowBlocks) and format.scale_dtype == torch.bfloat16:
-        whole, group = rows % base.layout.rows == 0, format.group
+        whole, group = rows % base.layout.rows == 0 and not base.layout.neighbours, format.group
+        version += f" {base.layout.name}"  # PyTorch may be told to compute in another one, which C would read wrongly
 
         def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
             return native.library().int4(x, weight, scale, group)
@@ -173,10 +175,11 @@ def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         whole = rows % native.INT8_ROWS == 0 and columns % native.INT8_COLUMNS == 0
 
         def run(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-            return native.library().int8(x, weight, scale)
+            many = len(x) > MOST_ROWS_IN_C
+            return base.run(x, weight, scale) if many else native.library().int8(x, weight, scale)
     else:
         return []
-    own = replace(base, name="native-rows", run=run, version=native.VERSION, missing=compiler.missing, most_rows=None)
+    own = replace(base, name="native-rows", run=run, version=version, missing=native.missing, most_rows=None)
     return [own] if whole else []
 
 

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from nextstep_core.runtime.quantization import QuantizedLinear, quantized_linear
 from nextstep_core.runtime.quantization.formats import INT4, INT4_32, INT4_128, INT8, Format
 from nextstep_core.runtime.quantization.layouts import LAYOUTS
 from nextstep_core.runtime.quantization.products import in_c, usual
-from nextstep_core.runtime.trials import difference
+from nextstep_core.runtime.trials import WON, Candidate, Outcome, Verdict, difference
 
 CPU = torch.device("cpu")
 # Kinds of processors by the compiler's names, and what Linux says that they can do beyond AVX2.
@@ -43,13 +44,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(ledger.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(chosen.SWITCH, raising=False)
     monkeypatch.setattr(chosen, "_ledgers", {})
-    rows.library.cache_clear()
+    for once in (rows.library, compiler.attempt):
+        once.cache_clear()
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kinds")
+
+
 @pytest.fixture(params=KINDS)
-def built(request: pytest.FixtureRequest, tmp_path: Path) -> rows.Library:
-    """The library as a kind of processor would have it."""
+def built(request: pytest.FixtureRequest, kept: Path, monkeypatch: pytest.MonkeyPatch) -> rows.Library:
+    """The library as a kind of processor would have it, compiled once for all tests."""
+    monkeypatch.setenv(ledger.CACHE, str(kept))
     if not KINDS[request.param] <= compiler.cpu_flags():
         pytest.skip("this processor cannot stand for it")
     return rows.Library(compiler.library(rows.SOURCE, tuple(
@@ -96,6 +104,17 @@ def test_what_is_no_number_stays_none(built: rows.Library, wrong: float) -> None
         x[1, 200] = wrong
         found = product(built, format, x, weight, scale)
         assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all(), format.name
+
+
+@needs_compiler
+def test_many_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [(format, *format.quantize(torch.randn(128, 256))) for format in (INT8, INT4)]
+    for x in (torch.randn(7, 256), torch.randn(7, 256).bfloat16(), torch.randn(0, 256)):
+        found = []
+        for at_once in (1, 3, 7, 32):
+            monkeypatch.setattr(rows, "AT_ONCE", at_once)
+            found.append([product(rows.library(), format, x, weight, scale) for format, weight, scale in pairs])
+        assert all(torch.equal(*pair) for other in found for pair in zip(found[0], other))
 
 
 @needs_compiler
@@ -192,6 +211,9 @@ def test_nothing_but_what_it_was_written_for_gets_to_c() -> None:
         partial(library.int8, x, weight, scale.float()),
         partial(library.int8, x, weight.t().contiguous().t(), scale),
         partial(library.int8, x, packed, scale),
+        partial(library.int8, x.to("meta"), weight, scale),
+        partial(library.int8, x, weight.to("meta"), scale),
+        partial(library.int8, x, weight, scale.to("meta")),
         partial(library.int4, torch.randn(2, 512), packed, pairs, 64),
         partial(library.int4, x, packed[:32], pairs[:, :32], 64),
         partial(library.int4, x, packed, pairs[:2], 64),
@@ -203,12 +225,26 @@ def test_nothing_but_what_it_was_written_for_gets_to_c() -> None:
             call()
 
 
+def test_a_long_prompt_is_read_by_the_usual_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are so many rows that floats made of the weights once are multiplied as fast."""
+    weight, scale = INT8.quantize(torch.randn(64, 256))
+    (own,) = in_c(INT8, usual(INT8, "cpu")[0], weight)
+    monkeypatch.setattr(rows, "library", lambda: pytest.fail("not in C"))
+    assert own.run(torch.randn(257, 256), weight, scale).shape == (257, 64)
+
+
 def test_matrices_that_it_is_not_for_are_left_to_others() -> None:
     odd, _ = INT8.quantize(torch.randn(64, 250))
     assert in_c(INT8, usual(INT8, "cpu")[0], odd) == []
     few, _ = INT4.quantize(torch.randn(16, 256))
     assert in_c(INT4, usual(INT4, "cpu")[0], few) == []
-    assert in_c(INT4, usual(INT4, "cpu")[-1], INT4.quantize(torch.randn(64, 256))[0]) == [], "no layout known"
+    weight, _ = INT4.quantize(torch.randn(64, 256))
+    assert in_c(INT4, usual(INT4, "cpu")[-1], weight) == [], "no layout known"
+    base = usual(INT4, "cpu")[0]
+    found = {name: in_c(INT4, replace(base, layout=layout), weight) for name, layout in LAYOUTS.items()}
+    assert found["cpu-32-pairs"] == []
+    versions = {kernel.version for own in found.values() for kernel in own}
+    assert len(versions) == 2, "what was right with one layout is tried again with another"
 
 
 @needs_compiler
@@ -220,6 +256,29 @@ def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     compiler.library(rows.SOURCE)
     made.chmod(0o777)
     with pytest.raises(RuntimeError, match="others may write"):
+        compiler.library(rows.SOURCE)
+
+
+@needs_compiler
+def test_nothing_is_loaded_from_where_others_may_write(cache: Path) -> None:
+    """Not even what was compiled just now: somebody could have put another file in its place."""
+    folder = cache / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="others may write"):
+        compiler.library(rows.SOURCE)
+    assert not any(folder.iterdir())
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder's disk runs no programs, or another OpenMP is there than the compiler's."""
+
+    def fails(path: str) -> None:
+        raise OSError("failed to map segment")
+
+    monkeypatch.setattr(compiler.ctypes, "CDLL", fails)
+    with pytest.raises(RuntimeError, match="failed to map"):
         compiler.library(rows.SOURCE)
 
 
@@ -258,7 +317,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "AVX2" in str(compiler.missing(CPU))
     monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    assert compiler.missing(CPU) == "no C compiler is installed (cc, gcc, clang)"
+    assert compiler.missing(CPU) == "no C compiler is installed (cc, gcc)"
 
 
 @needs_compiler
@@ -270,12 +329,33 @@ def test_a_compiler_that_fails_costs_only_the_candidate(
     broken.write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
     broken.chmod(0o755)
     monkeypatch.setattr(compiler, "COMPILERS", (str(broken),))
+    real = compiler.library
     with pytest.raises(RuntimeError, match="compiler|cannot be made"):
         compiler.library(rows.SOURCE)
     monkeypatch.setattr(selection, "WIDE", 0)
-    pair = INT8.quantize(torch.randn(64, 128))
+    pair, asked = INT8.quantize(torch.randn(64, 128)), []
+    monkeypatch.setattr(compiler, "library", lambda *given: asked.append(given) or real(*given))
     found = selection.choose(INT8, 64, 128, [lambda: pair], torch.float32, Chooser(CPU))
     assert "native-rows" not in found.name
+    assert len(asked) == 1, "one that hangs would be waited for with every matrix"
+
+
+@needs_compiler
+def test_a_winner_whose_library_is_gone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was right and faster once; the compiler is another now, and refuses."""
+    pair = INT8.quantize(torch.randn(64, 128))
+    (own,) = in_c(INT8, usual(INT8, "cpu")[0], pair[0])
+    candidate = Candidate(own.name, own.version, lambda: own.run, own.missing)
+    won = Outcome("x", 2.0, 1.0, (Verdict(own.name, WON, 1.0, 2.0, 0.0),))
+    monkeypatch.setattr(chosen, "run", lambda *_, **__: won)
+    assert Chooser(CPU).decide("x", [candidate], lambda: None) is candidate
+    compiler.attempt.cache_clear()
+    monkeypatch.setattr(compiler, "library", _refuses)
+    assert Chooser(CPU).decide("x", [candidate], lambda: None) is None
+
+
+def _refuses(*_: object) -> None:
+    raise RuntimeError("the C compiler refused")
 
 
 @needs_compiler
