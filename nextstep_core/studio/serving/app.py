@@ -200,7 +200,8 @@ def _event(name: str, data: dict[str, Any]) -> bytes:
 
 def _failure(event: dict[str, Any]) -> Refused:
     said = str(Sentence.from_data(event["error"]))
-    return Refused(500, said, "server_error") if event.get("lost") else Refused(400, said)
+    # A request that can be drawn and was not, as where memory ran out, is no fault of who asked.
+    return Refused(500, said, "server_error") if event.get("ours") else Refused(400, said)
 
 
 async def _results(pictures: Sequence[Picture]) -> list[str]:

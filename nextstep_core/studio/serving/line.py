@@ -143,4 +143,4 @@ class Line:
                 count=TRIES,
                 reason=reason or "ended early",
             )
-            picture.tell({"kind": "error", "picture": 0, "error": said.sentence.as_data(), "lost": True})
+            picture.tell({"kind": "error", "picture": 0, "error": said.sentence.as_data(), "ours": True})

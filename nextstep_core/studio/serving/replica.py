@@ -2,7 +2,7 @@
 
 What goes in and out is plain data. Events are {"picture": its number in the batch, "kind": ...}: "progress" now and
 then, "partial" with the bytes of a file and its index, and at last "done" with those of the whole picture or "error"
-with a sentence.
+with a sentence, and "ours" where it is no fault of the request.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def draw_batch(artist: Artist, pictures: Sequence[Data], tell: Callable[[Data], 
         for one in finish(artist, batch, range(len(batch)), kind, None, partials, check):
             if one.error:
                 said = NextStepError("{reason}", reason=one.error)
-                tell({"picture": numbers[one.place], "kind": "error", "error": said.sentence.as_data()})
+                tell({"picture": numbers[one.place], "kind": "error", "error": said.sentence.as_data(), "ours": True})
             else:
                 tell({"picture": numbers[one.place], "kind": "done", "data": one.data})
 
