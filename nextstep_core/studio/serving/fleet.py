@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from ...errors import NextStepError
@@ -14,6 +15,8 @@ from .line import Lost
 
 APP = "nextstep"
 INSTALL = 'python -m pip install "ray[serve]" python-multipart'
+# Starlette and uvicorn come with Ray Serve; Starlette reads forms by the last.
+NEEDED = ("ray", "starlette", "uvicorn", "python_multipart")
 HEALTH_SECONDS = 2.0  # between looks at whether a replica is there
 
 
@@ -75,11 +78,10 @@ class Fleet:
 def import_serve() -> tuple[Any, Any]:
     """Ray and Ray Serve; NextStepError, with the line that installs them, where they are not there."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own, 15, starves replicas where other programs compute
-    ray = import_ray(alone=True)
     try:
-        import python_multipart  # noqa: F401 - of forms, which Starlette reads by it
-        import starlette  # noqa: F401 - comes with Ray Serve, and so does the next
-        import uvicorn  # noqa: F401
+        if any(find_spec(name) is None for name in NEEDED):
+            raise ImportError
+        ray = import_ray(alone=True)
         from ray import serve
     except ImportError:
         raise NextStepError("A server needs Ray Serve. Install it: {command}", command=INSTALL) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -24,8 +25,10 @@ from nextstep_core.runtime.interrupt import go_on
 from nextstep_core.studio.cluster import Where
 from nextstep_core.studio.model_choice import ModelChoice
 from nextstep_core.studio.serving import app as app_module
+from nextstep_core.studio.serving import fleet
 from nextstep_core.studio.serving.app import Settings
 from nextstep_core.studio.serving.asked import Limits, picture_data, wanted
+from nextstep_core.studio.serving.fleet import NEEDED
 from nextstep_core.studio.serving.line import Lost
 from nextstep_core.studio.serving.replica import Replica, draw_batch
 
@@ -325,6 +328,16 @@ def test_a_picture_whose_worker_is_lost_is_drawn_alone_once_more() -> None:
         events = client(address).images.generate(prompt="harm", size="16x16", stream=True)
         with pytest.raises(openai.APIError, match="2 workers were lost"):
             list(events)
+
+
+@pytest.mark.parametrize("absent", NEEDED)
+def test_what_a_server_needs_is_named_at_once(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it in one line, whichever part is not there."""
+    found = fleet.find_spec
+    monkeypatch.setattr(fleet, "find_spec", lambda name: None if name == absent else found(name))
+    monkeypatch.setattr(fleet, "import_ray", lambda **_: pytest.fail("it was imported"))
+    with pytest.raises(NextStepError, match=re.escape(fleet.INSTALL)):
+        fleet.import_serve()
 
 
 def test_a_worker_that_fails_while_it_is_left_goes_on() -> None:
