@@ -269,8 +269,8 @@ class FlowIntegration:
             rows = x.to(self.shape.dtype).repeat(self.shape.branches, 1)
             return guide(network(rows, [m[i] for m in modulations]), self.shape.branches, *guidance)
 
-        draw = partial(updates.run, noise=noise)
-        return until_settled(draw, velocity, self.times) if self.shape.checked else draw(velocity)
+        checked = self.shape.checked
+        return until_settled(updates, velocity, noise, self.times) if checked else updates.run(velocity, noise)
 
 
 class TokenSampler:

@@ -8,44 +8,45 @@ checks velocities against each other too.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .solvers import Velocity
+from .updates import Updates
 
 SPREAD = 0.25  # how much a token may still differ, by the root of the mean square of its numbers, to be finished
 
 
-class _AllSettled(Exception):
-    """Ends a solver, which knows of no end but its last time."""
+def until_settled(updates: Updates, velocity: Velocity, noise: Tensor, times: list[float]) -> Tensor:
+    """What a solver makes of the velocity at these times, or, for each row that is settled earlier, where it is heading
+    then. Rows do not depend on each other."""
+    settling = Settling(times)
+    last = updates.run(velocity, noise, settling)
+    return torch.where(settling.settled, settling.token, last)
 
 
-def until_settled(integrate: Callable[[Velocity], Tensor], velocity: Velocity, times: list[float]) -> Tensor:
-    """What `integrate` makes of the velocity at these times, or, for each row that is settled earlier, where it is
-    heading then. Rows do not depend on each other."""
-    token = heading = settled = None
-    before = 0.0
+class Settling:
+    """Which rows are settled, and the tokens that they have become; rows (M, token_dim)."""
 
-    def watched(x: Tensor, i: int) -> Tensor:
-        nonlocal token, heading, settled, before
-        v, signal = velocity(x, i), times[i] / (1 - times[i])
-        ahead = x + (1 - times[i]) * v
-        if token is None or heading is None or settled is None:
-            token, settled = ahead, torch.zeros_like(ahead[..., :1], dtype=torch.bool)
+    settled: Tensor
+    token: Tensor
+
+    def __init__(self, times: list[float]) -> None:
+        self._times, self._before = times, 0.0
+        self._heading: Tensor | None = None
+
+    def __call__(self, x: Tensor, velocity: Tensor, time: int) -> Tensor | None:
+        """The tokens, once all rows are settled; `velocity` is that of x at times[time]."""
+        t = self._times[time]
+        ahead, signal = x + (1 - t) * velocity, t / (1 - t)
+        heading, before = self._heading, self._before
+        self._heading, self._before = ahead, signal
+        if heading is None:
+            self.token, self.settled = ahead, torch.zeros_like(ahead[..., :1], dtype=torch.bool)
         elif signal > before:
             moved = (ahead - heading).square().mean(dim=-1, keepdim=True).sqrt()
             now = moved <= SPREAD**2 * (signal - before)
-            token, settled = torch.where(now & ~settled, ahead, token), settled | now
-            if bool(settled.all()):
-                raise _AllSettled
-        heading, before = ahead, signal
-        return v
-
-    try:
-        last = integrate(watched)
-    except _AllSettled:
-        assert token is not None
-        return token
-    return last if token is None or settled is None else torch.where(settled, token, last)
+            self.token = torch.where(now & ~self.settled, ahead, self.token)
+            self.settled = self.settled | now
+            return self.token if bool(self.settled.all()) else None
+        return None

@@ -7,7 +7,7 @@ for all of them, however its formula is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -17,6 +17,8 @@ from torch import Tensor
 from .solvers import ETA, Sampler, Velocity
 
 Kind: TypeAlias = Literal["state", "velocity", "noise"]
+# Told each state with its velocity and the number of its time, it may give the token at once.
+Done: TypeAlias = Callable[[Tensor, Tensor, int], "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Updates:
             found.append((sum(term.factor for term in own), tuple(term for term in terms if term not in own)))
         return tuple(found)
 
-    def run(self, velocity: Velocity, noise: Tensor) -> Tensor:
-        """The token, integrated out of `noise`, as the solver would."""
+    def run(self, velocity: Velocity, noise: Tensor, done: Done | None = None) -> Tensor:
+        """The token, integrated out of `noise`, as the solver would; or the first that `done` gives."""
         states: list[Tensor] = []
         velocities: list[Tensor] = []
         held: dict[Kind, Sequence[Tensor]] = {"state": states, "velocity": velocities, "noise": noise.unbind()}
@@ -71,6 +73,8 @@ class Updates:
         for call in self.calls:
             states.append(total(call.state))
             velocities.append(velocity(states[-1], call.time))
+            if done is not None and (token := done(states[-1], velocities[-1], call.time)) is not None:
+                return token
         return total(self.token)
 
 

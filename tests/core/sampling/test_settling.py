@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import Tensor
 
 from nextstep_core.sampling.settling import until_settled
 from nextstep_core.sampling.solvers import ETA, SAMPLERS, Velocity
+from nextstep_core.sampling.updates import follow
 
 DIM = 64
 
@@ -34,9 +33,9 @@ def drawn(name: str, spread: float | list[float], steps: int = 28) -> tuple[Tens
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(len(rows), DIM, generator=generator)
     noise = torch.randn(sampler.noise_count(steps), len(rows), DIM, generator=generator)
-    integrate = partial(sampler.integrate, times=times, noise=noise, eta=ETA)
-    whole = integrate(toward(mean, rows, times, []))
-    return whole, until_settled(integrate, toward(mean, rows, times, seen), times), mean, len(seen)
+    whole = sampler.integrate(toward(mean, rows, times, []), times, noise, ETA)
+    token = until_settled(follow(sampler, times), toward(mean, rows, times, seen), noise, times)
+    return whole, token, mean, len(seen)
 
 
 def far(a: Tensor, b: Tensor) -> float:
@@ -72,6 +71,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
     noise = torch.randn(1, 2, DIM, generator=generator)
     for row, spread in enumerate((0.2, 1.0)):
         one = slice(row, row + 1)
-        integrate = partial(sampler.integrate, times=times, noise=noise[:, one], eta=ETA)
-        alone = until_settled(integrate, toward(mean[one], torch.tensor([[spread]]), times, []), times)
+        velocity = toward(mean[one], torch.tensor([[spread]]), times, [])
+        alone = until_settled(follow(sampler, times), velocity, noise[:, one], times)
         torch.testing.assert_close(together[one], alone)
