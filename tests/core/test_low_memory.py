@@ -39,10 +39,10 @@ def one_thread() -> None:
 
 
 def test_the_picture_is_the_same_and_never_takes_more_than_was_allowed() -> None:
-    """Beside 5.9 MB of VAE and 11.4 MB of weights; the last leaves nearly all of these to the host."""
+    """Beside 5.9 MB of VAE and 14.7 MB of weights; the last leaves nearly all of these to the host."""
     plain = load().generate("a red circle", **DRAWN).images
     held = []
-    for limit in (30 * MB, 20 * MB, 16 * MB):
+    for limit in (34 * MB, 23 * MB, 18 * MB):
         with WeighedMPS() as card:
             pipe = load(device=MPS, max_memory=limit)
             drawn = pipe.generate("a red circle", **DRAWN).images
@@ -65,11 +65,12 @@ def test_without_a_limit_a_card_that_tells_what_is_free_is_not_overfilled(monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [30 * MB, 17 * MB])
+@pytest.mark.parametrize("limit", [34 * MB, 19 * MB])
 def test_batches_edits_and_stored_weights_keep_to_it_too(limit: int) -> None:
     def draw(pipe: NextStepPipeline) -> list[torch.Tensor]:
         prompts = ["a red circle on a blue background", "a blue square on a white background"]
-        batch = pipe.generate(prompts, num_images_per_prompt=3, **DRAWN)
+        # pictures that no rounding turns into others; with two steps some do
+        batch = pipe.generate(prompts, num_images_per_prompt=3, **DRAWN | {"seed": 3})
         edit = pipe.generate("<image>make the circle green", images=PICTURE, **DRAWN, cfg_img=1.5)
         return [batch.images, edit.images]
 
@@ -224,7 +225,7 @@ def test_what_cannot_fit_is_refused_before_the_weights_are_read(device, monkeypa
 
 
 def test_what_cannot_fit_is_refused_before_it_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = load(max_memory=20 * MB)
+    pipe = load(max_memory=24 * MB)
     monkeypatch.setattr(TransformerStep, "__init__", lambda *_: pytest.fail("it was drawn"))
     with pytest.raises(NextStepError, match=r"On a CPU .*cannot be streamed.*smaller size"):
         pipe.generate("a red circle", height=512, width=512)
@@ -241,7 +242,7 @@ def test_a_cpu_draws_fewer_at_once_within_a_limit(monkeypatch: pytest.MonkeyPatc
         load(max_memory=limit).generate("a red circle", num_images_per_prompt=4, callback=seen, **DRAWN)
         return most
 
-    assert together(None) == 4 > together(23 * MB) >= 1
+    assert together(None) == 4 > together(26 * MB) >= 1
 
 
 VAE = VAEConfig(ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16)
