@@ -92,7 +92,7 @@ def masked(picture: Image.Image, box: tuple[int, int, int, int]) -> tuple[Image.
 
 
 def edit(studio: Studio) -> Image.Image:
-    before = studio.draw("Text to Image", "a red circle on a blue background", width=64, height=64, seed=7)
+    before = studio.draw("Text to Image", "a red circle on a blue background", width=64, height=64, seed=3)
     after = studio.draw("Image Edit", "<image>make the circle yellow", picture=before, seed=7, cfg_img=1.0)
     return before_and_after(before, after)
 
@@ -123,12 +123,12 @@ def ratios(studio: Studio) -> Image.Image:
         ("a purple circle on an orange background", (64, 96), (268, 204, 396, 396)),
     )
     return sheet(
-        *((studio.draw("Aspect Ratios", text, width=w, height=h, seed=3), box) for text, (w, h), box in scenes)
+        *((studio.draw("Aspect Ratios", text, width=w, height=h, seed=11), box) for text, (w, h), box in scenes)
     )
 
 
 def low_vram(studio: Studio) -> Image.Image:
-    out = whole(studio.draw("Low VRAM", "a green triangle on a black background", width=64, height=64, seed=1))
+    out = whole(studio.draw("Low VRAM", "a green triangle on a black background", width=64, height=64, seed=2))
     pen = ImageDraw.Draw(out)
     pen.rounded_rectangle((GAP, SIDE - 88, 190, SIDE - GAP), 12, fill=PAPER)
     pen.text((24, SIDE - 78), "12 GB", fill=INK, font=ImageFont.load_default(56))
@@ -155,10 +155,10 @@ def resume(studio: Studio) -> Image.Image:
     return before_and_after(with_hatching(drawn, rest), drawn)
 
 
-def many(studio: Studio, name: str, *scenes: str) -> Image.Image:
+def many(studio: Studio, name: str, seeds: str, *scenes: str) -> Image.Image:
     """The contact sheet of a job, in scenes that the embedded model knows."""
     drawn = studio.draw(
-        name, job="the text below", text="\n".join(scenes), lists="", size="64", seeds="1, 2", folder=f"NextStep/{name}"
+        name, job="the text below", text="\n".join(scenes), lists="", size="64", seeds=seeds, folder=f"NextStep/{name}"
     )
     width = SIDE * min(1.0, drawn.width / drawn.height)
     height = round(width * drawn.height / drawn.width)
@@ -171,7 +171,7 @@ def whole(picture: Image.Image) -> Image.Image:
 
 
 THUMBNAILS = {
-    "First Run": lambda s: whole(s.draw("First Run", "a red circle on a blue background", seed=7)),
+    "First Run": lambda s: whole(s.draw("First Run", "a red circle on a blue background", seed=3)),
     "Text to Image": lambda s: whole(
         s.draw(
             "Text to Image", "a yellow star above a purple circle on a black background", width=64, height=64, seed=1
@@ -187,7 +187,7 @@ THUMBNAILS = {
             *("a red circle on a yellow background", "a white star on a blue background"),
             width=64,
             height=64,
-            seed=4,
+            seed=1,
         )  # fmt: skip
     ),
     "Low VRAM": low_vram,
@@ -197,6 +197,7 @@ THUMBNAILS = {
     "Brand": lambda s: many(
         s,
         "Brand",
+        "4, 13",
         "a red diamond on a white background",
         "a blue star on a white background",
         "a green circle on a white background",
@@ -204,6 +205,7 @@ THUMBNAILS = {
     "Marketing": lambda s: many(
         s,
         "Marketing",
+        "4, 20",
         "a large orange circle on a purple background",
         "a yellow star on a blue background",
         "a red triangle on a yellow background",
@@ -211,6 +213,7 @@ THUMBNAILS = {
     "Education": lambda s: many(
         s,
         "Education",
+        "1, 2",
         "a red circle left of a blue square on a white background",
         "a small green triangle on a black background",
         "a yellow diamond above a purple star on a white background",
