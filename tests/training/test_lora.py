@@ -17,7 +17,7 @@ from training.model_training import Trainee
 from training.scenes import Scene, SceneObject
 from training.start import SHIPPED
 
-LARGEST = 300_000  # bytes
+LARGEST = 400_000  # bytes
 
 
 def arguments(**changed: object) -> Namespace:
