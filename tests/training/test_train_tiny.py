@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from nextstep_core.loading.documents import Documents
 from nextstep_core.model.config import NextStepConfig
+from nextstep_core.model.transformer import whole_span
 from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.request.layout import Caption, EncodedImage, build_rows
 from nextstep_core.request.masks import kept_tokens
@@ -36,7 +38,7 @@ from training.scenes import (
     sample_edit,
     triples,
 )
-from training.start import SHIPPED, start_path
+from training.start import SHIPPED, deepened, start_path
 from training.start import main as start_from
 from training.tokenizer import build_tokenizer, save_tokenizer
 from training.vae_training import newest_vae, to_pixels
@@ -201,3 +203,18 @@ def test_what_was_encoded_of_other_scenes_is_refused(tmp_path: Path, few_familie
     tokens["64x64"] = tokens["64x64"][1:]
     with pytest.raises(ValueError, match="delete"):
         LatentPool(tmp_path).add(shard, tokens)
+
+
+@pytest.mark.parametrize("layers", [7, 9, 16])
+def test_a_deepened_model_computes_what_it_computed(tokenizers, layers: int) -> None:
+    """The layers that are added add nothing yet, stand apart from each other, and are learned from at once."""
+    _, _, config = tokenizers
+    before, after = (Trainee(replace(config, num_hidden_layers=count)) for count in (config.num_hidden_layers, layers))
+    after.load_checkpoint(deepened(checkpoint_tensors(before), layers))
+    embeds, valid = torch.randn(2, 9, config.hidden_size), torch.ones(2, 9, dtype=torch.bool)
+    hidden = [one.model(embeds, whole_span(one.config, valid, torch.float32)) for one in (before, after)]
+    assert torch.equal(*hidden)
+    hidden[1].sum().backward()
+    added = [layer.mlp.down_proj.weight for layer in after.model.layers if not layer.mlp.down_proj.weight.any()]
+    assert len(added) == layers - config.num_hidden_layers
+    assert all(weight.grad.any() for weight in added)
