@@ -65,22 +65,6 @@ static void modulated(const float *x, const float *gain, const float *offset, co
     }
 }
 
-/* Some rows of an int8 matrix with all rows of x. */
-static void stretch(const int8_t *weight, const uint16_t *scale, const int8_t *first, const int8_t *second,
-                    const Rounded *units, float *out, int64_t start, int64_t end, int64_t count, int64_t dim) {
-    for (int64_t m = 0; m < count; m += TOGETHER)
-        for (int64_t row = start; row < end; row += HEIGHT) {
-#define SOME(some)                                                                                \
-    int8_rows(weight + row * dim, scale + row, first + m * dim, second + m * dim, units + m, out + m * dim + row, dim, \
-              dim, some)
-            if (count - m < TOGETHER)
-                SOME(1);
-            else
-                SOME(TOGETHER);
-#undef SOME
-        }
-}
-
 /* out (count, token), x (count, token). The blocks' matrices are (dim, dim), with `dim` a multiple of BYTES; `input`
  * (dim, token) and `final` (token, dim) are floats. modulations: for each block (count, 3 * dim): shift, factor, gate,
  * and the last (count, 2 * dim). `room`, at a multiple of 64 bytes, holds count * (14 * dim + 4 * token + 12) + 64. */
@@ -112,7 +96,7 @@ void nextstep_velocity(const Block *blocks, const void *const *modulations, cons
 #pragma omp for schedule(static)
             for (int64_t start = 0; start < dim; start += STRETCH) {
                 const int64_t end = start + STRETCH < dim ? start + STRETCH : dim;
-                stretch(block->first, block->first_scale, first, second, units, u, start, end, count, dim);
+                stretch(block->first, block->first_scale, first, second, units, u, start, end, count, dim, dim);
                 for (int64_t m = 0; m < count; m++)
                     for (int64_t row = start; row < end; row++)
                         u[m * dim + row] = silu(u[m * dim + row] + block->first_bias[row]);
@@ -123,7 +107,7 @@ void nextstep_velocity(const Block *blocks, const void *const *modulations, cons
 #pragma omp for schedule(static)
             for (int64_t start = 0; start < dim; start += STRETCH) {
                 const int64_t end = start + STRETCH < dim ? start + STRETCH : dim;
-                stretch(block->second, block->second_scale, first, second, units, answer, start, end, count, dim);
+                stretch(block->second, block->second_scale, first, second, units, answer, start, end, count, dim, dim);
                 for (int64_t m = 0; m < count; m++)
                     for (int64_t row = start; row < end; row++) {
                         const float gate = read(modulation, (3 * m + 2) * dim + row, halves);

@@ -154,4 +154,21 @@ INLINE void int8_rows(const int8_t *weight, const uint16_t *scale, const int8_t 
     }
 }
 
+/* Rows `start` to `end` of an int8 matrix (rows, columns) with all rows of x. */
+static void stretch(const int8_t *weight, const uint16_t *scale, const int8_t *first, const int8_t *second,
+                    const Rounded *units, float *out, int64_t start, int64_t end, int64_t count, int64_t rows,
+                    int64_t columns) {
+    for (int64_t m = 0; m < count; m += TOGETHER)
+        for (int64_t row = start; row < end; row += HEIGHT) {
+#define SOME(some)                                                                                                 \
+    int8_rows(weight + row * columns, scale + row, first + m * columns, second + m * columns, units + m,           \
+              out + m * rows + row, rows, columns, some)
+            if (count - m < TOGETHER)
+                SOME(1);
+            else
+                SOME(TOGETHER);
+#undef SOME
+        }
+}
+
 #endif

@@ -142,18 +142,10 @@ void nextstep_int8(const int8_t *weight, const uint16_t *scale, const void *x, v
         for (int64_t m = 0; m < count; m++)
             units[m] = rounded(f.x + m * columns, first + m * columns, second + m * columns, columns);
 #pragma omp for schedule(static)
-        for (int64_t start = 0; start < rows; start += STRETCH)
-            for (int64_t m = 0; m < count; m += TOGETHER)
-                for (int64_t row = start; row < rows && row < start + STRETCH; row += HEIGHT) {
-#define SOME(some)                                                                                        \
-    int8_rows(weight + row * columns, scale + row, first + m * columns, second + m * columns, units + m, \
-              f.out + m * rows + row, rows, columns, some)
-                    if (count - m < TOGETHER)
-                        SOME(1);
-                    else
-                        SOME(TOGETHER);
-#undef SOME
-                }
+        for (int64_t start = 0; start < rows; start += STRETCH) {
+            const int64_t end = start + STRETCH < rows ? start + STRETCH : rows;
+            stretch(weight, scale, first, second, units, f.out, start, end, count, rows, columns);
+        }
     }
     give_back(&f, out, count * rows, halves);
 }

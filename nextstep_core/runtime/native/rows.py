@@ -59,7 +59,8 @@ class Library:
         out = torch.empty(count, rows, dtype=inputs.dtype)
         room = torch.empty(min(count, AT_ONCE) * (6 * columns + 4 * rows + sums) + 64, dtype=torch.uint8)
         sizes = rows, columns, torch.get_num_threads(), inputs.dtype == torch.bfloat16
-        for some, results in zip(inputs.split(AT_ONCE), out.split(AT_ONCE)):
+        whole = [(inputs, out)]  # a split costs as much as a small product
+        for some, results in whole if count <= AT_ONCE else zip(inputs.split(AT_ONCE), out.split(AT_ONCE)):
             pointers = (tensor.data_ptr() for tensor in (weight, scale, some, results, room))
             function(*pointers, len(some), *sizes, *more)
         return out.to(x.dtype)
