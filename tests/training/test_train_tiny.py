@@ -17,6 +17,7 @@ from nextstep_core.model.vae import AutoencoderKL
 from nextstep_core.request.layout import Caption, EncodedImage, build_rows
 from nextstep_core.request.masks import kept_tokens
 from nextstep_core.request.tokenizer import NextStepTokenizer
+from training import __main__ as recipe
 from training import data
 from training.data import Example, Examples, LatentPool, Shard, grid_of, masked_tokens, prompt_text
 from training.export import model_config
@@ -218,3 +219,43 @@ def test_a_deepened_model_computes_what_it_computed(tokenizers, layers: int) -> 
     added = [layer.mlp.down_proj.weight for layer in after.model.layers if not layer.mlp.down_proj.weight.any()]
     assert len(added) == layers - config.num_hidden_layers
     assert all(weight.grad.any() for weight in added)
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[list[str]]:
+    """The steps that the whole recipe starts, each as its module and options; none runs, and the VAE takes a minute."""
+    found: list[list[str]] = []
+
+    class Child:
+        def __init__(self, command: list[str], **_) -> None:
+            found.append(command[2:])
+            clock[0] += 60.0 * (command[2] == "training.vae_training")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None: ...
+
+        def terminate(self) -> None: ...
+
+    clock = [0.0]
+    monkeypatch.setattr(recipe.subprocess, "run", Child)
+    monkeypatch.setattr(recipe.subprocess, "Popen", Child)
+    monkeypatch.setattr(recipe.time, "monotonic", lambda: clock[0])
+    return found
+
+
+def test_the_whole_recipe_is_one_command(tmp_path: Path, started, monkeypatch) -> None:
+    """The VAE's minutes count, also those before a kill; shards are made beside the transformer's training."""
+    monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path), "--minutes", "10", "--workers", "2"])
+    for turn in (1, 2):
+        started.clear()
+        recipe.main()
+        names = [command[0].removeprefix("training.") for command in started]
+        assert names == ["vae_training", "data", "data", "model_training", "evaluate"]
+        training = started[3]
+        assert training[training.index("--minutes") + 1] == str(10.0 - turn)
+    monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path / "other"), "--shipped", "--count", "0"])
+    started.clear()
+    recipe.main()
+    assert [command[0] for command in started][0] == "training.start" and "training.vae_training" not in str(started)
