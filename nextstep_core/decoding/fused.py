@@ -166,9 +166,11 @@ class OwnKernels:
         from ..runtime.triton.head import HeadWeights
 
         device, dtype = plain.shape.device, plain.shape.dtype
-        weights = HeadWeights.of(plain.head, device, dtype)
         few = rows <= support.MOST_ROWS and dtype in TOLERANCES
-        if weights is None or not few or plain.shape.checked or not can_integrate(plain.updates):
+        if not few or plain.shape.checked or not can_integrate(plain.updates):
+            return plain
+        weights = HeadWeights.of(plain.head, device, dtype)
+        if weights is None:
             return plain
         what = _flow_name(plain, rows)
         candidate = _candidate(HEAD, lambda: partial(_fused_step, weights, plain))

@@ -25,7 +25,7 @@ from ..ledger import cache_folder
 log = logging.getLogger(__name__)
 
 COMPILERS = ("cc", "gcc")
-FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
 PATIENCE = 120.0  # seconds for a compiler
 CPU_INFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
 OPENMP = ("libgomp", "libiomp5", "libomp")  # as PyTorch has it from its own wheels, or from conda
@@ -56,6 +56,12 @@ def cpu_flags() -> frozenset[str]:
 def compiler() -> str | None:
     """The compiler that is found first."""
     return next((path for path in map(shutil.which, COMPILERS) if path is not None), None)
+
+
+def version_of(source: Path) -> str:
+    """Changes with a source and what it includes: what was found out about another version does not count."""
+    texts = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+    return hashlib.sha256(texts).hexdigest()[:16]
 
 
 def missing_for(source: Path, device: torch.device) -> str | None:
@@ -91,8 +97,7 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     if command is None:
         raise RuntimeError("no C compiler")
     told = _output([command, "--version"]) + " ".join(sorted(cpu_flags()))
-    texts = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
-    digest = hashlib.sha256(texts + f"{command} {flags} {told}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{version_of(source)} {command} {flags} {told}".encode()).hexdigest()[:16]
     folder = cache_folder() / "native"
     path = folder / f"{source.stem}-{digest}.so"
     try:
@@ -118,7 +123,7 @@ def _refuse_others(path: Path) -> None:
 def _compiled(command: str, flags: tuple[str, ...], source: Path, room: Path) -> Path:
     # PyTorch brings OpenMP under a name of its own; a second one beside it would have threads of its own.
     object_file, made = room / "object.o", room / "library.so"
-    _output([command, *(flag for flag in flags if flag != "-shared"), "-c", str(source), "-o", str(object_file)])
+    _output([command, *flags, "-c", str(source), "-o", str(object_file)])
     openmp = _loaded(OPENMP)
     linked = ["-shared", str(object_file), *([str(openmp)] if openmp else ["-fopenmp"]), "-lm", "-o", str(made)]
     _output([command, *linked])

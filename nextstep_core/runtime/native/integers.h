@@ -71,7 +71,7 @@ static inline int32_t SUM(ints v) {
 #define LANES (BYTES / 4)
 #define HEIGHT 4          /* rows of an int8 matrix that go with what is loaded of x */
 #define STRETCH 16        /* rows of an int8 matrix that stay in a near cache for the next rows of x */
-#define AHEAD_IN_ROWS (HEIGHT * columns) /* the same of an int8 matrix: in the next rows */
+#define AHEAD_IN_ROWS (HEIGHT * columns) /* bytes of an int8 matrix that are fetched early: in the next rows */
 #define TOP 127
 #define FINER 254
 #define LEAST 1e-30f /* smaller rows count as empty: what brings them to 127 may be more than a float holds */

@@ -18,8 +18,8 @@ from . import compiler
 
 _Function: TypeAlias = "ctypes._NamedFuncPointer"
 
-VERSION = "1"  # raise it with any change to the source, and machines try it again
 SOURCE = Path(__file__).with_name("rows.c")
+VERSION = compiler.version_of(SOURCE)
 INT8_COLUMNS, INT8_ROWS = 64, 4  # of which an int8 matrix has whole numbers
 AT_ONCE = 32  # rows: no slower than all at once, and a long prompt takes a few MB beside the result, not hundreds
 
