@@ -38,6 +38,7 @@ NAMES = (
     "torch-fp8-halves",
     "kitchen-int8-halves",
     "kitchen-int4",
+    "gemlite",
     "padded-to-4",
     "padded-to-6",
     "triton-rows",

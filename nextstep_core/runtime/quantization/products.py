@@ -16,7 +16,7 @@ from ..triton import support
 from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
 from .kernel import Kernel, of_rotated, padded, plain, unpacked
 from .layouts import Layout, RowBlocks, Swapped, Tiles, cpu_layout, inner_tiles
-from .libraries import kitchen
+from .libraries import gemlite, kitchen
 
 WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
 MOST_ROWS_IN_C = 256  # of int8; above, as when a long prompt is read, floats made once are multiplied as fast
@@ -212,7 +212,7 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         found = [packed] if packed.lies != base.lies else []
         if packed.layout is not None:
             found.append(unpacked(packed, format, "torch-int4-unpacked"))
-        found += [*kitchen(format), *own(format)] if kind == "cuda" else []
+        found += [*kitchen(format), *gemlite(format), *own(format)] if kind == "cuda" else []
     elif isinstance(format, PerRow) and kind == "cuda":
         found.append(Kernel("torch-compiled", _compiled, most_rows=MOST_PACKED_ROWS, missing=_without_triton))
         if format.dtype == torch.int8:
@@ -222,5 +222,5 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         else:
             floats = _capability((8, 9), "product of fp8")
             found.append(Kernel("torch-fp8-halves", _fp8_halves, missing=floats))
-        found += own(format)
+        found += [*gemlite(format), *own(format)]
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nextstep_core import NextStepPipeline
 from nextstep_core.runtime.quantization import libraries, products, quantized_linears
@@ -159,6 +160,18 @@ def test_without_the_package_nothing_is_imported(monkeypatch: pytest.MonkeyPatch
         (kernel,) = libraries.kitchen(format)
         assert kernel.missing(torch.device("cuda")) == "comfy-kitchen is not installed"
     assert libraries.kitchen(FP8) == [] == libraries.kitchen(Rotated(INT8, 16))
+
+
+def test_gemlite_is_tried_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers: tests/kernels/test_libraries.py."""
+    monkeypatch.setattr(libraries, "version_of", lambda package: None)
+    for format in (INT4, INT8, FP8):
+        (kernel,) = libraries.gemlite(format)
+        assert kernel.missing(torch.device("cuda")) == "gemlite is not installed"
+        with FakeTensorMode():
+            weight = torch.empty(64, 64, dtype=torch.uint8, device="cuda")
+            assert "gemlite" in {one.name for one in racing(format, usual(format, "cuda")[0], weight)}
+    assert libraries.gemlite(Rotated(INT8, 16)) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 12])
