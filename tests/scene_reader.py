@@ -6,6 +6,7 @@ what belongs together, which outline fits best) is found in the picture, so nois
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ COLOR_LIMIT = 70.0  # RGB distance beyond which a color has no name
 FOREGROUND = 38.0  # RGB distance from the background, just under half of the palette's nearest pair
 LEAST_PIXELS = 40  # specks below this are no objects; the smallest shape covers 220
 LEAST_MATCH = 0.75  # overlap with the best outline below which a blob has no shape
+TURNS = (0.0, -7.0, 7.0)  # degrees; between them every turn of the world fits
 SAMPLES = 3
 
 
@@ -100,31 +102,35 @@ def _read_object(pixels: np.ndarray, blob: np.ndarray, ground: np.ndarray) -> Se
     for axis, shift in ((0, 1), (0, -1), (1, 1), (1, -1)):
         near |= np.roll(blob, shift, axis)
     cover = np.where(near, cover, 0)
-    match, shape, radius, x, y = max(_fit(cover, shape) for shape in SHAPES)
+    turns = {shape: TURNS[:1] if shape == "circle" else TURNS for shape in SHAPES}
+    match, shape, radius, x, y = max(_fit(cover, shape, turn) for shape in SHAPES for turn in turns[shape])
     size = "small" if radius < SIZE_BORDER else "large"
     return SeenObject(shape if match >= LEAST_MATCH else None, name_color(color), size, x, y, match)
 
 
-def _fit(cover: np.ndarray, shape: str) -> tuple[float, str, float, float, float]:
-    """Lay a shape of the blob's own area and centroid over it: (overlap, shape, radius, center x, center y)."""
+def _fit(cover: np.ndarray, shape: str, turn: float) -> tuple[float, str, float, float, float]:
+    """Lay a turned shape of the blob's own area and centroid over it: (overlap, shape, radius, center x, center y)."""
     area = float(cover.sum())
     ys, xs = np.mgrid[: cover.shape[0], : cover.shape[1]] + 0.5
     centroid = float((xs * cover).sum() / area), float((ys * cover).sum() / area)
     unit_area, unit_drop = _unit_moments(shape)
+    angle = math.radians(turn)
     best = (0.0, shape, 0.0, 0.0, 0.0)
     for factor in (0.95, 1.0, 1.05):
         radius = factor * (area / unit_area) ** 0.5
-        x, y = centroid[0], centroid[1] - unit_drop * radius
-        ideal = _outline(shape, radius, x, y, cover.shape)
+        x, y = centroid[0] + math.sin(angle) * unit_drop * radius, centroid[1] - math.cos(angle) * unit_drop * radius
+        ideal = _outline(shape, radius, x, y, turn, cover.shape)
         overlap = float(np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum())
         best = max(best, (overlap, shape, radius, x, y))
     return best
 
 
-def _outline(shape: str, radius: float, x: float, y: float, size: tuple[int, int]) -> np.ndarray:
-    """The share of each pixel that a shape covers, like the renderer's but for any center and radius."""
+def _outline(shape: str, radius: float, x: float, y: float, turn: float, size: tuple[int, int]) -> np.ndarray:
+    """The share of each pixel that a shape covers, like the renderer's but coarser."""
     ys, xs = ((np.arange(n * SAMPLES) + 0.5) / SAMPLES for n in size)
-    covered = inside(shape, (xs[None, :] - x) / radius, (ys[:, None] - y) / radius)
+    dx, dy = (xs[None, :] - x) / radius, (ys[:, None] - y) / radius
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    covered = inside(shape, cos * dx + sin * dy, cos * dy - sin * dx)
     return covered.reshape(size[0], SAMPLES, size[1], SAMPLES).mean(axis=(1, 3))
 
 

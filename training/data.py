@@ -30,7 +30,6 @@ from .progress import load_if_there, pick_device, save_atomically
 from .scenes import (
     CANVASES,
     COLORS,
-    EDIT_KINDS,
     LARGE,
     NAMED_APART,
     SIZE_BORDER,
@@ -60,8 +59,9 @@ FAMILIES = {"single": (30, 300), "pair": (40, 200), "wide": (3, 4), "large": (6,
 # Captions name no place: most pictures drawn from text alone are of the few places of the grid, which keeps the shapes
 # clean. What edits keep they learn from the others.
 DRAWN_ON_GRID = 0.95
+TURNED = 0.35  # of what lies anywhere
 # How often each kind is trained: a new shape must be drawn edge by edge, what is removed is gone at once.
-EDIT_WEIGHTS = {"recolor": 1.0, "background": 1.2, "replace": 2.0, "remove": 0.5, "exchange": 2.2}
+EDIT_WEIGHTS = {"recolor": 1.0, "background": 1.2, "replace": 2.0, "remove": 0.5, "exchange": 2.2, "move": 0.9}
 # How often an edit of one object is taught as inpainting: the source's own tokens, which tell of what was there, stay
 # around what is drawn. A mask is up to so many pixels wider than the object.
 INPAINTED, WIDER = 0.3, 8.0
@@ -111,17 +111,21 @@ class Shard:
         rng, families = random.Random(f"shard {number}"), defaultdict(list)
         shown = triples(held_out=False)
 
+        def turned() -> bool:
+            return rng.random() < TURNED
+
         def add_singles(task: str, canvas: tuple[int, int]) -> None:
             on_grid, free = FAMILIES[task]
             singles = [place_single(rng, rng.choice(shown), canvas=canvas) for _ in range(on_grid)]
-            singles += [place_single_freely(rng, rng.choice(shown), canvas) for _ in range(free)]
+            singles += [place_single_freely(rng, rng.choice(shown), canvas, turned=turned()) for _ in range(free)]
             families[task] += [vary_single(rng, scene.objects[0], canvas) for scene in singles]
 
         add_singles("single", SQUARE)
         for canvas in WIDE:
             add_singles("wide", canvas)
         on_grid, free = FAMILIES["pair"]
-        pairs = [sample_pair(rng) for _ in range(on_grid)] + [sample_pair(rng, canvas=SQUARE) for _ in range(free)]
+        pairs = [sample_pair(rng) for _ in range(on_grid)]
+        pairs += [sample_pair(rng, canvas=SQUARE, turned=turned()) for _ in range(free)]
         families["pair"] = [vary_pair(rng, scene) for scene in pairs]
         add_singles("large", LARGE)
         on_grid, free = FAMILIES["three"]
@@ -226,8 +230,9 @@ class Examples:
         name = task.removesuffix("edit").strip() or "single"
         name = key(*rng.choice(WIDE)) if name == "wide" else name
         if task.endswith("edit"):
-            kinds = rng.choices(EDIT_KINDS, [EDIT_WEIGHTS[kind] for kind in EDIT_KINDS], k=count)
-            edits = [rng.choice(self.pool.edits[name][kind]) for kind in kinds]
+            there = self.pool.edits[name]
+            kinds = rng.choices(list(there), [EDIT_WEIGHTS[kind] for kind in there], k=count)
+            edits = [rng.choice(there[kind]) for kind in kinds]
             return self._collate([self._edited(rng, edit) for edit in edits])
         drawings = self.pool.drawings[name]
         scenes = [rng.choice(drawings[rng.random() < DRAWN_ON_GRID]) for _ in range(count)]
@@ -239,7 +244,8 @@ class Examples:
         return Example(self._kept(rng, text), None, scene)
 
     def _edited(self, rng: random.Random, edit: Edit) -> Example:
-        masked = len(edit.source.objects) == 1 and edit.kind != "background" and rng.random() < INPAINTED
+        stays = edit.kind not in ("background", "move")  # what changes lies where the object was
+        masked = stays and len(edit.source.objects) == 1 and rng.random() < INPAINTED
         drawn = masked_tokens(edit.source, rng.uniform(0, WIDER)) if masked else None
         return Example(self._kept(rng, edit.instruction), edit.source, edit.target, drawn)
 

@@ -155,15 +155,23 @@ def measure_three(pipeline: NextStepPipeline, count: int, seed: int = 0, **setti
 
 
 def measure_edits(
-    pipeline: NextStepPipeline, count: int, seed: int = 0, pair: bool = False, free: bool = False, **settings
+    pipeline: NextStepPipeline,
+    count: int,
+    seed: int = 0,
+    pair: bool = False,
+    free: bool = False,
+    turned: bool = False,
+    kinds: Sequence[str] = EDIT_KINDS,
+    **settings,
 ) -> Score:
-    """Edits of every kind in turn, of one object or one of two, on the grid or `free`: at held-out sizes and places.
+    """Edits of the kinds in turn, of one object or one of two, on the grid or `free`: at held-out sizes and places, and
+    maybe turned.
 
     "all" is the change made and the rest kept; of free objects "kept" asks for place and size too: the whole picture is
     compared with the ideal result.
     """
     rng, score = random.Random(f"held-out edits {seed}"), Score()
-    edits = [sample_edit(rng, EDIT_KINDS[i % len(EDIT_KINDS)], True, pair=pair, free=free) for i in range(count)]
+    edits = [sample_edit(rng, kinds[i % len(kinds)], True, pair=pair, free=free, turned=turned) for i in range(count)]
     for number, part in enumerate(batches(edits, BATCH)):
         sources = [render(edit.source) for edit in part]
         images = draw_edits(pipeline, [edit.instruction for edit in part], sources, seed * 1000 + number, **settings)
@@ -279,6 +287,8 @@ def measures(pipeline: NextStepPipeline, count: int, seed: int, **settings) -> I
     yield "edits of one of two", measure_edits(pipeline, half, seed, pair=True, **settings)
     yield "edits anywhere", measure_edits(pipeline, half, seed, free=True, **settings)
     yield "edits anywhere, of two", measure_edits(pipeline, half, seed, pair=True, free=True, **settings)
+    yield "edits anywhere, turned", measure_edits(pipeline, half, seed, free=True, turned=True, **settings)
+    yield "moves", measure_edits(pipeline, half, seed, free=True, kinds=("move",), **settings)
     yield "edits of drawings", measure_drawn_edits(pipeline, half, seed, **settings)
     yield "inpainting", measure_inpainting(pipeline, half, seed, **settings)
     yield "inpainting, as an edit", measure_inpainting(pipeline, half, seed, instructed=True, **settings)

@@ -32,6 +32,7 @@ LEAST_RADIUS, MOST_RADIUS, MOST_PAIR_RADIUS = 8.0, 26.0, 15.0
 NAMED_APART = 2.0  # a size this near to the border is not named
 MARGIN = 1.0  # pixels between a free object and the canvas's edge
 GAP = 3.0  # pixels at least between the circles around two objects
+MOST_TURN, TURNED_REACH = 10.0, 1.1  # degrees; a turned triangle's corners lie so many radii from the middle's lines
 PLAIN_RELATION = 1.3  # how much the larger distance of two objects exceeds the smaller, so that a relation is plain
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -40,20 +41,32 @@ WIDE = ((96, 64), (64, 96), (128, 64), (64, 128))  # (width, height), as all can
 LARGE = (128, 128)
 CANVASES = (SQUARE, *WIDE, LARGE)
 GRID = 8  # centers on the grid lie on multiples of this, within one step of their nominal place
-EDIT_KINDS = ("recolor", "background", "replace", "remove", "exchange")
+EDIT_KINDS = ("recolor", "background", "replace", "remove", "exchange")  # what stays, stays in its place
+SIDES = ("left", "right", "top", "bottom", "middle")  # where an object is moved
+SIDE_MARGIN = 4.0  # pixels between an object moved to a side and the canvas's edge
+LEAST_MOVE = 6.0  # pixels; less is hardly seen
 HELD_OUT_PERCENT = 15
 SUPERSAMPLING = 8
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One flat shape; radius is of the circle around it, (x, y) its center in pixels from the top left corner."""
+    """One flat shape; radius is of the circle around it, (x, y) its center in pixels from the top left corner.
+
+    turn is in degrees, clockwise; circles stand upright.
+    """
 
     shape: str
     color: str
     radius: float
     x: float
     y: float
+    turn: float = 0.0
+
+    @property
+    def reach(self) -> float:
+        """How far it reaches from its center, to the sides and up and down, in pixels."""
+        return self.radius * TURNED_REACH if self.turn else self.radius
 
     @property
     def size(self) -> str:
@@ -185,14 +198,16 @@ def _inside_star(x: np.ndarray, y: np.ndarray, inner: float = 0.42) -> np.ndarra
     return (px - 1.0) * notch_y - py * (notch_x - 1.0) <= 0
 
 
-def coverage(shape: str, radius: float, x: float, y: float, width: int, height: int) -> np.ndarray:
-    """The share of each pixel that the shape covers, (height, width) float32 in 0..1."""
+def coverage(thing: SceneObject, width: int, height: int) -> np.ndarray:
+    """The share of each pixel that an object covers, (height, width) float32 in 0..1."""
     mask = np.zeros((height, width), np.float32)
-    left, top = (max(0, math.floor(center - radius)) for center in (x, y))
-    right, bottom = min(width, math.ceil(x + radius)), min(height, math.ceil(y + radius))
+    left, top = (max(0, math.floor(center - thing.reach)) for center in (thing.x, thing.y))
+    right, bottom = min(width, math.ceil(thing.x + thing.reach)), min(height, math.ceil(thing.y + thing.reach))
     if left < right and top < bottom:  # only the square around the shape is looked at, point by point
         xs, ys = ((np.arange(SUPERSAMPLING * n) + 0.5) / SUPERSAMPLING for n in (right - left, bottom - top))
-        covered = inside(shape, (xs[None, :] + (left - x)) / radius, (ys[:, None] + (top - y)) / radius)
+        dx, dy = (xs[None, :] + (left - thing.x)) / thing.radius, (ys[:, None] + (top - thing.y)) / thing.radius
+        cos, sin = math.cos(math.radians(thing.turn)), math.sin(math.radians(thing.turn))
+        covered = inside(thing.shape, cos * dx + sin * dy, cos * dy - sin * dx)
         blocks = covered.reshape(bottom - top, SUPERSAMPLING, right - left, SUPERSAMPLING)
         mask[top:bottom, left:right] = blocks.mean(axis=(1, 3), dtype=np.float32)
     return mask
@@ -201,7 +216,7 @@ def coverage(shape: str, radius: float, x: float, y: float, width: int, height: 
 def mask_of(scene: Scene, wider: float = 0.0) -> np.ndarray:
     """(height, width) float32, 1 on the square around the only object, made `wider` by so many pixels on each side."""
     (thing,) = scene.objects
-    reach = thing.radius + wider
+    reach = thing.reach + wider
     mask = np.zeros((scene.height, scene.width), np.float32)
     left, top = (max(0, math.floor(center - reach)) for center in (thing.x, thing.y))
     mask[top : math.ceil(thing.y + reach), left : math.ceil(thing.x + reach)] = 1
@@ -213,7 +228,7 @@ def render(scene: Scene) -> np.ndarray:
     image = np.empty((scene.height, scene.width, 3), np.float32)
     image[:] = COLORS[scene.background]
     for o in scene.objects:
-        alpha = coverage(o.shape, o.radius, o.x, o.y, scene.width, scene.height)[..., None]
+        alpha = coverage(o, scene.width, scene.height)[..., None]
         image = image * (1 - alpha) + np.asarray(COLORS[o.color], np.float32) * alpha
     return np.round(image).astype(np.uint8)
 
@@ -252,24 +267,30 @@ def place_pair(
 
 
 def _somewhere(
-    rng: random.Random, color: str, shape: str, canvas: tuple[int, int], most: float, held_out: bool
+    rng: random.Random, color: str, shape: str, canvas: tuple[int, int], most: float, held_out: bool, turned: bool
 ) -> SceneObject:
-    """An object of any radius up to `most`, anywhere on the canvas."""
+    """An object of any radius up to `most`, anywhere on the canvas; a turned circle is as another."""
     width, height = canvas
     while True:
         radius = round(rng.uniform(LEAST_RADIUS, most), 1)
-        x, y = (round(rng.uniform(radius + MARGIN, side - radius - MARGIN), 1) for side in (width, height))
-        thing = SceneObject(shape, color, radius, x, y)
+        turn = round(rng.uniform(-MOST_TURN, MOST_TURN), 1) if turned and shape != "circle" else 0.0
+        margin = SceneObject(shape, color, radius, 0, 0, turn).reach + MARGIN
+        x, y = (round(rng.uniform(margin, side - margin), 1) for side in (width, height))
+        thing = SceneObject(shape, color, radius, x, y, turn)
         if place_is_held_out(thing) == held_out:
             return thing
 
 
 def place_single_freely(
-    rng: random.Random, triple: tuple[str, str, str], canvas: tuple[int, int] = SQUARE, held_out: bool = False
+    rng: random.Random,
+    triple: tuple[str, str, str],
+    canvas: tuple[int, int] = SQUARE,
+    held_out: bool = False,
+    turned: bool = False,
 ) -> Scene:
     """A scene of one object of any radius anywhere on the canvas; held_out says which places."""
     color, shape, background = triple
-    return Scene(background, (_somewhere(rng, color, shape, canvas, MOST_RADIUS, held_out),), *canvas)
+    return Scene(background, (_somewhere(rng, color, shape, canvas, MOST_RADIUS, held_out, turned),), *canvas)
 
 
 def place_freely(
@@ -278,12 +299,14 @@ def place_freely(
     background: str,
     canvas: tuple[int, int] = SQUARE,
     held_out: bool = False,
+    turned: bool = False,
 ) -> Scene:
     """Several objects, each a (color, shape), anywhere without touching; of two, the relation is plain."""
     while True:
-        objects = [_somewhere(rng, color, shape, canvas, MOST_PAIR_RADIUS, held_out) for color, shape in things]
-        if all(_apart(a, b) for a, b in itertools.combinations(objects, 2)):
-            return Scene(background, tuple(objects), *canvas)
+        objects = [_somewhere(rng, color, shape, canvas, MOST_PAIR_RADIUS, held_out, turned) for color, shape in things]
+        scene = Scene(background, tuple(objects), *canvas)
+        if _all_apart(scene):
+            return scene
 
 
 def place_three(rng: random.Random, things: Sequence[tuple[str, str]], background: str) -> Scene:
@@ -306,12 +329,18 @@ def sample_three(rng: random.Random, held_out: bool = False, free: bool = False)
             return scene
 
 
+def _all_apart(scene: Scene) -> bool:
+    return all(_apart(a, b) for a, b in itertools.combinations(scene.objects, 2))
+
+
 def _apart(a: SceneObject, b: SceneObject) -> bool:
     dx, dy = abs(a.x - b.x), abs(a.y - b.y)
     return math.hypot(dx, dy) >= a.radius + b.radius + GAP and max(dx, dy) >= PLAIN_RELATION * min(dx, dy)
 
 
-def sample_pair(rng: random.Random, held_out: bool = False, canvas: tuple[int, int] | None = None) -> Scene:
+def sample_pair(
+    rng: random.Random, held_out: bool = False, canvas: tuple[int, int] | None = None, turned: bool = False
+) -> Scene:
     """Two objects of different colors; a held-out scene has at least one held-out triple.
 
     On the grid of a 64x64 picture, or with a canvas anywhere on it.
@@ -322,13 +351,14 @@ def sample_pair(rng: random.Random, held_out: bool = False, canvas: tuple[int, i
         if canvas is None:
             scene = place_pair(rng, first, second, background, rng.choice(RELATIONS))
         else:
-            scene = place_freely(rng, (first, second), background, canvas, held_out)
+            scene = place_freely(rng, (first, second), background, canvas, held_out, turned)
         if scene_is_held_out(scene) == held_out:
             return scene
 
 
 def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None) -> Edit:
-    """Edit the object at index, or the background; word is the new color, shape or both, not used to remove."""
+    """Edit the object at index, or the background; word is the new color, shape or both, or the side to move to; not
+    used to remove. A new shape stands upright."""
     thing = scene.objects[index]
 
     def with_object(*changed: SceneObject) -> Scene:
@@ -340,14 +370,38 @@ def apply_edit(scene: Scene, kind: str, index: int = 0, word: str | None = None)
         return Edit(kind, f"make the background {word}", scene, replace(scene, background=word))
     if kind == "replace":
         instruction = f"replace the {thing.shape} with {with_article(word)}"
-        return Edit(kind, instruction, scene, with_object(replace(thing, shape=word)))
+        return Edit(kind, instruction, scene, with_object(replace(thing, shape=word, turn=0.0)))
     if kind == "exchange":
         color, shape = word.split()
         instruction = f"replace the {thing.shape} with {with_article(word)}"
-        return Edit(kind, instruction, scene, with_object(replace(thing, color=color, shape=shape)))
+        return Edit(kind, instruction, scene, with_object(replace(thing, color=color, shape=shape, turn=0.0)))
     if kind == "remove":
         return Edit(kind, f"remove the {thing.shape}", scene, with_object())
-    raise ValueError(f"unknown edit {kind!r}; one of {', '.join(EDIT_KINDS)}")
+    if kind == "move":
+        place = at_side(thing, word, (scene.width, scene.height))
+        return Edit(kind, f"move the {thing.shape} to the {word}", scene, with_object(place))
+    raise ValueError(f"unknown edit {kind!r}; one of {', '.join((*EDIT_KINDS, 'move'))}")
+
+
+def at_side(thing: SceneObject, side: str, canvas: tuple[int, int]) -> SceneObject:
+    """The object moved straight to a side of the canvas, or into its middle."""
+    (width, height), margin = canvas, thing.reach + SIDE_MARGIN
+    if side == "middle":
+        return replace(thing, x=width / 2, y=height / 2)
+    if side in ("left", "right"):
+        return replace(thing, x=round(margin if side == "left" else width - margin, 1))
+    return replace(thing, y=round(margin if side == "top" else height - margin, 1))
+
+
+def moves(scene: Scene) -> list[Edit]:
+    """Every move of an object that is far enough to be seen and touches nothing."""
+    every = [apply_edit(scene, "move", index, side) for index in range(len(scene.objects)) for side in SIDES]
+    return [edit for edit in every if _is_far(edit) and _all_apart(edit.target)]
+
+
+def _is_far(edit: Edit) -> bool:
+    pairs = zip(edit.source.objects, edit.target.objects, strict=True)
+    return any(math.hypot(a.x - b.x, a.y - b.y) >= LEAST_MOVE for a, b in pairs)
 
 
 def edit_scene(rng: random.Random, scene: Scene, kind: str) -> Edit:
@@ -371,17 +425,18 @@ def sample_edit(
     canvas: tuple[int, int] = SQUARE,
     pair: bool = False,
     free: bool = False,
+    turned: bool = False,
 ) -> Edit:
     """An edit of one object, or of one of two; held out if its target is (for a removal, its source), else neither is.
 
     Of two objects the instruction names one by its shape, so their shapes differ. `free` objects lie anywhere, held-out
-    ones at held-out places; else they lie on the grid.
+    ones at held-out places, and may be turned; else they lie on the grid.
     """
     while True:
         if pair and free:
             background, *colors = rng.sample(list(COLORS), 3)
             things = list(zip(colors, rng.sample(SHAPES, 2), strict=True))
-            scene = place_freely(rng, things, background, canvas, held_out)
+            scene = place_freely(rng, things, background, canvas, held_out, turned)
         elif pair:
             scene = sample_pair(rng, held_out and rng.random() < 0.5)
             if scene.objects[0].shape == scene.objects[1].shape:
@@ -390,10 +445,12 @@ def sample_edit(
             color, background = rng.sample(list(COLORS), 2)
             triple = color, rng.choice(SHAPES), background
             if free:
-                scene = place_single_freely(rng, triple, canvas, held_out)
+                scene = place_single_freely(rng, triple, canvas, held_out, turned)
             else:
                 scene = place_single(rng, triple, canvas=canvas)
-        edit = edit_scene(rng, scene, kind)
+        if kind == "move" and not moves(scene):
+            continue
+        edit = rng.choice(moves(scene)) if kind == "move" else edit_scene(rng, scene, kind)
         source_out, target_out = scene_is_held_out(edit.source), scene_is_held_out(edit.target)
         if held_out and (source_out if kind == "remove" else target_out):
             return edit
@@ -405,22 +462,35 @@ def sample_edit(
 
 
 def vary_single(rng: random.Random, thing: SceneObject, canvas: tuple[int, int]) -> list[Scene]:
-    """One place and size with two shapes, two colors and two backgrounds, without held-out triples."""
-    colors = rng.sample(list(COLORS), 4)
-    every = itertools.product(rng.sample(SHAPES, 2), colors[:2], colors[2:])
-    scenes = [Scene(ground, (replace(thing, shape=shape, color=color),), *canvas) for shape, color, ground in every]
-    return [scene for scene in scenes if not scene_is_held_out(scene)]
+    """One place and size with two shapes, two colors and two backgrounds, and one of them moved, without held-out
+    triples. Of a turned thing the second shape stands upright."""
+    colors, shapes = rng.sample(list(COLORS), 4), rng.sample(SHAPES, 2)
+    things = _as(thing, shapes[0]), replace(thing, shape=shapes[1], turn=0.0)
+    every = itertools.product(things, colors[:2], colors[2:])
+    scenes = [Scene(ground, (replace(thing, color=color),), *canvas) for thing, color, ground in every]
+    scenes = [scene for scene in scenes if not scene_is_held_out(scene)]
+    return scenes + _one_moved(rng, scenes)
+
+
+def _as(thing: SceneObject, shape: str) -> SceneObject:
+    return replace(thing, shape=shape, turn=0.0 if shape == "circle" else thing.turn)
+
+
+def _one_moved(rng: random.Random, scenes: Sequence[Scene]) -> list[Scene]:
+    every = moves(rng.choice(scenes)) if scenes else []
+    chosen = [rng.choice(every).target] if every else []
+    return [scene for scene in chosen if not any(map(place_is_held_out, scene.objects))]
 
 
 def vary_pair(rng: random.Random, scene: Scene) -> list[Scene]:
-    """Two objects anew, each with another color, another shape and without it, and another background.
+    """Two objects anew, each with another color, another shape and without it, another background, and one moved.
 
     Of the scene only places and sizes stay. None holds a held-out triple, and no two things of one have one name.
     """
     while True:
         shapes, colors = rng.sample(SHAPES, 4), rng.sample(list(COLORS), 6)
         objects = tuple(
-            replace(o, shape=shape, color=color) for o, shape, color in zip(scene.objects, shapes, colors, strict=False)
+            replace(_as(o, shape), color=color) for o, shape, color in zip(scene.objects, shapes, colors, strict=False)
         )
         first = replace(scene, background=colors[4], objects=objects)
         edits = [apply_edit(first, "background", 0, colors[5])]
@@ -429,7 +499,7 @@ def vary_pair(rng: random.Random, scene: Scene) -> list[Scene]:
             edits += [apply_edit(first, kind, index, word) for kind, word in words]
         scenes = [first, *(edit.target for edit in edits)]
         if not scene_is_held_out(first):
-            return [scene for scene in scenes if not scene_is_held_out(scene)]
+            return [scene for scene in scenes if not scene_is_held_out(scene)] + _one_moved(rng, [first])
 
 
 def edits_among(scenes: Sequence[Scene]) -> list[Edit]:
@@ -449,4 +519,6 @@ def edit_between(source: Scene, target: Scene) -> Edit | None:
             candidates.append(apply_edit(source, "replace", index, after.shape))
             if after.color != source.objects[index].color and after.shape != source.objects[index].shape:
                 candidates.append(apply_edit(source, "exchange", index, f"{after.color} {after.shape}"))
+    if len(source.objects) == len(target.objects):
+        candidates += moves(source)
     return next((edit for edit in candidates if edit.target == target != source), None)

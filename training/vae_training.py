@@ -45,6 +45,8 @@ PIXELS_PER_STEP = {"joint": 24 * CROP * CROP, "decoder": 16 * CROP * CROP}
 NOISE = {"joint": 0.3, "decoder": 0.2}  # the largest share of noise in the normalized latents
 FULL_PICTURES_AFTER = 0.6  # of the joint stage; crops are cheaper, but group norm must see whole pictures in the end
 FREE_SHARE = 0.6  # of objects that lie anywhere instead of on the grid
+TURNED_SHARE = 0.4  # of those
+PAIR_SHARE = 0.5  # of 64x64 pictures: small shapes are the hardest
 EVALUATE_EVERY = 200
 
 
@@ -56,11 +58,12 @@ def to_pixels(image: np.ndarray) -> Tensor:
 def random_scene(rng: random.Random, canvas: tuple[int, int]) -> Scene:
     """Any scene at all: the VAE sees no captions, so nothing is held out from it."""
     free = rng.random() < FREE_SHARE
-    if canvas == SQUARE and rng.random() < 0.3:
-        return sample_pair(rng, canvas=SQUARE if free else None)
+    turned = rng.random() < TURNED_SHARE
+    if canvas == SQUARE and rng.random() < PAIR_SHARE:
+        return sample_pair(rng, canvas=SQUARE if free else None, turned=turned)
     color, background = rng.sample(list(COLORS), 2)
-    place = place_single_freely if free else place_single
-    return place(rng, (color, rng.choice(SHAPES), background), canvas=canvas)
+    triple = color, rng.choice(SHAPES), background
+    return place_single_freely(rng, triple, canvas, turned=turned) if free else place_single(rng, triple, canvas=canvas)
 
 
 def batch_of_pictures(rng: random.Random, pixels: int, crops: bool) -> Tensor:

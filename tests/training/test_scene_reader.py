@@ -18,10 +18,13 @@ from training.scenes import (
     SHAPES,
     Scene,
     SceneObject,
+    apply_edit,
     caption,
     coverage,
+    edit_between,
     edits_among,
     is_held_out,
+    moves,
     place_freely,
     place_is_held_out,
     place_single,
@@ -54,7 +57,8 @@ def test_reads_scenes_of_any_size_anywhere():
     rng = random.Random("anywhere")
     every = triples(held_out=False)
     scenes = [place_single_freely(rng, rng.choice(every), rng.choice(CANVASES)) for _ in range(60)]
-    scenes += [sample_pair(rng, canvas=(64, 64)) for _ in range(40)]
+    scenes += [place_single_freely(rng, rng.choice(every), rng.choice(CANVASES), turned=True) for _ in range(60)]
+    scenes += [sample_pair(rng, canvas=(64, 64), turned=bool(number % 2)) for number in range(40)]
     scenes += [
         place_freely(rng, list(zip(rng.sample(list(COLORS), 3), SHAPES)), "white", (128, 128)) for _ in range(10)
     ]
@@ -85,8 +89,18 @@ def test_a_shape_covers_its_area_wherever_it_lies(shape: str):
     areas = {"circle": np.pi * 0.95**2, "square": 1.64**2, "diamond": 2.0, "triangle": 0.95 * 1.7}
     areas["star"] = 10 * 0.5 * 0.42 * np.sin(np.pi / 5)
     for radius, x, y in ((14.0, 32, 32), (8.3, 9.4, 53.1), (25.9, 36.7, 27.2)):
-        assert coverage(shape, radius, x, y, 64, 64).sum() == pytest.approx(areas[shape] * radius**2, rel=0.02)
-    assert coverage(shape, 14.0, 0, 32, 64, 64).sum() == pytest.approx(areas[shape] * 14.0**2 / 2, rel=0.02)
+        for turn in (0.0, 10.0):
+            thing = SceneObject(shape, "red", radius, x, y, turn)
+            assert coverage(thing, 64, 64).sum() == pytest.approx(areas[shape] * radius**2, rel=0.02)
+    half = SceneObject(shape, "red", 14.0, 0, 32)
+    assert coverage(half, 64, 64).sum() == pytest.approx(areas[shape] * 14.0**2 / 2, rel=0.02)
+
+
+def test_a_turned_shape_is_turned_clockwise_about_its_center():
+    thing = SceneObject("triangle", "red", 20.0, 32.0, 32.0)
+    upright, turned = (coverage(replace(thing, turn=turn), 64, 64) for turn in (0.0, 10.0))
+    assert upright[:, :32].sum() == pytest.approx(upright[:, 32:].sum())
+    assert turned[:20, 32:].sum() > 2 * turned[:20, :32].sum(), "its tip points to the right"
 
 
 def test_noise_has_no_shape():
@@ -143,11 +157,15 @@ def test_free_objects_keep_apart_and_inside():
     rng = random.Random("apart")
     for number in range(60):
         scene = sample_edit(
-            rng, EDIT_KINDS[number % 4], held_out=number % 3 == 0, pair=number % 2 == 0, free=True
-        ).source
+            rng, (*EDIT_KINDS, "move")[number % 6], number % 3 == 0, pair=number % 2 == 0, free=True, turned=number > 30
+        ).target
         for thing in scene.objects:
             assert thing.radius >= 8
             assert thing.radius <= min(thing.x, thing.y, scene.width - thing.x, scene.height - thing.y)
+            assert abs(thing.turn) <= 10 and not (thing.turn and thing.shape == "circle")
+            alone = render(replace(scene, objects=(thing,)))
+            edge = np.concatenate([alone[[0, -1]].reshape(-1, 3), alone[:, [0, -1]].reshape(-1, 3)])
+            assert (edge == edge[0]).all(), "nothing is cut off"
         for first, second in zip(scene.objects, scene.objects[1:], strict=False):
             distance = np.hypot(first.x - second.x, first.y - second.y)
             assert distance > first.radius + second.radius
@@ -175,9 +193,10 @@ def test_variations_give_every_kind_of_edit_and_no_held_out_triple():
         kinds = set()
         for _ in range(30):
             if pair:
-                family = vary_pair(rng, sample_pair(rng, canvas=(64, 64)))
+                family = vary_pair(rng, sample_pair(rng, canvas=(64, 64), turned=True))
             else:
-                family = vary_single(rng, place_single_freely(rng, ("red", "star", "blue")).objects[0], (64, 64))
+                free = place_single_freely(rng, ("red", "star", "blue"), turned=rng.random() < 0.5)
+                family = vary_single(rng, free.objects[0], (64, 64))
             for edit in edits_among(family):
                 kinds.add(edit.kind)
                 assert edit.source in family
@@ -186,7 +205,30 @@ def test_variations_give_every_kind_of_edit_and_no_held_out_triple():
                 assert len(set(names)) == len(names), "the instruction would name two objects"
                 assert edit.source != edit.target
             assert not any(is_held_out(o.color, o.shape, s.background) for s in family for o in s.objects)
-        assert kinds == set(EDIT_KINDS)
+        assert kinds == {*EDIT_KINDS, "move"}
+
+
+def test_an_object_is_moved_straight_to_a_side_where_nothing_is_in_its_way():
+    small = SceneObject("star", "red", 8.0, 20.0, 30.0, 5.0)
+    scene = Scene("white", (small, SceneObject("circle", "blue", 8.0, 50.0, 30.0)))
+    targets = {edit.instruction: edit.target.objects for edit in moves(scene)}
+    assert set(targets) == {
+        *(f"move the star to the {side}" for side in ("left", "top", "bottom")),
+        *(f"move the circle to the {side}" for side in ("top", "bottom")),
+    }  # each is in the other's way, and the circle is on the right already
+    left = targets["move the star to the left"][0]
+    assert (left.x, left.y, left.turn) == (12.8, 30.0, 5.0)
+    alone = Scene("white", (small,))
+    assert {"right", "middle"} <= {edit.instruction.split()[-1] for edit in moves(alone)}
+    assert edit_between(scene, replace(scene, objects=(left, scene.objects[1]))).kind == "move"
+
+
+def test_a_new_shape_stands_upright_and_a_new_color_does_not_turn():
+    scene = Scene("white", (SceneObject("star", "red", 12.0, 30.0, 31.0, turn=7.0),))
+    turns = {kind: apply_edit(scene, kind, 0, "blue").target.objects[0].turn for kind in ("recolor", "background")}
+    assert turns == {"recolor": 7.0, "background": 7.0}
+    assert apply_edit(scene, "replace", 0, "square").target.objects[0].turn == 0
+    assert apply_edit(scene, "exchange", 0, "blue square").target.objects[0].turn == 0
 
 
 def test_edits_among_pictures_by_hand():
