@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .progress import load_if_there, pick_device, save_atomically
 from .start import start_path
+from .vae_training import STEPS
 
 LEAST_MINUTES = 1.0  # of the transformer, where the VAE has taken all
 CLOCK = "clock.pt"
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("train_tiny_runs"), help="where states and weights go")
     parser.add_argument("--minutes", type=float, default=240.0, help="of training in all")
     parser.add_argument("--shipped", action="store_true", help="begin with the shipped checkpoint, VAE included")
-    parser.add_argument("--vae-steps", type=int, default=1700)
+    parser.add_argument("--vae-steps", type=int, help="of each of its stages; 1700 and 5000")
     parser.add_argument("--shards", type=int, default=48)
     parser.add_argument("--workers", type=int, help="processes; as many as there are cores, on a GPU one")
     parser.add_argument(
@@ -59,12 +60,14 @@ def main() -> None:
         subprocess.run(measured, check=True)
 
 
-def train_vae(folder: Path, steps: int) -> None:
+def train_vae(folder: Path, steps: int | None) -> None:
     """Train the VAE, or nothing where it is done, and write down how long it took."""
     start = time.monotonic()
     before = spent(folder)
     try:
-        subprocess.run(command("vae_training", folder, "--stage", "joint", "--steps", steps), check=True)
+        for stage in STEPS:
+            options = ("--steps", steps) if steps else ()
+            subprocess.run(command("vae_training", folder, "--stage", stage, *options), check=True)
     finally:
         save_atomically({"minutes": before + (time.monotonic() - start) / 60}, folder / CLOCK)
 

@@ -42,6 +42,8 @@ CONFIG = VAEConfig(
 )
 CROP = 32
 PIXELS_PER_STEP = {"joint": 24 * CROP * CROP, "decoder": 16 * CROP * CROP}
+STEPS = {"joint": 1700, "decoder": 5000}
+RATES = {"joint": (6e-3, 3e-3), "decoder": (3e-3, 1.5e-3)}  # of Muon and of Adam
 NOISE = {"joint": 0.3, "decoder": 0.2}  # the largest share of noise in the normalized latents
 FULL_PICTURES_AFTER = 0.6  # of the joint stage; crops are cheaper, but group norm must see whole pictures in the end
 FREE_SHARE = 0.6  # of objects that lie anywhere instead of on the grid
@@ -103,7 +105,7 @@ def psnr(vae: AutoencoderKL, device: torch.device, count: int = 48) -> float:
     return -10 * math.log10(F.mse_loss(out, pixels).item() / 4)
 
 
-def train(stage: str, folder: Path, steps: int, seed: int, muon_lr: float, adam_lr: float) -> None:
+def train(stage: str, folder: Path, steps: int, seed: int) -> None:
     """Run or resume one stage; the averaged weights end in folder/vae_{stage}.pt."""
     device = pick_device()
     torch.manual_seed(seed)
@@ -111,7 +113,7 @@ def train(stage: str, folder: Path, steps: int, seed: int, muon_lr: float, adam_
     if stage == "decoder":
         vae.load_state_dict(torch.load(folder / "vae_joint.pt", map_location="cpu", weights_only=True))
         vae.encoder.requires_grad_(False)
-    optimizers = Optimizers(vae, muon_lr, adam_lr, adam_names=("conv_in", "decoder.conv_out"))
+    optimizers = Optimizers(vae, *RATES[stage], adam_names=("conv_in", "decoder.conv_out"))
     average = Average(vae, decay=0.998)
     state_path = folder / f"vae_{stage}_state.pt"
     first_step = 0
@@ -152,15 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("joint", "decoder"), required=True)
     parser.add_argument("--folder", type=Path, default=Path("train_tiny_runs"), help="where states and weights go")
-    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--steps", type=int, help="of the stage; 1700 and 5000")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--muon-lr", type=float, default=6e-3)
-    parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    train(args.stage, args.folder, args.steps, args.seed, args.muon_lr, args.adam_lr)
+    train(args.stage, args.folder, args.steps or STEPS[args.stage], args.seed)
 
 
 if __name__ == "__main__":

@@ -252,9 +252,9 @@ def test_the_whole_recipe_is_one_command(tmp_path: Path, started, monkeypatch) -
         started.clear()
         recipe.main()
         names = [command[0].removeprefix("training.") for command in started]
-        assert names == ["vae_training", "data", "data", "model_training", "evaluate"]
-        training = started[3]
-        assert training[training.index("--minutes") + 1] == str(10.0 - turn)
+        assert names == ["vae_training", "vae_training", "data", "data", "model_training", "evaluate"]
+        training = started[4]
+        assert training[training.index("--minutes") + 1] == str(10.0 - 2 * turn)
     monkeypatch.setattr("sys.argv", ["training", "--folder", str(tmp_path / "other"), "--shipped", "--count", "0"])
     started.clear()
     recipe.main()
