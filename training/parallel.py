@@ -6,7 +6,9 @@ which would meet after every operation instead of once a step.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +51,17 @@ def run_team(size: int, port: int, work: Callable[[Team, Any], None], arguments:
 
 
 def _join(rank: int, size: int, port: int, work: Callable[[Team, Any], None], arguments: Any) -> None:
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo", rank=rank, world_size=size)
     work(Team(rank, size), arguments)
     distributed.destroy_process_group()
+
+
+def _leave_with_the_parent() -> None:
+    """Without it, workers would train on beside those of the next start when their parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
