@@ -155,7 +155,8 @@ class OwnKernels:
         config = step.model.config
         what = (
             f"{config.num_hidden_layers} layers of {config.hidden_size} and {config.intermediate_size}, "
-            f"{_formats(step.model.layers)}, {rows} rows of {length}, {step.valid.shape[1]} keys, {_name(dtype)}"
+            f"{_formats(step.model.layers)}, {rows} rows of {length}, {step.valid.shape[1]} keys, {_name(dtype)}, "
+            f"by {_kernels(step.model.layers)}"
         )
         candidate = _candidate(LAYERS, lambda: partial(through, layers, step))
         with _last_positions(step, length):
@@ -184,8 +185,7 @@ class OwnKernels:
         head = native.NativeHead.of(plain.head, dtype)
         if head is None:
             return plain
-        # What the plain step multiplies with decides who is faster, and by how much they differ.
-        what, network = f"{_flow_name(plain, rows)}, by {_kernels(plain.head)}", head.velocity
+        what, network = _flow_name(plain, rows), head.velocity
         candidate = Candidate(NATIVE, native.VERSION, lambda: _flow_step(plain, network), native.missing)
         won = self._decide(device, what, candidate, lambda: _flow_trial(what, plain, rows))
         return plain if not won else Guarded(NativeFlow(plain, network), plain, NATIVE)
@@ -215,11 +215,12 @@ def _flow_name(plain: FlowIntegration, rows: int) -> str:
     size, formats = plain.model.config.fm_head_dim, _formats(plain.head.res_blocks)
     return (
         f"head of {len(plain.head.res_blocks)} blocks of {size}, {formats}, "
-        f"{rows} rows, {plain.shape.branches} branches, {_name(plain.shape.dtype)}"
+        f"{rows} rows, {plain.shape.branches} branches, {_name(plain.shape.dtype)}, by {_kernels(plain.head)}"
     )
 
 
 def _kernels(module: torch.nn.Module) -> str:
+    """What the plain step multiplies with: it decides who is faster, and by how much the two differ."""
     layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
     return "+".join(sorted({layer.kernel.name for layer in layers if layer.kernel is not None})) or "PyTorch"
 

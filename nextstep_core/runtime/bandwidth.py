@@ -26,8 +26,10 @@ def timed(device: torch.device, function: Callable[[], T]) -> tuple[float, T]:
 
 def wait(device: torch.device) -> None:
     """Until a device has done all that it was told."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":  # which card, as the current one may be another
+        getattr(torch, device.type).synchronize(device)
 
 
 @dataclass(frozen=True)

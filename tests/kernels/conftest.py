@@ -12,7 +12,7 @@ import pytest
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 if find_spec("gemlite") is None:
-    collect_ignore_glob.append("test_libraries.py")
+    collect_ignore_glob.append("test_gemlite.py")
 
 
 @pytest.fixture(autouse=True)

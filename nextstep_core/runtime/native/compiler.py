@@ -96,7 +96,8 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         raise RuntimeError("no C compiler")
-    told = _output([command, "--version"]) + " ".join(sorted(cpu_flags()))
+    openmp = _loaded(OPENMP)  # whose name the library asks for when it is loaded
+    told = _output([command, "--version"]) + " ".join([*sorted(cpu_flags()), openmp.name if openmp else ""])
     digest = hashlib.sha256(f"{version_of(source)} {command} {flags} {told}".encode()).hexdigest()[:16]
     folder = cache_folder() / "native"
     path = folder / f"{source.stem}-{digest}.so"
@@ -105,7 +106,7 @@ def library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
         _refuse_others(folder)
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as room:
-                made = _compiled(command, flags, source, Path(room))
+                made = _compiled(command, flags, source, openmp, Path(room))
                 made.replace(path)
         _refuse_others(path)
         return ctypes.CDLL(str(path))
@@ -120,11 +121,10 @@ def _refuse_others(path: Path) -> None:
         raise RuntimeError(f"others may write {path}")
 
 
-def _compiled(command: str, flags: tuple[str, ...], source: Path, room: Path) -> Path:
+def _compiled(command: str, flags: tuple[str, ...], source: Path, openmp: Path | None, room: Path) -> Path:
     # PyTorch brings OpenMP under a name of its own; a second one beside it would have threads of its own.
     object_file, made = room / "object.o", room / "library.so"
     _output([command, *flags, "-c", str(source), "-o", str(object_file)])
-    openmp = _loaded(OPENMP)
     linked = ["-shared", str(object_file), *([str(openmp)] if openmp else ["-fopenmp"]), "-lm", "-o", str(made)]
     _output([command, *linked])
     made.chmod(0o700)

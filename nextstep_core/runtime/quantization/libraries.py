@@ -1,14 +1,13 @@
-"""Products of packages that are there or not: each is imported where it is used, and tried like all others.
+"""comfy-kitchen's products, where it is installed: imported where they are used, and tried like all others.
 
-comfy-kitchen comes with newer ComfyUIs and needs no compiler. Its layouts for 4 and 6 bits (`AsymW4A8Int8Layout`) are
-formats of their own, with other numbers than a matrix of ours has, so they are no products for it. gemlite, written in
-Triton, is for those who install it.
+It comes with newer ComfyUIs and needs no compiler. Its layouts for 4 and 6 bits (`AsymW4A8Int8Layout`) are formats of
+their own, with other numbers than a matrix of ours has, so they are no products for it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from .formats import INT8, Format, Int4, PerRow, row_steps
 from .kernel import OWN_VERSION, Kernel
 from .layouts import Swapped
 
-KITCHEN, GEMLITE = "comfy-kitchen", "gemlite"
+KITCHEN = "comfy-kitchen"
 ROWS_FOR_TENSOR_CORES = 9  # below, its product of int4 has one thread for an output
 
 
@@ -31,6 +30,11 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels of libraries start on the current card, which need not be that of their tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def kitchen(format: Format) -> list[Kernel]:
@@ -69,14 +73,16 @@ def int8_halves(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     step = row_steps(x32, INT8.top)
     first = (x32 / step).round() * step
     both = torch.cat([first, x32 - first])
-    out: Tensor = _kitchen().int8_linear(both, weight, scale.float(), out_dtype=torch.float32)
+    with current(x.device):
+        out: Tensor = _kitchen().int8_linear(both, weight, scale.float(), out_dtype=torch.float32)
     return (out[: len(x)] + out[len(x) :]).to(x.dtype)
 
 
 def int4(x: Tensor, weight: Tensor, scale: Tensor, group: int) -> Tensor:
     """Its int4 product, with as many rows as it has tensor cores for."""
     rows = F.pad(x.to(scale.dtype), (0, 0, 0, max(0, ROWS_FOR_TENSOR_CORES - len(x))))
-    out: Tensor = _kitchen().gemv_awq_w4a16(rows, weight.view(torch.int8), *scale.unbind(0), group_size=group)
+    with current(x.device):
+        out: Tensor = _kitchen().gemv_awq_w4a16(rows, weight.view(torch.int8), *scale.unbind(0), group_size=group)
     return out[: len(x)].to(x.dtype)
 
 
@@ -84,68 +90,3 @@ def _kitchen() -> Any:
     import comfy_kitchen
 
     return comfy_kitchen
-
-
-def gemlite(format: Format) -> list[Kernel]:
-    """gemlite's products for CUDA that compute what a matrix of `format` says. It tries settings of its own for each
-    shape, which takes long the first time."""
-    version = f"{version_of(GEMLITE)} {OWN_VERSION}"
-
-    def missing(device: torch.device) -> str | None:
-        return f"{GEMLITE} is not installed" if version_of(GEMLITE) is None else None
-
-    if isinstance(format, PerRow):
-
-        def of_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-            settings = _Gemlite(8, 255, x.shape[1], 1, AFTER_THE_SUM, NO_GROUPS, contiguous=False)
-            nothing = torch.empty(1, 0, dtype=torch.int32, device=x.device)
-            return settings.product(x, weight.t(), scale[None], nothing)
-
-        return [Kernel(GEMLITE, of_rows, version=version, missing=missing)]
-    if isinstance(format, Int4) and format.scale_dtype == torch.bfloat16:
-
-        def of_groups(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-            settings = _Gemlite(4, 15, format.group, 8, IN_GROUPS, SCALE_AND_ADD, contiguous=True)
-            return settings.product(x, weight, *scale.unbind(0))
-
-        return [Kernel(GEMLITE, of_groups, _words, None, _from_zero, version=version, missing=missing)]
-    return []
-
-
-# How gemlite calls where scales are applied, and what they are in groups.
-IN_GROUPS, AFTER_THE_SUM = 0, 1
-NO_GROUPS, SCALE_AND_ADD = 0, 4
-
-
-def _words(weight: Tensor) -> Tensor:
-    """Eight columns in an int32, the first in its lowest bits; (columns / 8, rows)."""
-    return Swapped("swapped", 2 * weight.shape[1], tiled=False).pack(weight).view(torch.int32).t().contiguous()
-
-
-def _from_zero(scale: Tensor) -> Tensor:
-    """(2, groups, rows): scales, and what is added to integers that count from 0, where ours count from -8."""
-    factor, zero = scale.float().unbind(2)
-    return torch.stack([factor, zero - 8 * factor]).to(scale.dtype)
-
-
-@dataclass(frozen=True)
-class _Gemlite:
-    """The arguments of one of its products: a matrix of `bits`, so many columns in a group and in a word."""
-
-    bits: int
-    mask: int
-    group: int
-    in_word: int
-    scaled: int
-    grouped: int
-    contiguous: bool
-
-    def product(self, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor) -> Tensor:
-        """x times the matrix, computed in the dtype of its scale and added up in float32."""
-        from gemlite.core import TORCH_TO_DTYPE, DType, forward_functional
-
-        computed = TORCH_TO_DTYPE[scale.dtype].value
-        meta = [0, self.bits, self.group, self.mask, self.in_word, computed, computed, DType.FP32.value, computed]
-        meta += [self.scaled, self.grouped, int(self.contiguous)]
-        out: Tensor = forward_functional(x.to(scale.dtype), None, [weight, scale, added], meta)
-        return out.to(x.dtype)

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from ..native import rows as native
 from ..triton import support
+from . import gemlite
 from .formats import FP8, INT4, INT8, Format, Int4, PerRow, Rotated, row_steps
 from .kernel import Kernel, of_rotated, padded, plain, unpacked
 from .layouts import Layout, RowBlocks, Swapped, Tiles, cpu_layout, inner_tiles
-from .libraries import gemlite, kitchen
+from .libraries import kitchen
 
 WEIGHT_ALIGNMENT = 64  # bytes; PyTorch's int8 product for CPUs dies on a matrix that does not start at a multiple of 16
 MOST_ROWS_IN_C = 256  # of int8; above, as when a long prompt is read, floats made once are multiplied as fast
 MOST_PACKED_ROWS = 16  # above, turning the weights into floats once costs less than what the packed products lose
 LEAST_INT_ROWS, FEWEST_FLOAT_ROWS = 32, 16  # that the products of integers and of 8-bit floats take at once on CUDA
+OWN = "triton-rows"
 FINER = 254, 16  # what the second halves are multiplied by, of integers and of 8-bit floats
 
 
@@ -158,7 +160,7 @@ def own(format: Format) -> list[Kernel]:
         return product(x, matrix)
 
     version = f"{torch.__version__} {support.VERSION}"
-    return [Kernel("triton-rows", run, most_rows=support.MOST_ROWS, version=version, missing=support.missing)]
+    return [Kernel(OWN, run, most_rows=support.MOST_ROWS, version=version, missing=support.missing)]
 
 
 def in_c(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
@@ -212,7 +214,7 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         found = [packed] if packed.lies != base.lies else []
         if packed.layout is not None:
             found.append(unpacked(packed, format, "torch-int4-unpacked"))
-        found += [*kitchen(format), *gemlite(format), *own(format)] if kind == "cuda" else []
+        found += [*kitchen(format), *gemlite.products(format), *own(format)] if kind == "cuda" else []
     elif isinstance(format, PerRow) and kind == "cuda":
         found.append(Kernel("torch-compiled", _compiled, most_rows=MOST_PACKED_ROWS, missing=_without_triton))
         if format.dtype == torch.int8:
@@ -222,5 +224,5 @@ def racing(format: Format, base: Kernel, weight: Tensor) -> list[Kernel]:
         else:
             floats = _capability((8, 9), "product of fp8")
             found.append(Kernel("torch-fp8-halves", _fp8_halves, missing=floats))
-        found += [*gemlite(format), *own(format)]
+        found += [*gemlite.products(format), *own(format)]
     return found

@@ -294,6 +294,14 @@ def test_another_source_or_compiler_is_another_library(cache: Path, tmp_path: Pa
 
 
 @needs_compiler
+def test_another_openmp_is_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library asks for it by name when it is loaded, and the next PyTorch may bring it under another."""
+    compiler.library(rows.SOURCE)
+    monkeypatch.setattr(compiler, "_loaded", lambda names: None)
+    compiler.library(rows.SOURCE)
+    assert len(list((cache / "native").iterdir())) == 2
+
+
 def test_one_thread_pool() -> None:
     """A second OpenMP beside PyTorch's would fight with it for the processors."""
     code = (

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nextstep_core import NextStepPipeline
-from nextstep_core.runtime.quantization import libraries, products, quantized_linears
+from nextstep_core.runtime.quantization import gemlite, libraries, products, quantized_linears
 from nextstep_core.runtime.quantization.formats import FP8, INT4, INT4_32, INT8, Format, Rotated
 from nextstep_core.runtime.quantization.kernel import Kernel, by_rows, of_rotated, padded, plain, unpacked
 from nextstep_core.runtime.quantization.layouts import Swapped, Tiles
@@ -163,15 +163,15 @@ def test_without_the_package_nothing_is_imported(monkeypatch: pytest.MonkeyPatch
 
 
 def test_gemlite_is_tried_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its numbers: tests/kernels/test_libraries.py."""
-    monkeypatch.setattr(libraries, "version_of", lambda package: None)
+    """Its numbers: tests/kernels/test_gemlite.py."""
+    monkeypatch.setattr(gemlite, "version_of", lambda package: None)
     for format in (INT4, INT8, FP8):
-        (kernel,) = libraries.gemlite(format)
+        (kernel,) = gemlite.products(format)
         assert kernel.missing(torch.device("cuda")) == "gemlite is not installed"
         with FakeTensorMode():
             weight = torch.empty(64, 64, dtype=torch.uint8, device="cuda")
             assert "gemlite" in {one.name for one in racing(format, usual(format, "cuda")[0], weight)}
-    assert libraries.gemlite(Rotated(INT8, 16)) == []
+    assert gemlite.products(Rotated(INT8, 16)) == []
 
 
 @pytest.mark.parametrize("rows", [1, 2, 12])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +98,28 @@ def test_another_layout_has_to_be_worth_it() -> None:
     base, other = kernel("base"), kernel("other", pack=same)
     assert best(base, [other], outcomes(other=always(1.02))) is base
     assert best(base, [other], outcomes(other=always(1.2))).name == "other"
+
+
+def test_another_layout_costs_our_kernels_for_whole_layers() -> None:
+    """Which read weights as they are stored: of a short product their launches are more than its gain."""
+    base, own, packed = kernel("base"), kernel("triton-rows", 16), kernel("packed", pack=same)
+    for seconds, name in ((20e-6, "triton-rows"), (1e-3, "packed")):
+        found = outcomes(packed=always(2.0), **{"triton-rows": dict.fromkeys((2, 3, 4, 8, 16), 1.8)})
+        found = {rows: replace(one, plain=seconds) for rows, one in found.items()}
+        assert taken(best(base, [own, packed], found))[2] == name, seconds
+    absent = {rows: replace(one, plain=20e-6) for rows, one in outcomes(packed=always(1.2)).items()}
+    assert best(base, [packed], absent).name == "packed", "there is nothing to lose"
+
+
+def test_a_trial_counts_beside_what_it_was_run_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "WIDE", 0)
+    asked: list[str] = []
+    monkeypatch.setattr(Chooser, "outcome", lambda self, what, *_: asked.append(what))
+    for text, beside in (("", True), ("-torch-int8", False)):
+        monkeypatch.setenv(chosen.SWITCH, text)
+        asked.clear()
+        choose(INT8, 64, 128, matrices(1), torch.float32, Chooser(CPU))
+        assert [what.endswith(", beside torch-int8") for what in asked] == [beside] * len(ROWS)
 
 
 def test_what_raised_is_not_taken() -> None:

@@ -10,12 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nextstep_core.runtime import trials
+from nextstep_core.runtime import bandwidth, trials
 from nextstep_core.runtime.interrupt import checked
 from nextstep_core.runtime.trials import LOST, MISSING, RAISED, SLOWER, WON, WRONG, Candidate, Outcome, Trial, run
 
 CPU = torch.device("cpu")
 TOLERANCE = 0.01
+
+
+def test_the_card_that_is_timed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current one may be another, which has nothing to do."""
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    bandwidth.wait(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]
 
 
 class FakeClock:
