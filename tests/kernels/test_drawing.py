@@ -29,6 +29,8 @@ from nextstep_core.decoding.steps import (
     TransformerStep,
 )
 from nextstep_core.request.layout import Caption
+from nextstep_core.runtime.quantization import quantized_linears
+from nextstep_core.runtime.quantization.kernel import plain
 from nextstep_core.runtime.trials import SLOWER, WON, Candidate, Outcome, Trial, run
 from nextstep_core.sampling.solvers import SAMPLERS
 
@@ -66,6 +68,23 @@ def test_the_recorded_tokens(pipeline: NextStepPipeline, case: dict) -> None:
     assert asked.names == ["triton-layers", "triton-head"]
     recorded = load_file(GOLDEN / case["file"])["tokens"]
     assert (last.tokens[:, :TOKENS] - recorded[:, :TOKENS]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8"])
+def test_quantized_weights(recipe: str) -> None:
+    """Both formats lie on a CPU as they are stored, which our kernels read."""
+    pipe = NextStepPipeline.from_pretrained("tiny", dtype=torch.float32, quantization=recipe)
+    for _, layer in quantized_linears(pipe.engine.model):
+        layer.kernel = plain(layer.format)
+    asked, found = Unasked(), []
+    for caches in (StepCaches(), StepCaches(hasten=asked.kernels)):
+        engine = replace(pipe.engine, caches=caches)
+        settings = engine.recommended().override(steps=2)
+        job = engine.make_job([Caption("a red circle on a blue background")], engine.grid(64, 64), settings, seed=5)
+        *_, last = islice(engine.decode(job, CPU, torch.float32), TOKENS)
+        found.append(last.tokens[:, :TOKENS])
+    assert asked.names == ["triton-layers", "triton-head"]
+    assert (found[0] - found[1]).abs().max() <= 1e-4
 
 
 def shape(sampler: str = "score-sde-1.1", rows: int = 2) -> StepShape:
