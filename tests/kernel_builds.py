@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # With the shared memory that a program may have there, in KiB.
-ARCHITECTURES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+ARCHITECTURES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

@@ -69,6 +69,19 @@ def test_the_velocity_of_quantized_blocks(format: Format) -> None:
     torch.testing.assert_close(velocities(weights, x, modulations, torch.float32), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_reaches_the_next_state(wrong: float) -> None:
+    """So that it is an error, as from the plain step, and no picture."""
+    head = make(64, torch.float32)
+    weights = HeadWeights.of(head, CPU, torch.float32)
+    modulations, x = [torch.randn(2, n * 64) for n in (3, 3, 2)], torch.randn(1, 64)
+    x[0, 5] = wrong
+    velocity = velocities(weights, x, modulations, torch.float32)
+    assert not velocity.isfinite().any()
+    guided, state = guide_and_advance(velocity, 2, torch.tensor([3.0, 1.0]), -0.25, [(torch.randn(1, 64), 1.0)])
+    assert not guided.isfinite().any() and not state.isfinite().any()
+
+
 def test_what_the_kernels_cannot_stand_in_for() -> None:
     hooked, other, int4 = make(64, torch.float32), make(64, torch.float32), make(64, torch.float32, INT4_32)
     hooked.res_blocks[1].mlp[2].register_forward_hook(lambda layer, inputs, out: out + 1)  # as a LoRA does
