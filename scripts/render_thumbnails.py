@@ -144,7 +144,7 @@ def compare(studio: Studio) -> Image.Image:
 
 
 def lora(studio: Studio) -> Image.Image:
-    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=5)
+    drawn = studio.draw("LoRA", "a yellow star on a blue background", seed=8)
     height = SIDE * drawn.height // drawn.width
     return sheet((drawn, (0, (SIDE - height) // 2, SIDE, (SIDE + height) // 2)))
 
@@ -197,7 +197,7 @@ THUMBNAILS = {
     "Brand": lambda s: many(
         s,
         "Brand",
-        "4, 13",
+        "4, 7",
         "a red diamond on a white background",
         "a blue star on a white background",
         "a green circle on a white background",
