@@ -123,7 +123,7 @@ def ratios(studio: Studio) -> Image.Image:
         ("a purple circle on an orange background", (64, 96), (268, 204, 396, 396)),
     )
     return sheet(
-        *((studio.draw("Aspect Ratios", text, width=w, height=h, seed=11), box) for text, (w, h), box in scenes)
+        *((studio.draw("Aspect Ratios", text, width=w, height=h, seed=12), box) for text, (w, h), box in scenes)
     )
 
 
