@@ -45,10 +45,10 @@ def check_same(request) -> Callable[[GenerationOutput, list[GenerationOutput]], 
 
 
 def test_pictures_of_other_prompts_and_seeds_equal_each_drawn_alone(pipe, check_same) -> None:
-    options, seeds = {**SIZE, "cfg": 3.0, "negative_prompt": "grey"}, [5, 2**64 - 1, 5]
+    options, seeds = {**SIZE, "cfg": 3.0, "negative_prompt": "grey"}, [6, 2**64 - 1, 6]
     together = pipe.generate(PROMPTS, seed=seeds, **options)
     check_same(together, [pipe.generate(p, seed=s, **options) for p, s in zip(PROMPTS, seeds)])
-    shared = pipe.generate(PROMPTS, seed=5, **options)
+    shared = pipe.generate(PROMPTS, seed=6, **options)
     assert (together.tokens[1] - shared.tokens[1]).abs().max() > 0.01, "the seeds matter"
 
 
