@@ -5,7 +5,7 @@
 # that this pack is installed in.
 # Arguments go to pytest. Paths, if any, begin with tests/, and only the parts that they belong to run.
 source "$(dirname "$0")/environment.sh"
-make_environment requirements.txt requirements-dev.txt
+make_environment requirements.txt requirements-dev.txt requirements-kernels.txt
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
 "$VENV/bin/mypy"
