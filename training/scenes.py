@@ -448,9 +448,10 @@ def sample_edit(
                 scene = place_single_freely(rng, triple, canvas, held_out, turned)
             else:
                 scene = place_single(rng, triple, canvas=canvas)
-        if kind == "move" and not moves(scene):
+        possible = moves(scene) if kind == "move" else ()
+        if kind == "move" and not possible:
             continue
-        edit = rng.choice(moves(scene)) if kind == "move" else edit_scene(rng, scene, kind)
+        edit = rng.choice(possible) if possible else edit_scene(rng, scene, kind)
         source_out, target_out = scene_is_held_out(edit.source), scene_is_held_out(edit.target)
         if held_out and (source_out if kind == "remove" else target_out):
             return edit

@@ -1,4 +1,4 @@
-"""A device's memory: how much there is, what is free, how to give back what is kept, and how to keep to a limit."""
+"""Devices and their memory: how much there is, what is free, how to give back what is kept and keep to a limit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +26,11 @@ def kind_of(device: torch.device) -> str:
     if device.type == "cuda":
         return "ROCm" if torch.version.hip else "CUDA"
     return device.type.upper()
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, kernels start on `device`: by themselves they start on the current card, which may be another."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def device_name(device: torch.device) -> str:

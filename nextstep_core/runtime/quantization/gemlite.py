@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import current
 from ..ledger import cache_folder
 from .formats import Format, Int4, PerRow
 from .kernel import OWN_VERSION, Kernel
 from .layouts import Swapped
-from .libraries import current, version_of
+from .libraries import version_of
 
 GEMLITE = "gemlite"
 MOST_ROWS = 32  # for more it has another kernel, which no trial has seen
@@ -49,9 +49,8 @@ def products(format: Format) -> list[Kernel]:
     if isinstance(format, PerRow):
 
         def of_rows(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-            settings = _Gemlite(8, 255, x.shape[1], 1, AFTER_THE_SUM, NO_GROUPS, contiguous=False)
             nothing = torch.empty(1, 0, dtype=torch.int32, device=x.device)
-            return settings.product(x, weight.t(), scale[None], nothing)
+            return _product(x, weight.t(), scale[None], nothing, None)
 
         return [Kernel(GEMLITE, of_rows, most_rows=MOST_ROWS, version=version, missing=missing)]
     if isinstance(format, Int4) and format.scale_dtype == torch.bfloat16:
@@ -59,8 +58,8 @@ def products(format: Format) -> list[Kernel]:
         def of_groups(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
             if len(x) > MOST_ROWS:
                 return F.linear(x, _of_words(format, weight, scale).to(x.dtype))
-            settings = _Gemlite(4, 15, format.group, 8, IN_GROUPS, SCALE_AND_ADD, contiguous=True)
-            return settings.product(x, weight, *scale.unbind(0))
+            factor, added = scale.unbind(0)
+            return _product(x, weight, factor, added, format.group)
 
         return [Kernel(GEMLITE, of_groups, _words, None, _from_zero, version=version, missing=missing)]
     return []
@@ -86,32 +85,26 @@ def _from_zero(scale: Tensor) -> Tensor:
     return torch.stack([factor, zero - 8 * factor]).to(scale.dtype)
 
 
-@dataclass(frozen=True)
-class _Gemlite:
-    """The arguments of one of its products: a matrix of `bits`, so many columns in a group and in a word."""
+def _product(x: Tensor, weight: Tensor, scale: Tensor, added: Tensor, group: int | None) -> Tensor:
+    """x times a matrix of int4 in groups of `group` columns, or of bytes with a scale for each row where that is None;
+    computed in the dtype of the scale.
 
-    bits: int
-    mask: int
-    group: int
-    in_word: int
-    scaled: int
-    grouped: int
-    contiguous: bool
-
-    def product(self, x: Tensor, weight: Tensor, scale: Tensor, added: Tensor) -> Tensor:
-        """x times the matrix, computed in the dtype of its scale.
-
-        The parts of a sum are added in memory, in any order: in float32, as those of bfloat16 would lose a few percent.
-        """
-        core = _gemlite(x.device)
-        computed, exact = core.TORCH_TO_DTYPE[scale.dtype].value, core.DType.FP32.value
-        meta = [0, self.bits, self.group, self.mask, self.in_word, computed, exact, exact, computed]
-        meta += [self.scaled, self.grouped, int(self.contiguous)]
-        with current(x.device):
-            out = core.forward_functional(x.to(scale.dtype), None, [weight, scale, added], meta)
-        _keep_settings(x.device, len(x), weight.shape, self)
-        result: Tensor = out.to(x.dtype)
-        return result
+    The parts of a sum are added in memory, in any order: in float32, as those of bfloat16 would lose a few percent.
+    """
+    core = _gemlite(x.device)
+    computed, exact = core.TORCH_TO_DTYPE[scale.dtype].value, core.DType.FP32.value
+    # bits, columns of a group, mask of a value, values in a word; at the end where scales are applied, what they are in
+    # groups, and whether weights are contiguous
+    if group is None:
+        stored, scaled = [8, x.shape[1], 255, 1], [AFTER_THE_SUM, NO_GROUPS, 0]
+    else:
+        stored, scaled = [4, group, 15, 8], [IN_GROUPS, SCALE_AND_ADD, 1]
+    meta = [0, *stored, computed, exact, exact, computed, *scaled]
+    with current(x.device):
+        out = core.forward_functional(x.to(scale.dtype), None, [weight, scale, added], meta)
+    _keep_settings(x.device, len(x), weight.shape, group)
+    result: Tensor = out.to(x.dtype)
+    return result
 
 
 @cache
@@ -126,7 +119,7 @@ def _gemlite(device: torch.device) -> Any:
 
 
 @cache
-def _keep_settings(device: torch.device, rows: int, shape: torch.Size, settings: _Gemlite) -> None:
+def _keep_settings(device: torch.device, rows: int, shape: torch.Size, group: int | None) -> None:
     """Write down what it has found for a product: once for each, after it has run."""
     path = _settings_path(device)
     if path is None:

@@ -18,6 +18,7 @@ Product: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 PLAIN = "plain"  # the name of the product with floats that stand for the stored numbers
 TOLERANCE = 0.02  # of a product's norm, against the plain one
+AS_STORED = None, None  # `lies` of a kernel that reads weight and scale as a format has them
 OWN_VERSION = "1"  # of what is written here
 
 

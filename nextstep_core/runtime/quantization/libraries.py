@@ -7,7 +7,6 @@ their own, with other numbers than a matrix of ours has, so they are no products
 from __future__ import annotations
 
 import importlib.metadata
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import current
 from .formats import INT8, Format, Int4, PerRow, row_steps
 from .kernel import OWN_VERSION, Kernel
 from .layouts import Swapped
@@ -30,11 +30,6 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Kernels of libraries start on the current card, which need not be that of their tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def kitchen(format: Format) -> list[Kernel]:

@@ -18,7 +18,7 @@ from ...errors import NextStepError
 from ..chosen import Chooser, Switch
 from ..trials import MARGIN, SLOWER, WON, Arguments, Candidate, Outcome, Trial, difference
 from .formats import Format
-from .kernel import PLAIN, TOLERANCE, Kernel, by_rows, plain
+from .kernel import AS_STORED, PLAIN, TOLERANCE, Kernel, by_rows, plain
 from .products import OWN, racing, usual
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ ROWS = {2: 8, 3: 2, 4: 2, 8: 2, 16: 1, 32: 1}
 COLD = 1 << 26  # bytes that a trial goes through, where the cache's size is not known: more than most caches hold
 MOST_MATRICES = 64
 PACKED = "torch-int4"
-AS_STORED = None, None
 # What a product loses where weights do not lie as the format says: our kernels for whole layers and for the head read
 # those alone, and save 2.5 launches for each, of 1.5 microseconds.
 LOST = 4e-6

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import is_plain
 from ..quantization import QuantizedLinear
+from ..quantization.kernel import AS_STORED
 from .rows import Matrix
 
 
@@ -31,7 +32,7 @@ def linear(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> Linear
     if isinstance(bias, Tensor) and bias.device != device:
         return None
     if isinstance(layer, QuantizedLinear):
-        lies_otherwise = layer.kernel is not None and layer.kernel.lies != (None, None)
+        lies_otherwise = layer.kernel is not None and layer.kernel.lies != AS_STORED
         if layer.layout is not None or lies_otherwise or layer.weight.device != device:
             return None
         matrix = Matrix.of(layer.format, layer.weight, layer.weight_scale)

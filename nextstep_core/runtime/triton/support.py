@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import current
+
 VERSION = "1"  # of all kernels: raise it with any change to one, and devices try them again
 OLDEST = (7, 5)  # compute capability of the oldest NVIDIA cards that the kernels are compiled for in the tests
 MOST_ROWS = 16  # rows of a product; above, turning the weights into floats once costs less
@@ -37,11 +39,7 @@ def interpreted() -> bool:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start `kernel` on the device of its first argument, which need not be the current one."""
-    device = arguments[0].device
-    if device.type != "cuda":
-        kernel[grid](*arguments, **constants)
-        return
-    with torch.cuda.device(device):
+    with current(arguments[0].device):
         kernel[grid](*arguments, **constants)
 
 
